@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's self-attention, with a declared cache for prefill and decoding.
+
+Shape legend: L new tokens, B batch, H channels, N heads, C channels per head, S all tokens so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from evo2_megatron.model.gated_mlp import GatedMLP
+from evo2_megatron.model.inference_state import InferenceState, KeyValueState
+from evo2_megatron.model.layer_specs import layer_modules
+from evo2_megatron.model.torch_modules import causal_attention
+
+
+class CachedSelfAttention(SelfAttention):
+    """Core's SelfAttention; given an InferenceState it attends to the cached keys as well.
+
+    Core's own static cache stores keys before the rotary embedding and rotates all of them again for every token.
+    """
+
+    def new_state(self, batch_size: int, max_tokens: int) -> KeyValueState:
+        """An empty cache, in the dtype and on the device of the weights."""
+        weight = self.linear_qkv.weight
+        shape = (batch_size, self.num_query_groups_per_partition, max_tokens, self.hidden_size_per_attention_head)
+        return KeyValueState(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        inference_context: InferenceState | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend causally.
+
+        Args:
+            hidden_states: [L, B, H], before the fused norm.
+            inference_context: What the layers have seen so far; None for training and scoring.
+            rotary_pos_emb: Angles [L, 1, 1, C] of the new tokens.
+
+        Returns:
+            Output [L, B, H] and its bias [H] or None, not yet added.
+        """
+        if inference_context is None:
+            return super().forward(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
+        query_LBNC, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
+        query_LBNC, key_LBNC = (
+            apply_rotary_pos_emb(x_LBNC, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
+            for x_LBNC in (query_LBNC, key_LBNC)
+        )
+        cache = inference_context.layers[self.layer_number]
+        key_BNSC, value_BNSC = cache.append(
+            key_LBNC.permute(1, 2, 0, 3), value_LBNC.permute(1, 2, 0, 3), inference_context.num_tokens_seen
+        )
+        context_BNLC = causal_attention(query_LBNC.permute(1, 2, 0, 3), key_BNSC, value_BNSC)
+        return self.linear_proj(context_BNLC.permute(2, 0, 1, 3).flatten(2))
+
+
+def attention_layer_spec(*, output_bias: bool) -> ModuleSpec:
+    """A Megatron TransformerLayer: causal self-attention and a gated MLP, each behind its fused norm.
+
+    Args:
+        output_bias: Give the attention's output projection a bias (Arc's models).
+    """
+    modules = layer_modules()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=CachedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=modules.norm_column_linear,
+                    core_attention=modules.core_attention,
+                    linear_proj=_with_bias(modules.row_linear) if output_bias else modules.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=GatedMLP,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _with_bias(row_linear: type) -> type:
+    class BiasedRowParallelLinear(row_linear):
+        """Megatron asks for ``bias=config.add_bias_linear``, one switch for all layers; this one always has a bias."""
+
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return BiasedRowParallelLinear

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module class fills which slot of a layer, with and without Transformer Engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron.core.tensor_parallel import RowParallelLinear
+
+from evo2_megatron.model.torch_modules import RMSNorm, RMSNormColumnParallelLinear, TorchCoreAttention
+from evo2_megatron.runtime.megatron import have_transformer_engine
+
+
+class LayerModules(NamedTuple):
+    """Classes with Megatron's constructor signatures."""
+
+    norm: type
+    """Stand-alone RMSNorm."""
+
+    norm_column_linear: type
+    """RMSNorm and a linear layer split by output rows."""
+
+    row_linear: type
+    """Linear layer split by input columns."""
+
+    core_attention: type
+
+
+def layer_modules() -> LayerModules:
+    """The classes for this machine."""
+    if have_transformer_engine():
+        from megatron.core.extensions import transformer_engine as te
+
+        return LayerModules(
+            te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention
+        )
+    return LayerModules(RMSNorm, RMSNormColumnParallelLinear, RowParallelLinear, TorchCoreAttention)

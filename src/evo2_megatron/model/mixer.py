@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hyena mixer: projection, input convolution, gates around an operator, projection back.
+
+``y = W_o (post_gate * Op(pre_gate * value)) + b_o``, where projection rows 3c, 3c+1 and 3c+2 are channel c's post-gate,
+pre-gate and value. Shape legend: L tokens, B batch, H hidden channels, D this process's channels, E = 3D projection rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from evo2_megatron.model.filters import INPUT_FILTER_LENGTH, DepthwiseFilter
+from evo2_megatron.model.hyena_li import HyenaLI
+from evo2_megatron.model.hyena_mr import HyenaMR
+from evo2_megatron.model.hyena_se import HyenaSE
+from evo2_megatron.model.inference_state import FirState, HyenaState
+from evo2_megatron.model.layer_specs import layer_modules
+from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.provider import StripedHyenaProvider
+
+_OPERATORS = {"S": HyenaSE, "D": HyenaMR, "H": HyenaLI}
+
+
+class HyenaMixer(MegatronModule):
+    """The sequence-mixing half of a Hyena layer; the input norm is fused into ``dense_projection``."""
+
+    def __init__(self, config: StripedHyenaProvider, symbol: str) -> None:
+        super().__init__(config=config)
+        modules = layer_modules()
+        hidden, tp_group = config.hidden_size, config.process_groups().tp
+        linear = {"config": config, "is_expert": False, "tp_group": tp_group}
+        self.dense_projection = modules.norm_column_linear(
+            hidden,
+            3 * hidden,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="intermediate",
+            **linear,
+        )
+        self.hyena_proj_conv = DepthwiseFilter(config, 3 * hidden, INPUT_FILTER_LENGTH)
+        self.mixer = _OPERATORS[symbol](config)
+        self.dense = modules.row_linear(
+            hidden,
+            hidden,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            bias=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="intermediate",
+            **linear,
+        )
+
+    def forward(self, x_LBH: Tensor, state: HyenaState | None = None) -> tuple[Tensor, Tensor]:
+        """Mix along the sequence.
+
+        Args:
+            x_LBH: Residual stream (its sequence may be split by sequence parallelism).
+            state: What came before, brought up to date in place; None: nothing came before, and nothing is kept.
+
+        Returns:
+            Output [L, B, H] and the bias [H], not yet added.
+        """
+        u_LBE, _ = self.dense_projection(x_LBH)
+        if state is None:
+            y_BDL = self._convolve(u_LBE.permute(1, 2, 0))
+        elif u_LBE.shape[0] == 1:
+            y_BDL = self._step(u_LBE[0], state)[..., None]
+        else:
+            y_BDL = self._extend(u_LBE.permute(1, 2, 0), state)
+        return self.dense(y_BDL.permute(2, 0, 1).contiguous())
+
+    def _convolve(self, u_BEL: Tensor) -> Tensor:
+        u_BEL = causal_conv(u_BEL, self.hyena_proj_conv.taps_GK())
+        post_gate, pre_gate, value = _streams(u_BEL)
+        return post_gate * self.mixer(pre_gate * value)
+
+    def _extend(self, u_BEL: Tensor, state: HyenaState) -> Tensor:
+        history = state.input_conv.inputs_BDP
+        f_BEL = causal_conv(u_BEL, state.input_taps_EK, history)
+        history.copy_(last_inputs(u_BEL, INPUT_FILTER_LENGTH - 1, history))
+        post_gate, pre_gate, value = _streams(f_BEL)
+        return post_gate * self.mixer.extend(pre_gate * value, state.operator_filter, state.operator)
+
+    def _step(self, u_BE: Tensor, state: HyenaState) -> Tensor:
+        f_BE = causal_conv_step(u_BE, state.input_taps_EK, state.input_conv.inputs_BDP)
+        post_gate, pre_gate, value = _streams(f_BE)
+        return post_gate * self.mixer.step(pre_gate * value, state.operator_filter, state.operator)
+
+    def new_state(self, batch_size: int) -> HyenaState:
+        """The state before the first token, with the filters as they are now."""
+        taps_EK = self.hyena_proj_conv.taps_GK()
+        shape = (batch_size, taps_EK.shape[0], INPUT_FILTER_LENGTH - 1)
+        return HyenaState(
+            input_conv=FirState(torch.zeros(shape, dtype=self.config.params_dtype, device=taps_EK.device)),
+            operator=self.mixer.new_state(batch_size),
+            input_taps_EK=taps_EK.detach().float(),
+            operator_filter=tuple(part.detach() for part in self.mixer.derived_filter()),
+        )
+
+
+def _streams(f_BEx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Post-gate, pre-gate and value of every channel: the projection's rows interleave them with period 3."""
+    return f_BEx.unflatten(1, (-1, 3)).unbind(2)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one Megatron Bridge provider: a model's configuration, and the means to build it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.bridge.utils.fusions import can_enable_gradient_accumulation_fusion
+from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
+
+from evo2_megatron.architectures import LAYER_SYMBOLS, architecture
+from evo2_megatron.config import UserError
+from evo2_megatron.model.striped_hyena import StripedHyenaModel
+from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
+
+
+@dataclass
+class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaModel]):
+    """Megatron's transformer configuration and what StripedHyena 2 adds to it.
+
+    Field names are those of the ``model`` section of existing checkpoints' run_config.yaml. Build one with
+    ``provider_for``; call ``finalize`` after changing fields and before ``provide``.
+    """
+
+    hybrid_override_pattern: str = ""
+    """One symbol per layer: S, D, H, or * (see ``architectures.LAYER_SYMBOLS``)."""
+
+    seq_length: int = 8192
+    """Tokens per training sequence."""
+
+    vocab_size: int | None = None
+    """Tokens in the vocabulary; None: taken from the tokenizer when training starts."""
+
+    should_pad_vocab: bool = False
+    """Round the embedding's rows up to a multiple of ``make_vocab_size_divisible_by`` x tensor parallelism."""
+
+    make_vocab_size_divisible_by: int = 8
+    num_groups_hyena: int | None = None
+    """Long filters; always one per channel."""
+
+    num_groups_hyena_medium: int | None = None
+    num_groups_hyena_short: int | None = None
+    remove_activation_post_first_layer: bool = True
+    """The gate's GELU is in the first layer only (Arc's models)."""
+
+    add_attn_proj_bias: bool = True
+    use_short_conv_bias: bool = False
+    share_embeddings_and_output_weights: bool = True
+    add_bias_output: bool = False
+    """Give the output projection a bias."""
+
+    rotary_base: int = 10_000
+    rotary_percent: float = 1.0
+    seq_len_interpolation_factor: float | None = None
+    """Divides positions before the rotary embedding."""
+
+    to_upper: str = "normalized_weighted"
+    """How lower-case labels count: ``normalized_weighted`` or ``weighted`` (see ``model.loss``)."""
+
+    parallel_output: bool = True
+    fp16_lm_cross_entropy: bool = False
+    use_subquadratic_ops: bool = False
+    vortex_style_fp8: bool = False
+    restore_modelopt_state: bool = False
+    hf_model_id: str | None = None
+
+    # Megatron's own fields whose default differs for this model
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-6
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    bias_activation_fusion: bool = False
+    bias_dropout_fusion: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    params_dtype: torch.dtype = torch.bfloat16
+    bf16: bool = True
+    deallocate_pipeline_outputs: bool = True
+    _pg_collection: ProcessGroupCollection | None = None
+
+    def process_groups(self) -> ProcessGroupCollection:
+        """Megatron's process groups, as Bridge handed them over or as they stand now."""
+        return self._pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+
+    def finalize(self) -> None:
+        """Check the configuration, fit it to this machine, and let Megatron derive the rest.
+
+        Raises:
+            UserError: The pattern or the parallel layout does not fit the model.
+        """
+        self._check_pattern()
+        self._check_layout()
+        self._fit_to_machine()
+        super().finalize()
+        # "small init" and "wang init" of GPT-NeoX-20B (arXiv 2204.06745); partials, because run_config.yaml names them
+        normal = functools.partial(functools.partial, torch.nn.init.normal_, mean=0.0)
+        self.init_method = normal(std=math.sqrt(2 / (5 * self.hidden_size)))
+        self.output_layer_init_method = normal(std=2 / (self.num_layers * math.sqrt(self.hidden_size)))
+        self.embedding_init_method = normal(std=self.embedding_init_method_std)
+
+    def _check_pattern(self) -> None:
+        pattern = self.hybrid_override_pattern
+        if set(pattern) - LAYER_SYMBOLS.keys():
+            raise UserError(f"layer pattern {pattern!r} may contain only {' '.join(LAYER_SYMBOLS)}")
+        if len(pattern) != self.num_layers:
+            raise UserError(
+                f"layer pattern {pattern!r} has {len(pattern)} symbols for {self.num_layers} layers; give "
+                "--num-layers and --hybrid-override-pattern that agree"
+            )
+        if self.to_upper not in ("normalized_weighted", "weighted"):
+            raise UserError(f"to_upper is {self.to_upper!r}; choose normalized_weighted or weighted")
+
+    def _check_layout(self) -> None:
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        divided = {
+            "hidden size": self.hidden_size,
+            "FFN width": self.ffn_hidden_size,
+            "attention heads": self.num_attention_heads,
+            "medium filter groups": self.num_groups_hyena_medium,
+            "short filter groups": self.num_groups_hyena_short,
+        }
+        for name, size in divided.items():
+            if size % tensor:
+                raise UserError(f"tensor parallel size {tensor} does not divide the model's {size} {name}")
+        if self.num_layers % pipeline:
+            raise UserError(f"pipeline parallel size {pipeline} does not divide the model's {self.num_layers} layers")
+        if self.virtual_pipeline_model_parallel_size is not None:
+            raise UserError("virtual pipeline stages are not supported; leave the setting out")
+        if self.context_parallel_size > 1:
+            raise UserError(
+                f"context parallel size {self.context_parallel_size}: splitting a sequence over processes is not "
+                "supported yet; use --context-parallel-size 1"
+            )
+
+    def _fit_to_machine(self) -> None:
+        """The only place where the configuration depends on the machine."""
+        with_te = have_transformer_engine()
+        self.transformer_impl = "transformer_engine" if with_te else "local"
+        # local turns Transformer Engine's backends off; without it the name has no other effect
+        self.attention_backend = AttnBackend.flash if with_te else AttnBackend.local
+        self.apply_rope_fusion = with_te
+        self.persist_layer_norm = with_te
+        self.masked_softmax_fusion = with_te
+        self.gradient_accumulation_fusion = with_te and can_enable_gradient_accumulation_fusion()
+        self.use_cpu_initialization = not on_cuda()
+        if self.vortex_style_fp8:
+            raise UserError("FP8 input projections (--vortex-style-fp8) are not available yet; leave the flag out")
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> StripedHyenaModel:
+        """Build this process's stage of the model, with random weights."""
+        assert vp_stage is None and self.vocab_size is not None
+        pipeline = self.process_groups().pp
+        rows = self.vocab_size
+        if self.should_pad_vocab:
+            rows = calculate_padded_vocab_size(
+                rows, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size, logging_enabled=False
+            )
+        return StripedHyenaModel(
+            self,
+            rows,
+            pre_process=pipeline.rank() == 0 if pre_process is None else pre_process,
+            post_process=pipeline.rank() == pipeline.size() - 1 if post_process is None else post_process,
+        )
+
+
+def provider_for(model_size: str, **overrides: Any) -> StripedHyenaProvider:
+    """The provider of a ``--model-size`` key.
+
+    Args:
+        model_size: A key of ``architectures.ARCHITECTURES``; UserError otherwise.
+        overrides: Fields of StripedHyenaProvider.
+    """
+    arch = architecture(model_size)
+    unknown = overrides.keys() - {f.name for f in fields(StripedHyenaProvider)}
+    if unknown:
+        raise AttributeError(f"StripedHyenaProvider has no field {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {
+        "hybrid_override_pattern": arch.pattern,
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_groups_hyena": arch.hidden_size,
+        "num_groups_hyena_medium": arch.num_groups,
+        "num_groups_hyena_short": arch.num_groups,
+        "seq_length": arch.max_tokens,
+        "rotary_base": arch.rotary_base,
+        "seq_len_interpolation_factor": arch.position_scale,
+        "remove_activation_post_first_layer": not arch.gelu_in_every_layer,
+        "add_attn_proj_bias": arch.attention_output_bias,
+        "use_short_conv_bias": arch.short_conv_bias,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": arch.recompute_num_layers,
+    }
+    if arch.embedding_init_std is not None:
+        values["embedding_init_method_std"] = arch.embedding_init_std
+    return StripedHyenaProvider(**(values | overrides))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stack of layers that a pattern such as ``SDH*SDHSDH*`` spells out.
+
+Shape legend: L tokens, B batch, H channels.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import WrappedTensor, make_viewless_tensor
+from torch import Tensor, nn
+
+from evo2_megatron.model.attention import attention_layer_spec
+from evo2_megatron.model.inference_state import InferenceState
+from evo2_megatron.model.layer import HyenaLayer
+from evo2_megatron.model.layer_specs import layer_modules
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.provider import StripedHyenaProvider
+
+
+class HyenaStack(MegatronModule):
+    """This pipeline stage's contiguous share of the layers, and on the last stage the final norm."""
+
+    def __init__(self, config: StripedHyenaProvider, *, pre_process: bool, post_process: bool) -> None:
+        super().__init__(config=config)
+        groups = config.process_groups()
+        self.pre_process = pre_process
+        self.tp_group = groups.tp
+        self.input_tensor: Tensor | None = None
+        num_local = config.num_layers // groups.pp.size()
+        first = num_local * groups.pp.rank()
+        self.layers = nn.ModuleList()
+        for local in range(num_local):
+            symbol = config.hybrid_override_pattern[first + local]
+            with get_fp8_context(config, first + local, is_init=True):
+                if symbol == "*":
+                    # a TransformerLayer adds the stage's first layer to its number itself
+                    layer = build_module(
+                        attention_layer_spec(output_bias=config.add_attn_proj_bias),
+                        config=config,
+                        layer_number=local + 1,
+                        pg_collection=groups,
+                    )
+                else:
+                    layer = HyenaLayer(config, symbol, layer_number=first + local + 1)
+            self.layers.append(layer)
+        self.final_norm = None
+        if post_process:
+            self.final_norm = layer_modules().norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Take the residual stream from the previous pipeline stage instead of from ``forward``'s argument."""
+        self.input_tensor = input_tensor
+
+    def forward(
+        self,
+        hidden_states: Tensor | WrappedTensor | None,
+        rotary_pos_emb: Tensor,
+        inference_context: InferenceState | None = None,
+        *,
+        hidden_after_layer: int | None = None,
+    ) -> Tensor:
+        """Run the layers of this stage.
+
+        Args:
+            hidden_states: Residual stream [L, B, H]; wrapped, it is freed as soon as the first layer is done with it.
+            rotary_pos_emb: Angles [L, 1, 1, C] for the attention layers.
+            inference_context: Caches to continue from.
+            hidden_after_layer: Stop after this local layer, counted from 0, and return the raw residual stream.
+
+        Returns:
+            Residual stream [L, B, H], after the final norm on the last stage.
+        """
+        if not self.pre_process:
+            hidden_states = self.input_tensor
+        if isinstance(hidden_states, WrappedTensor):
+            hidden_states = hidden_states.unwrap()
+        last = len(self.layers) if hidden_after_layer is None else hidden_after_layer + 1
+        with get_fp8_context(self.config) if self._one_fp8_context() else nullcontext():
+            if self.training and self.config.recompute_granularity == "full":
+                hidden_states = self._forward_recomputed(hidden_states, rotary_pos_emb)
+            else:
+                hidden_states = self._forward_layers(0, last, hidden_states, rotary_pos_emb, inference_context)
+        if self.final_norm is not None and hidden_after_layer is None:
+            hidden_states = self.final_norm(hidden_states)
+        # pipeline communication frees the data of what it has sent, which must not be a view
+        return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
+
+    def _one_fp8_context(self) -> bool:
+        """Delayed scaling keeps one history for the whole pass; the other recipes choose layer by layer."""
+        return bool(self.config.fp8) and self.config.fp8_recipe == Fp8Recipe.delayed
+
+    def _forward_layers(
+        self,
+        start: int,
+        end: int,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor,
+        inference_context: InferenceState | None = None,
+    ) -> Tensor:
+        for layer in self.layers[start:end]:
+            with nullcontext() if self._one_fp8_context() else get_fp8_context(self.config, layer.layer_number - 1):
+                if isinstance(layer, HyenaLayer):
+                    hidden_states = layer(hidden_states, inference_context)
+                else:
+                    hidden_states, _ = layer(
+                        hidden_states=hidden_states,
+                        attention_mask=None,
+                        rotary_pos_emb=rotary_pos_emb,
+                        inference_context=inference_context,
+                    )
+        return hidden_states
+
+    def _forward_recomputed(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """Keep only the input of every block of layers, and run it again in the backward pass."""
+        block, num_layers = self.config.recompute_num_layers, len(self.layers)
+        # "uniform" recomputes blocks of that many layers; "block" the first that many, one by one
+        uniform = self.config.recompute_method == "uniform"
+        starts = range(0, num_layers, block) if uniform else range(min(block, num_layers))
+        for start in starts:
+            end = min(start + block, num_layers) if uniform else start + 1
+
+            def run(hidden: Tensor, rotary: Tensor, start: int = start, end: int = end) -> Tensor:
+                return self._forward_layers(start, end, hidden, rotary)
+
+            hidden_states = tensor_parallel.checkpoint(
+                run, self.config.distribute_saved_activations, hidden_states, rotary_pos_emb
+            )
+        done = num_layers if uniform else len(starts)
+        return self._forward_layers(done, num_layers, hidden_states, rotary_pos_emb)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys with global layer numbers, so that a checkpoint does not depend on the pipeline."""
+        sharded: ShardedStateDict = {}
+        for local, layer in enumerate(self.layers):
+            local_prefix = f"{prefix}layers.{local}."
+            of_layer = layer.sharded_state_dict(local_prefix, (), metadata)
+            replace_prefix_for_sharding(of_layer, local_prefix, f"{prefix}layers.{layer.layer_number - 1}.")
+            sharded |= of_layer
+        if self.final_norm is not None:
+            sharded |= sharded_state_dict_default(
+                self.final_norm, f"{prefix}final_norm.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        return sharded

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StripedHyena 2 as a Megatron language model: embedding, stack, output head, loss.
+
+Shape legend: B batch, L tokens, V vocabulary rows of this process, H channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import ModelType
+from megatron.core.utils import WrappedTensor
+from torch import Tensor
+
+from evo2_megatron.config import UserError
+from evo2_megatron.model.inference_state import InferenceState
+from evo2_megatron.model.loss import loss_weights
+from evo2_megatron.model.stack import HyenaStack
+from evo2_megatron.ops.casing import to_upper
+
+
+class StripedHyenaModel(LanguageModule):
+    """One pipeline stage of the model; with one stage, all of it."""
+
+    def __init__(self, config: Any, vocab_size: int, *, pre_process: bool, post_process: bool) -> None:
+        """Build from a StripedHyenaProvider; ``vocab_size`` counts the embedding's rows, padding included."""
+        groups = config.process_groups()
+        super().__init__(config=config, pg_collection=groups)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.vocab_size = vocab_size
+        self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=vocab_size,
+                max_sequence_length=config.seq_length,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=config.rotary_percent,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            rotary_base=config.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=groups.cp,
+        )
+        self.decoder = HyenaStack(config, pre_process=pre_process, post_process=post_process)
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=config.add_bias_output,
+                skip_bias_add=False,
+                gather_output=not config.parallel_output,
+                skip_weight_param_allocation=pre_process and config.share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Receive the residual stream from the previous pipeline stage."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        inference_context: InferenceState | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        hidden_after_layer: int | None = None,
+    ) -> Tensor:
+        """Next-token logits, or the loss when there are labels.
+
+        Args:
+            input_ids: Token ids [B, L].
+            position_ids: Not read: positions are consecutive, from 0 or from what ``inference_context`` has seen.
+            attention_mask: Must be None: attention is causal.
+            labels: Next-token ids [B, L], with their case.
+            loss_mask: [B, L], 1 where a label counts; None: everywhere.
+            inference_context: Caches to continue from; brought up to date in place.
+            runtime_gather_output: Gather the vocabulary over tensor parallelism; always so in inference.
+            hidden_after_layer: Return the residual stream [B, L, H] after this layer, counted from 0, and stop there.
+
+        Returns:
+            Logits [B, L, V]; or weighted loss in nat per token, float32 [B, L]; or [L, B, H] on earlier stages.
+        """
+        assert attention_mask is None, "attention is causal; a mask would be ignored"
+        hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        rotary_pos_emb = self._rotary_angles(input_ids, hidden_states, inference_context)
+        hidden_states = self.decoder(
+            WrappedTensor(hidden_states) if self.pre_process else None,
+            rotary_pos_emb,
+            inference_context,
+            hidden_after_layer=hidden_after_layer,
+        )
+        if inference_context is not None:
+            inference_context.num_tokens_seen += input_ids.shape[1]
+        if hidden_after_layer is not None:
+            return hidden_states.transpose(0, 1).contiguous()
+        if not self.post_process:
+            return hidden_states
+        return self._head(hidden_states, labels, loss_mask, inference_context, runtime_gather_output)
+
+    def _rotary_angles(
+        self, input_ids: Tensor | None, hidden_states: Tensor | None, inference_context: InferenceState | None
+    ) -> Tensor:
+        if inference_context is not None:
+            inference_context.check_room(*input_ids.shape)
+            # not through forward(), whose cache of the last 32 results would fill with one-token tables
+            return self.rotary_pos_emb.get_emb(input_ids.shape[1], inference_context.num_tokens_seen)
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden_states, self.config, None)
+        return self.rotary_pos_emb(length)
+
+    def _head(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        inference_context: InferenceState | None,
+        runtime_gather_output: bool | None,
+    ) -> Tensor:
+        if inference_context is not None:
+            runtime_gather_output = True
+            if inference_context.last_token_logits_only:
+                hidden_states = hidden_states[-1:]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_LBV, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
+        if labels is None:
+            return logits_LBV.transpose(0, 1).contiguous()
+        loss_BL = self.compute_language_model_loss(to_upper(labels), logits_LBV)
+        mask_BL = loss_BL.new_ones(loss_BL.shape) if loss_mask is None else loss_mask
+        normalize = self.config.to_upper == "normalized_weighted"
+        return loss_BL.float() * loss_weights(labels, mask_BL, normalize=normalize)
+
+    def new_inference_state(
+        self, batch_size: int, max_tokens: int, *, last_token_logits_only: bool = False
+    ) -> InferenceState:
+        """Empty caches for a batch.
+
+        Args:
+            batch_size: Sequences that advance together.
+            max_tokens: Prompt and generated tokens together, at most; sizes the keys and values.
+            last_token_logits_only: Return logits [B, 1, V] of the last token of each call instead of all of them.
+        """
+        if self.config.context_parallel_size > 1:
+            raise UserError("generation does not split sequences over processes; use --context-parallel-size 1")
+        layers = {}
+        for layer in self.decoder.layers:
+            owner = layer if hasattr(layer, "mixer") else layer.self_attention
+            layers[layer.layer_number] = owner.new_state(batch_size, max_tokens)
+        return InferenceState(batch_size, max_tokens, layers, last_token_logits_only)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start and stop process groups; who am I among the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from evo2_megatron.config import ParallelConfig
+from evo2_megatron.runtime import megatron
+
+
+def rank() -> int:
+    """This process among all; right before process groups exist, too."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[None]:
+    """Run a block inside torch.distributed and Megatron's parallel state; both are gone afterwards.
+
+    NCCL on CUDA, gloo elsewhere. Without torchrun this is a group of one process.
+
+    Args:
+        parallel: How the processes divide into copies of the model.
+        seed: Seed of Python's, NumPy's and torch's generators and of Megatron's per-region random states.
+
+    Raises:
+        UserError: The number of processes is not a multiple of ``parallel.model_size``.
+    """
+    parallel.check_world_size(world_size())
+    megatron.enter()
+    import torch
+    from megatron.core import parallel_state
+
+    if megatron.on_cuda():
+        torch.cuda.set_device(local_rank())
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    if "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group(backend, rank=rank(), world_size=world_size())
+    else:
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+        )
+        _seed_everything(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _seed_everything(seed: int) -> None:
+    import random
+
+    import numpy
+    import torch
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def data_parallel_rank() -> int:
+    """Which copy of the model this process belongs to."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of copies of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_model_parallel_writer() -> bool:
+    """Whether this process speaks for its copy of the model: first of tensor and context, last of pipeline."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.is_pipeline_last_stage()
+    )

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one gate to Megatron Bridge, with or without Transformer Engine, with or without a GPU.
+
+A task calls ``enter`` before anything imports ``megatron.bridge``. With CUDA and Transformer Engine it changes nothing
+but the two wheel defects noted below; everything else here is for machines that lack one or the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+# megatron-core modules that decide, when imported, whether Transformer Engine exists: they must decide "no" before a
+# stand-in for its name is in sys.modules
+_TE_DECIDERS = (
+    "transformer.attention", "models.gpt", "models.mamba.mamba_layer_specs", "models.T5.t5_spec",
+    "models.vision.vit_layer_specs", "optimizer", "distributed", "dist_checkpointing", "pipeline_parallel",
+    "models.multimodal", "post_training.modelopt.gpt.model_specs", "extensions.transformer_engine_spec_provider",
+    "ssm.mamba_mixer", "models.gpt.experimental_attention_variant_module_specs",
+)  # fmt: skip
+
+
+def on_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU for it to run on."""
+    return on_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def device() -> Any:
+    """The torch.device that this process computes on."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+@functools.cache
+def enter() -> None:
+    """Make Megatron Bridge importable and usable on this machine. Further calls do nothing."""
+    if not on_cuda():
+        # torch.compile would need a C++ compiler at run time, and cannot trace the stand-ins
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if importlib.util.find_spec("transformer_engine") is None:
+        with warnings.catch_warnings():
+            # a dozen times that Transformer Engine and Apex are absent, and that torch is used instead
+            warnings.simplefilter("ignore", UserWarning)
+            _import_bridge_without_transformer_engine()
+    if not on_cuda():
+        from evo2_megatron.runtime import cuda_on_cpu
+
+        cuda_on_cpu.install()
+    _patch_initialize()
+
+
+class _StandIn(types.ModuleType):
+    """A module whose every attribute is an empty class: enough for Bridge's ``class X(te.Y)`` lines at import."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _StandIn(f"{self.__name__}.{name}") if name in ("ops", "pytorch", "optimizers") else type(name, (), {})
+        setattr(self, name, value)
+        return value
+
+
+def _import_bridge_without_transformer_engine() -> None:
+    """megatron.bridge.peft imports Transformer Engine unconditionally (Bridge 0.3.1): satisfy that import, no more.
+
+    Ends when Bridge guards the import as megatron-core does.
+    """
+    for name in _TE_DECIDERS:
+        importlib.import_module(f"megatron.core.{name}")
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    for name in names:
+        module = _StandIn(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__path__, module.__version__ = [], "0.0.0"
+        sys.modules[name] = module
+    sys.modules[names[0]].pytorch = sys.modules[names[1]]
+    try:
+        importlib.import_module("megatron.bridge.peft.lora")
+        importlib.import_module("megatron.bridge.peft.canonical_lora")
+    finally:
+        # nobody else may believe that it is there
+        for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+
+
+def _patch_initialize() -> None:
+    import megatron.bridge.training.initialize as initialize
+    import megatron.bridge.training.setup as setup
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        # it runs make in a folder where the wheel has no Makefile, and ends the process; the wheel ships the result
+        initialize.compile_helpers = lambda: None
+    if not on_cuda():
+        # setup() does not pass this argument on (Bridge 0.3.1)
+        setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)
