@@ -35,7 +35,5 @@ def forward_step(state: GlobalState, data_iterator: Iterable, model: MegatronMod
     with state.straggler_timer:
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     checks = state.cfg.rerun_state_machine
-    loss = create_masked_next_token_loss_function(
-        loss_mask, checks.check_for_nan_in_loss, checks.check_for_spiky_loss
-    )
+    loss = create_masked_next_token_loss_function(loss_mask, checks.check_for_nan_in_loss, checks.check_for_spiky_loss)
     return output, loss

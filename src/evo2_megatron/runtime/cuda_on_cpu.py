@@ -110,14 +110,15 @@ def _resident_bytes(device: Any = None) -> int:
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
-    except FileNotFoundError:  # macOS has no /proc: the peak is the nearest figure the system gives
-        return _peak_resident_bytes()
+    except FileNotFoundError:  # macOS has no /proc: the peak is the nearest figure that it gives, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _peak_resident_bytes(device: Any = None) -> int:
     """Most memory that the process has held so far."""
     unit = 1 if os.uname().sysname == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # the kernel brings its record up to date now and then, not at every page
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _resident_bytes())
 
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
@@ -175,6 +176,8 @@ def _install_torch_cuda() -> None:
 
 
 def _install_factories() -> None:
+    # ``with torch.device("meta")`` knows the factories by identity, from a list made at its first use: make it now
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_METHODS:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate to Megatron: what it changes without a GPU, and that nothing changes before it is entered."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evo2_megatron.config import ParallelConfig, UserError
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are only for machines without CUDA")
+
+
+def test_importing_the_package_changes_nothing():
+    code = (
+        "import torch; before = (torch.empty, torch.cuda.Stream, torch.Tensor.type, torch.nn.Module.cuda)\n"
+        "import evo2_megatron.runtime.megatron, evo2_megatron.runtime.distributed, evo2_megatron.runtime.cuda_on_cpu\n"
+        "assert before == (torch.empty, torch.cuda.Stream, torch.Tensor.type, torch.nn.Module.cuda)\n"
+        "import sys; assert not [m for m in sys.modules if m.split('.')[0] == 'megatron']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@without_gpu
+def test_cuda_devices_become_the_cpu(megatron):
+    cpu = torch.device("cpu")
+    assert not torch.cuda.is_available()
+    assert torch.zeros(2, device="cuda").device == cpu
+    assert torch.tensor([1.0], device=torch.device("cuda", 0)).device == cpu
+    assert torch.ones(1).cuda().device == torch.ones(1).to("cuda:0").device == cpu
+    assert torch.nn.Linear(1, 1, device="cpu").to("cuda").weight.device == cpu
+    assert torch.empty(1, device="meta").device.type == "meta"
+    assert torch.ones(1, dtype=torch.float32).to(torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+
+
+@without_gpu
+def test_events_measure_time_and_memory_is_the_process_own(megatron):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.randn(200, 200) @ torch.randn(200, 200)
+    end.record()
+    assert start.elapsed_time(end) > 0
+    before = torch.cuda.memory_allocated()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert torch.cuda.memory_allocated() - before > 0.9 * len(block)
+    assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated()
+
+
+@without_gpu
+def test_random_states_fork_and_come_back(one_process):
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    with get_cuda_rng_tracker().fork():
+        forked = torch.rand(3)
+    assert torch.equal(torch.rand(3), want) and not torch.equal(forked, want)
+
+
+@without_gpu
+def test_a_forked_child_computes(megatron):
+    torch.set_num_threads(2)
+    torch.randn(512, 512) @ torch.randn(512, 512)  # the parent has used its threads
+    child = os.fork()
+    if child == 0:
+        (torch.ones(1 << 20) * 2).sum()
+        os._exit(0 if torch.get_num_threads() == 1 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_transformer_engine_is_not_believed_to_be_there(megatron):
+    import importlib.util
+
+    from evo2_megatron.runtime.megatron import have_transformer_engine
+
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    assert have_transformer_engine() == (installed and torch.cuda.is_available())
+    assert installed or "transformer_engine" not in sys.modules
+
+
+def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):
+    from evo2_megatron.runtime.distributed import process_groups
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes do not fit tensor 2 x pipeline 1 x context 1 = 2"):
+        with process_groups(ParallelConfig(tensor=2)):
+            pass
