@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read FASTA, plain or gzip, in one pass whose time is linear in bytes and whose memory is one block.
+
+A record's name is the first word of its header. White space around a sequence line (Windows line ends too) and blank
+lines do not count; inside a line every character does. Case is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from evo2_megatron.config import UserError
+
+BLOCK_BYTES = 1 << 18  # two blocks fit in a core's cache; larger ones measured slower
+_GZIP_MAGIC = b"\x1f\x8b"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NEWLINE = 10
+_END = (None, b"")
+
+
+class FastaRecord(NamedTuple):
+    """One sequence with its name."""
+
+    id: str
+    """First word of the header."""
+
+    description: str
+    """Whole header line, without ``>``."""
+
+    sequence: bytes
+    """Bases without line breaks, case kept."""
+
+
+def read_fasta(path: str | os.PathLike[str], *, unique_ids: bool = False) -> Iterator[FastaRecord]:
+    """Yield the records in the order of the file; memory is that of the longest record.
+
+    Raises:
+        UserError: No such file; not FASTA; a header without a name; or, with ``unique_ids``, a name that occurs twice.
+    """
+    seen: set[str] = set()
+    pieces = read_pieces(path)
+    header, sequence = next(pieces)
+    parts: list[bytes] = []
+    while header is not None:
+        next_header, bases = next(pieces, _END)
+        if next_header is None and bases:
+            parts = parts or [sequence]
+            parts.append(bases)
+            continue
+        if parts:
+            sequence = b"".join(parts)
+            parts.clear()
+        description = decode_header(header)
+        name = description.split(None, 1)[0]
+        if unique_ids:
+            _check_new(path, name, seen)
+        yield FastaRecord(name, description, sequence)
+        header, sequence = next_header, bases
+
+
+def decode_header(header: bytes) -> str:
+    """Header as text; bytes that are not UTF-8 become ``\\xNN``, so that different headers stay different."""
+    return header.decode("utf-8", "backslashreplace")
+
+
+def record_id(header: bytes) -> str:
+    """First word of a header."""
+    return decode_header(header).split(None, 1)[0]
+
+
+def read_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[bytes | None, bytes]]:
+    """Yield ``(header, bases)`` for the start of a record and ``(None, bases)`` for what follows of a long one.
+
+    Pieces are about ``BLOCK_BYTES`` long at most, so memory does not depend on the length of a record. The bases of a
+    record's first piece are empty only if the whole record is.
+
+    Raises:
+        UserError: As ``read_fasta``.
+    """
+    # the loop over records is written out, without calls: they would cost more than the work on a short record
+    with open_fasta(path) as stream:
+        data, at_line_start, ended = _first_block(path, stream), True, False
+        while not ended:
+            block = stream.read(BLOCK_BYTES)
+            ended = not block
+            messy = b"\r" in data or b"\t" in data
+            header, body_at = None, 0
+            header_at = _find_header(data, 0, at_line_start)
+            while header_at >= 0:
+                bases = data[body_at:header_at].replace(b"\n", b"")
+                if messy or b" " in bases:
+                    bases = _strip_lines(data[body_at:header_at], at_line_start)
+                if header is not None or bases:
+                    yield header, bases
+                line_end = data.find(b"\n", header_at)
+                body_at = line_end + 1 if line_end >= 0 else len(data)
+                at_line_start = True
+                if line_end < 0 and not ended:  # the rest of this header is in the next block
+                    break
+                last_header_at = header_at
+                header = data[header_at + 1 : body_at].strip()
+                if messy or not header:
+                    _check_header(path, header)
+                header_at = data.find(b">", body_at)
+                while header_at > body_at and data[header_at - 1] != _NEWLINE:
+                    header_at = data.find(b">", header_at + 1)
+            if header_at >= 0:
+                data = data[header_at:] + block
+                continue
+
+            rest = data[body_at:]
+            body = rest.rstrip()  # a line's trailing space can only be told from inner space by what follows
+            bases = _strip_lines(body, at_line_start)
+            if header is not None and not bases and not ended:  # a record's first piece must not be empty by accident
+                data = data[last_header_at:] + block
+                continue
+            if header is not None or bases:
+                yield header, bases
+            at_line_start = at_line_start and not body
+            data = rest[len(body) :] + block
+
+
+@contextlib.contextmanager
+def open_fasta(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name)."""
+    try:
+        raw = Path(path).open("rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        raise UserError(f"no such FASTA file: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read FASTA file {path}: {error.strerror}") from None
+    with raw:
+        if raw.peek(2)[:2] != _GZIP_MAGIC:
+            yield raw
+            return
+        try:
+            with gzip.open(raw) as stream:
+                yield stream
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path} is damaged or cut off: {error}; decompress it with gunzip to check") from None
+
+
+def _first_block(path, stream: BinaryIO) -> bytes:
+    """The first block from the first header on."""
+    data = stream.read(BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
+    while not data:
+        block = stream.read(BLOCK_BYTES)
+        if not block:
+            raise UserError(f"{path} holds no FASTA records; a record starts with a line '>name'")
+        data = block.lstrip()
+    if not data.startswith(b">"):
+        start = data[:20].split(b"\n")[0].decode("utf-8", "backslashreplace").strip()
+        raise UserError(f"{path} is not FASTA: it starts with {start!r}, not with a line '>name'")
+    return data
+
+
+def _find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> int:
+    """Position of the next ``>`` that begins a line, or -1. ``at_line_start`` speaks of ``start``."""
+    # one byte searched and its neighbour checked is several times faster than a search for two
+    at = data.find(b">", start)
+    while at >= 0 and not (at_line_start if at == start else data[at - 1] == _NEWLINE):
+        at = data.find(b">", at + 1)
+    return at
+
+
+def _strip_lines(lines: bytes, at_line_start: bool) -> bytes:
+    """Join lines, without the white space around each; what a block before has begun keeps its leading space."""
+    bases = lines.replace(b"\n", b"")
+    if not (b"\r" in bases or b" " in bases or b"\t" in bases):
+        return bases
+    first, *others = lines.split(b"\n")
+    return b"".join([first.strip() if at_line_start else first.rstrip(), *(line.strip() for line in others)])
+
+
+def _check_header(path, header: bytes) -> None:
+    if not header:
+        raise UserError(f"{path}: a record has no name; write one after each '>'")
+    if b"\r" in header:
+        raise UserError(f"{path}: line ends are lone carriage returns; convert the file, for example with mac2unix")
+
+
+def _check_new(path, name: str, seen: set[str]) -> None:
+    if name in seen:
+        raise UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
+    seen.add(name)
+
+
+class FastaIndex:
+    """Records by number, in the order of the file, with unique names.
+
+    A plain file is read again for every record; of a gzip file, which cannot be entered in the middle, the bases are
+    kept in memory (one byte each). Can be copied to other processes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Find every record in one pass.
+
+        Raises:
+            UserError: As ``read_fasta`` with ``unique_ids``.
+        """
+        self.path = os.fspath(path)
+        self.ids: list[str] = []
+        self._spans: list[tuple[int, int]] = []
+        self._sequences: list[bytes] = []
+        with open_fasta(path) as stream:
+            plain = isinstance(stream, io.BufferedReader)
+            _first_block(path, stream)
+        if not plain:
+            for record in read_fasta(path, unique_ids=True):
+                self.ids.append(record.id)
+                self._sequences.append(record.sequence)
+        else:
+            self._find_records()
+
+    def _find_records(self) -> None:
+        seen: set[str] = set()
+        with Path(self.path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            next_at = data.find(b">")  # only white space may come before it: the first block has been checked
+            while next_at >= 0:
+                line_end = data.find(b"\n", next_at)
+                body_at = line_end + 1 if line_end >= 0 else len(data)
+                header = data[next_at + 1 : body_at].strip()
+                _check_header(self.path, header)
+                name = record_id(header)
+                _check_new(self.path, name, seen)
+                next_at = _find_header(data, body_at, True)
+                self.ids.append(name)
+                self._spans.append((body_at, next_at if next_at >= 0 else len(data)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sequence(self, index: int) -> bytes:
+        """Bases of one record, without line breaks, case kept."""
+        if self._sequences:
+            return self._sequences[index]
+        start, end = self._spans[index]
+        with Path(self.path).open("rb") as file:
+            file.seek(start)
+            return _strip_lines(file.read(end - start), True)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records of a FASTA file as samples to score."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from evo2_megatron.config import UserError
+from evo2_megatron.data.fasta import FastaIndex
+from evo2_megatron.data.phylogenetic_mask import phylogenetic_tag_mask
+from evo2_megatron.data.tokenizer import EOD, encode_sequence
+
+
+class FastaDataset(Dataset):
+    """One sample per record, in the order of the file; tokens are made when a sample is asked for."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        prepend_bos: bool = False,
+        mask_tags: bool = False,
+        upper_case_tags: bool = False,
+    ) -> None:
+        """Find and check every record.
+
+        Bases are upper-cased. Text between pipes that contains ``_`` or ``;``, a lineage tag, keeps its case unless
+        ``upper_case_tags``.
+
+        Args:
+            path: FASTA, plain or gzip, with unique names.
+            prepend_bos: Begin every sample with token 0 (EOD), which separated documents in training, so that the
+                first base is scored too.
+            mask_tags: Take lineage tags out of ``loss_mask``.
+            upper_case_tags: Upper-case tags too, as training does with its inputs.
+
+        Raises:
+            UserError: The file is no FASTA, two records share a name, one is empty, or one holds a character that has
+                no token.
+        """
+        self._index = FastaIndex(path)
+        self._prepend_bos = prepend_bos
+        self._mask_tags = mask_tags
+        self._upper_case_tags = upper_case_tags
+        self.lengths: list[int] = []
+        """Tokens per sample, with the prepended one."""
+        for i in range(len(self._index)):
+            tokens = self._encode(i)
+            if not tokens:
+                raise UserError(f"{self._name(i)} has no bases; remove it")
+            self.lengths.append(len(tokens) + prepend_bos)
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the records; a sample's ``seq_idx`` is its position here."""
+        return self._index.ids
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One sample, unpadded.
+
+        Returns:
+            ``tokens``, ``position_ids`` and ``loss_mask`` (1: scored when it is the target; 0: prepended or masked),
+            all int64 [length]; ``seq_idx``, int64 scalar.
+        """
+        prefix = bytes([EOD]) if self._prepend_bos else b""
+        tokens = torch.frombuffer(bytearray(prefix + self._encode(index)), dtype=torch.uint8).long()
+        loss_mask = torch.ones_like(tokens)
+        if self._mask_tags:
+            loss_mask[:] = torch.from_numpy(phylogenetic_tag_mask(tokens.numpy(), eod=EOD))
+        loss_mask[: len(prefix)] = 0
+        return {
+            "tokens": tokens,
+            "position_ids": torch.arange(len(tokens)),
+            "loss_mask": loss_mask,
+            "seq_idx": torch.tensor(index),
+        }
+
+    def sequence(self, index: int) -> bytes:
+        """Bases of one record as the file has them."""
+        return self._index.sequence(index)
+
+    def _name(self, index: int) -> str:
+        return f"record '{self.ids[index]}' of {self._index.path}"
+
+    def _encode(self, index: int) -> bytes:
+        sequence = self.sequence(index)
+        sequence = sequence.upper() if self._upper_case_tags else _upper_bases(sequence)
+        return encode_sequence(sequence, name=self._name(index))
+
+
+def _upper_bases(sequence: bytes) -> bytes:
+    if b"|" not in sequence:
+        return sequence.upper()
+    parts = sequence.split(b"|")
+    return b"|".join(part if b"_" in part or b";" in part else part.upper() for part in parts)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strands and alphabets of nucleic acids.
+
+Complement, in both cases: A-T, C-G, and the IUPAC codes R-Y (purine, pyrimidine), K-M (keto, amino), B-V (not A, not
+T), D-H (not C, not G); S, W and N are their own complements. U is read as T, so its complement is A, and the
+complement of A is T: the reverse complement of RNA is DNA. Everything else (gaps, ``@``, ``#``, digits) stays.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Sequence = TypeVar("Sequence", bytes, str)
+
+_CODES = "ACGTURYKMBVDH"
+_COMPLEMENTS = "TGCAAYRMKVBHD"
+
+
+def _tables(source: str, target: str) -> tuple[bytes, dict[int, int]]:
+    """Translation in both cases, once for bytes and once for str."""
+    source, target = source + source.lower(), target + target.lower()
+    return bytes.maketrans(source.encode(), target.encode()), str.maketrans(source, target)
+
+
+COMPLEMENT, _COMPLEMENT_STR = _tables(_CODES, _COMPLEMENTS)
+"""256-byte table for ``bytes.translate``."""
+
+TRANSCRIBE, _TRANSCRIBE_STR = _tables("T", "U")
+"""256-byte table: DNA letters to RNA letters."""
+
+BACK_TRANSCRIBE, _BACK_TRANSCRIBE_STR = _tables("U", "T")
+"""256-byte table: RNA letters to DNA letters."""
+
+
+def complement(sequence: Sequence) -> Sequence:
+    """Replace every base by its partner; case is kept. The table is in this module's docstring."""
+    return sequence.translate(COMPLEMENT if isinstance(sequence, bytes) else _COMPLEMENT_STR)
+
+
+def reverse_complement(sequence: Sequence) -> Sequence:
+    """The opposite strand, read 5' to 3'; case is kept."""
+    return complement(sequence[::-1])
+
+
+def transcribe(sequence: Sequence) -> Sequence:
+    """T to U, t to u: the RNA with the letters of this strand."""
+    return sequence.translate(TRANSCRIBE if isinstance(sequence, bytes) else _TRANSCRIBE_STR)
+
+
+def back_transcribe(sequence: Sequence) -> Sequence:
+    """U to T, u to t."""
+    return sequence.translate(BACK_TRANSCRIBE if isinstance(sequence, bytes) else _BACK_TRANSCRIBE_STR)

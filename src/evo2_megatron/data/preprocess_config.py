@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schema of the YAML file of ``preprocess_evo2``: a list with one mapping per dataset."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evo2_megatron.config import UserError
+from evo2_megatron.data.indexed_dataset import DTYPES
+from evo2_megatron.data.lineage import Lineage
+from evo2_megatron.data.tokenizer import DEFAULT_VOCAB_SIZE, read_vocab_size, tokenizer_dir
+from evo2_megatron.data.yaml_schema import check_fields, read_yaml_list
+
+_DEAD_KEYS = ("include_sequence_id", "pretrained_tokenizer_model", "special_tokens", "fast_hf_tokenizer")
+_POOL_KEYS = ("preproc_concurrency", "chunksize")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """One dataset: FASTA files in, six Megatron files out. Field names are the keys of the YAML."""
+
+    datapaths: list[str] = field(default_factory=list)
+    """FASTA files, plain or gzip, relative to the current directory; all go into one dataset."""
+
+    output_dir: str | None = None
+    """Created if missing; None: the current directory."""
+
+    output_prefix: str | None = None
+    """First part of the output names, ``{output_prefix}_{tokenizer}_{split}``; None: they start with the tokenizer."""
+
+    train_split: float = 0.7
+    """Relative weight."""
+
+    valid_split: float = 0.2
+    """Relative weight."""
+
+    test_split: float = 0.1
+    """Relative weight."""
+
+    split_window_length: int | None = None
+    """Cut every record into windows of this many bases, each a document, before dividing them between splits; the
+    windows of a record that go to one split are contiguous. None: a record is a document and goes to one split."""
+
+    overwrite: bool = False
+    """Replace output files that exist."""
+
+    embed_reverse_complement: bool = False
+    """Write both strands, as two documents of the same split."""
+
+    random_reverse_complement: float = 0.0
+    """Probability of replacing a document by its reverse complement, before ``embed_reverse_complement``."""
+
+    random_lineage_dropout: float = 0.0
+    """Probability of blanking each rank of a lineage tag."""
+
+    transcribe: str | None = None
+    """``transcribe``: T to U; ``back_transcribe``: U to T; None: neither."""
+
+    force_uppercase: bool = False
+    """Upper-case the bases; otherwise soft-masking (lower case) is kept."""
+
+    indexed_dataset_dtype: str = "uint8"
+    """Integer type of the token ids."""
+
+    append_eod: bool = True
+    """End every document with token 0."""
+
+    enforce_sample_length: int | None = None
+    """Pad every document to this many tokens with token 1; a longer one is an error."""
+
+    ftfy: bool = False
+    """Not supported: sequences must be ASCII already."""
+
+    hf_tokenizer_model_path: str | None = None
+    """Folder of a nucleotide tokenizer; None: the one of 256 tokens that ships with this package."""
+
+    hf_tokenizer_model_name: str | None = None
+    """Not supported: ids come from a table, not from a tokenizer of a hub."""
+
+    hf_tokenizer_trust_remote_code: bool = False
+    """Not supported: no remote code is ever loaded."""
+
+    workers: int = 1
+    """One process reads, translates and writes; more are not supported."""
+
+    preproc_concurrency: int = 100000
+    """No effect: memory does not depend on the number of sequences."""
+
+    chunksize: int = 1
+    """No effect: there is no pool of workers."""
+
+    drop_empty_sequences: bool = False
+    """Skip records without bases; otherwise one is an error."""
+
+    nnn_filter: bool = False
+    """Skip documents that contain NNN in any case."""
+
+    seed: int | None = None
+    """Seed of the splits, strands and lineage dropout; None means 0: the same config always gives the same files."""
+
+    taxonomy_data: dict[str, Lineage] = field(default_factory=dict)
+    """Lineage by a part of the sequence id; the first key that occurs anywhere in an id applies."""
+
+    prompt_spacer_length: int = 131072
+    """A lineage tag stands at every multiple of this many tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("random_reverse_complement", "random_lineage_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a probability between 0 and 1")
+        for name in ("split_window_length", "enforce_sample_length", "prompt_spacer_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        weights = self.split_weights.values()
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise UserError(
+                "train_split, valid_split and test_split are "
+                f"{', '.join(f'{weight:g}' for weight in weights)}; none may be negative and one must be above 0"
+            )
+        if not self.datapaths:
+            raise UserError("datapaths is empty; list one or more FASTA files")
+        if self.transcribe not in (None, "transcribe", "back_transcribe"):
+            raise UserError(f"transcribe is '{self.transcribe}'; use transcribe, back_transcribe or null")
+        if self.indexed_dataset_dtype not in DTYPES:
+            raise UserError(f"indexed_dataset_dtype is '{self.indexed_dataset_dtype}'; use one of {', '.join(DTYPES)}")
+        self._refuse_unsupported()
+        for key, lineage in self.taxonomy_data.items():
+            lineage.check_fits(self.prompt_spacer_length, key=key)
+
+    def _refuse_unsupported(self) -> None:
+        if self.ftfy:
+            raise UserError("ftfy is not supported: sequences must be plain ASCII; set it to false")
+        if self.hf_tokenizer_model_name is not None:
+            raise UserError(
+                "hf_tokenizer_model_name is not supported; save the tokenizer to a folder and set "
+                "hf_tokenizer_model_path, or set both to null for the one that ships with this package"
+            )
+        if self.hf_tokenizer_trust_remote_code:
+            raise UserError("hf_tokenizer_trust_remote_code is not supported: no code is loaded; set it to false")
+        if self.workers != 1:
+            raise UserError(f"workers is {self.workers}; one process does all the work, set it to 1")
+
+    @property
+    def split_weights(self) -> dict[str, float]:
+        """Weight by the name that the split has in file names."""
+        return {"train": self.train_split, "val": self.valid_split, "test": self.test_split}
+
+    @property
+    def output_prefixes(self) -> dict[str, Path]:
+        """Path of each split's files without ``.bin`` and ``.idx``."""
+        folder = Path(self.hf_tokenizer_model_path or tokenizer_dir())
+        tokenizer = (folder.name or folder.resolve().name).lower().replace(" ", "")
+        stem = tokenizer if self.output_prefix is None else f"{self.output_prefix}_{tokenizer}"
+        return {split: Path(self.output_dir or ".", f"{stem}_{split}") for split in self.split_weights}
+
+    @property
+    def label(self) -> str:
+        """What to call this dataset in messages."""
+        return self.output_prefix or Path(self.datapaths[0]).name
+
+    def vocab_size(self) -> int:
+        """Number of tokens of the tokenizer.
+
+        Raises:
+            UserError: ``hf_tokenizer_model_path`` is not a nucleotide tokenizer.
+        """
+        if self.hf_tokenizer_model_path is None:
+            return DEFAULT_VOCAB_SIZE
+        return read_vocab_size(self.hf_tokenizer_model_path)
+
+
+def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[PreprocessConfig], list[str]]:
+    """Read and check the file.
+
+    Returns:
+        The datasets, and notes for the user about keys that have no effect.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or says something that cannot be done.
+    """
+    entries = read_yaml_list(path)
+    notes = []
+    configs = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}, dataset {number}"
+        for key in _DEAD_KEYS:
+            if key in entry:
+                notes.append(f"{where}: {key} has no effect")
+        notes += [f"{where}: {key} has no effect; one process does all the work" for key in _POOL_KEYS if key in entry]
+        known = {key: value for key, value in entry.items() if key not in _DEAD_KEYS}
+        try:
+            values = check_fields(PreprocessConfig, known)
+            values["taxonomy_data"] = _lineages(values.get("taxonomy_data", {}))
+            configs.append(PreprocessConfig(**values))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return configs, notes
+
+
+def _lineages(entries: dict[Any, Any]) -> dict[str, Lineage]:
+    lineages = {}
+    for key, ranks in entries.items():
+        if not isinstance(ranks, dict):
+            raise UserError(f"taxonomy_data, '{key}': {ranks!r} is not a mapping of ranks to names")
+        try:
+            lineages[str(key)] = Lineage(**check_fields(Lineage, ranks))
+        except UserError as error:
+            raise UserError(f"taxonomy_data, '{key}': {error}") from None
+    return lineages

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Megatron Bridge asks for training data: settings that go into run_config.yaml and build the three datasets.
+
+Call ``evo2_megatron.runtime.megatron.enter`` before importing this.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from torch.utils.data import Dataset
+
+from evo2_megatron.config import UserError
+from evo2_megatron.data.blend import SPLITS, Blend, read_blends
+from evo2_megatron.data.datasets import Evo2Dataset, Evo2DatasetConfig, Evo2DatasetPadEodLossMask
+from evo2_megatron.data.mock import MockEvo2Dataset
+
+Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+"""Training, validation and test; None where no samples are wanted."""
+
+
+@dataclass(kw_only=True)
+class Evo2DatasetProvider(DatasetProvider):
+    """Indexed datasets, blended as a YAML file says."""
+
+    dataset_config_path: str
+    """The YAML file, see ``evo2_megatron.data.blend``."""
+
+    seq_length: int
+    """Tokens per sample."""
+
+    dataset_dir: str | None = None
+    """Where relative prefixes of the YAML start; None: the current directory."""
+
+    random_seed: int = 1234
+    """Seed of the order of documents and samples."""
+
+    eod_mask_loss: bool = False
+    """Do not score the first base after the end of a document."""
+
+    index_cache_dir: str | None = None
+    """Folder for the index of the samples, shared by all processes; None: next to each dataset."""
+
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
+
+    create_attention_mask = False  # no field: Megatron Bridge asks, and there is only one answer
+
+    def build_datasets(self, context: DatasetBuildContext) -> Datasets:
+        """Build the datasets; every process must call this.
+
+        Raises:
+            UserError: A dataset is missing or damaged, or the index cannot be written.
+        """
+        samples = _num_samples(context)
+        wanted = [split for split in SPLITS if samples[split]]
+        blends = read_blends(self.dataset_config_path, dataset_dir=self.dataset_dir, required=wanted)
+        blends = {split: blends[split] for split in wanted}
+        self._check_cache_folders(blends)
+        config = Evo2DatasetConfig(
+            random_seed=self.random_seed,
+            sequence_length=self.seq_length,
+            blend_per_split=[tuple(blends[split]) if split in blends else None for split in SPLITS],
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=self.eod_mask_loss,
+            create_attention_mask=False,
+            tokenizer=context.tokenizer,
+            index_cache_dir=self.index_cache_dir,
+        )
+        dataset_class = Evo2DatasetPadEodLossMask if self.eod_mask_loss else Evo2Dataset
+        train, valid, test = BlendedMegatronDatasetBuilder(
+            dataset_class, list(samples.values()), lambda: True, config
+        ).build()
+        return train, valid, test
+
+    def _check_cache_folders(self, blends: dict[str, Blend]) -> None:
+        """A process that cannot write would leave the others waiting for it: all of them look first."""
+        folders = [self.index_cache_dir] if self.index_cache_dir else [p for b in blends.values() for p in b.prefixes]
+        for folder in folders:
+            existing = Path(folder).absolute()
+            while not existing.is_dir():
+                existing = existing.parent
+            if not os.access(existing, os.W_OK):
+                raise UserError(
+                    f"cannot write the sample index under {existing}; set index_cache_dir to a writable folder"
+                )
+
+
+@dataclass(kw_only=True)
+class MockEvo2DatasetProvider(DatasetProvider):
+    """Random nucleotides."""
+
+    seq_length: int
+    """Tokens per sample."""
+
+    random_seed: int = 1234
+
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
+
+    create_attention_mask = False
+
+    def build_datasets(self, context: DatasetBuildContext) -> Datasets:
+        """Build the datasets; no files are read or written."""
+        train, valid, test = (
+            MockEvo2Dataset(num, self.seq_length, seed=self.random_seed, split=number) if num else None
+            for number, num in enumerate(_num_samples(context).values())
+        )
+        return train, valid, test
+
+
+def _num_samples(context: DatasetBuildContext) -> dict[str, int]:
+    return dict(zip(SPLITS, (context.train_samples, context.valid_samples, context.test_samples), strict=True))
