@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evo2_megatron.model.filters import NUM_MODES, ModalFilter, uniform_
 from evo2_megatron.model.inference_state import ModalState
-from evo2_megatron.model.operator import HyenaOperator
+from evo2_megatron.model.operator import HyenaOperator, streams
+from evo2_megatron.ops.causal_conv import causal_conv
 from evo2_megatron.ops.modal import modal_conv, modal_step
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ class HyenaLI(HyenaOperator):
         log_pole_DM = self.per_channel(self.filter.log_pole_GM())
         return log_pole_DM, self.per_channel(self.filter.residue_GM()), self.conv_bias.float(), log_pole_DM.exp()
 
-    def forward(self, x_BDL: Tensor) -> Tensor:
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
         log_pole_DM, residue_DM, skip_D, _ = self.derived_filter()
-        return modal_conv(x_BDL, log_pole_DM, residue_DM, skip_D).y_BDL
+        post_gate, pre_gate, value = streams(causal_conv(u_BEL, input_taps_EK))
+        return post_gate * modal_conv(pre_gate * value, log_pole_DM, residue_DM, skip_D).y_BDL
 
     def new_state(self, batch_size: int) -> ModalState:
         shape = (batch_size, self.num_channels, NUM_MODES)

@@ -19,6 +19,7 @@ from evo2_megatron.model.hyena_mr import HyenaMR
 from evo2_megatron.model.hyena_se import HyenaSE
 from evo2_megatron.model.inference_state import FirState, HyenaState
 from evo2_megatron.model.layer_specs import layer_modules
+from evo2_megatron.model.operator import streams
 from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
 
 if TYPE_CHECKING:
@@ -70,28 +71,23 @@ class HyenaMixer(MegatronModule):
         """
         u_LBE, _ = self.dense_projection(x_LBH)
         if state is None:
-            y_BDL = self._convolve(u_LBE.permute(1, 2, 0))
+            y_BDL = self.mixer(u_LBE.permute(1, 2, 0), self.hyena_proj_conv.taps_GK())
         elif u_LBE.shape[0] == 1:
             y_BDL = self._step(u_LBE[0], state)[..., None]
         else:
             y_BDL = self._extend(u_LBE.permute(1, 2, 0), state)
         return self.dense(y_BDL.permute(2, 0, 1).contiguous())
 
-    def _convolve(self, u_BEL: Tensor) -> Tensor:
-        u_BEL = causal_conv(u_BEL, self.hyena_proj_conv.taps_GK())
-        post_gate, pre_gate, value = _streams(u_BEL)
-        return post_gate * self.mixer(pre_gate * value)
-
     def _extend(self, u_BEL: Tensor, state: HyenaState) -> Tensor:
         history = state.input_conv.inputs_BDP
         f_BEL = causal_conv(u_BEL, state.input_taps_EK, history)
         history.copy_(last_inputs(u_BEL, INPUT_FILTER_LENGTH - 1, history))
-        post_gate, pre_gate, value = _streams(f_BEL)
+        post_gate, pre_gate, value = streams(f_BEL)
         return post_gate * self.mixer.extend(pre_gate * value, state.operator_filter, state.operator)
 
     def _step(self, u_BE: Tensor, state: HyenaState) -> Tensor:
         f_BE = causal_conv_step(u_BE, state.input_taps_EK, state.input_conv.inputs_BDP)
-        post_gate, pre_gate, value = _streams(f_BE)
+        post_gate, pre_gate, value = streams(f_BE)
         return post_gate * self.mixer.step(pre_gate * value, state.operator_filter, state.operator)
 
     def new_state(self, batch_size: int) -> HyenaState:
@@ -104,8 +100,3 @@ class HyenaMixer(MegatronModule):
             input_taps_EK=taps_EK.detach().float(),
             operator_filter=tuple(part.detach() for part in self.mixer.derived_filter()),
         )
-
-
-def _streams(f_BEx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Post-gate, pre-gate and value of every channel: the projection's rows interleave them with period 3."""
-    return f_BEx.unflatten(1, (-1, 3)).unbind(2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the three Hyena operators have in common.
 
-Shape legend: B batch, D channels, L tokens, K taps, P tokens of history, G filters.
+Shape legend: B batch, D channels, E = 3D projection rows, L tokens, K taps, P tokens of history, G filters.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from torch import Tensor
 from evo2_megatron.model.inference_state import FirState, ModalState
 from evo2_megatron.model.sharded_parameters import ShardedParameters
 from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
+from evo2_megatron.ops.fused_conv import gated_conv
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
+
+
+def streams(f_BEx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Post-gate, pre-gate and value of every channel: the projection's rows interleave them with period 3."""
+    return f_BEx[:, 0::3], f_BEx[:, 1::3], f_BEx[:, 2::3]
 
 
 class HyenaOperator(ShardedParameters):
@@ -32,8 +38,16 @@ class HyenaOperator(ShardedParameters):
         return filter_G.repeat_interleave(self.num_channels // filter_G.shape[0], dim=0)
 
     @abstractmethod
-    def forward(self, x_BDL: Tensor) -> Tensor:
-        """Convolve whole sequences; differentiable."""
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
+        """Input convolution, gates and operator on whole sequences; differentiable.
+
+        Args:
+            u_BEL: Projection rows, three per channel.
+            input_taps_EK: Taps of the input convolution.
+
+        Returns:
+            y_BDL, ready for the output projection.
+        """
 
     @abstractmethod
     def new_state(self, batch_size: int) -> FirState | ModalState:
@@ -72,8 +86,8 @@ class ExplicitOperator(HyenaOperator):
             return taps_DK
         return torch.cat([taps_DK[:, :-1], taps_DK[:, -1:] + skip_D.float()[:, None]], dim=1)
 
-    def forward(self, x_BDL: Tensor) -> Tensor:
-        return causal_conv(x_BDL, self.taps_with_skip_DK())
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
+        return gated_conv(u_BEL, input_taps_EK, self.taps_with_skip_DK())
 
     def new_state(self, batch_size: int) -> FirState:
         shape = (batch_size, self.num_channels, self.num_taps - 1)
