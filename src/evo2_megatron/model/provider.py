@@ -152,7 +152,10 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
         self.gradient_accumulation_fusion = with_te and can_enable_gradient_accumulation_fusion()
         self.use_cpu_initialization = not on_cuda()
         if self.vortex_style_fp8:
-            raise UserError("FP8 input projections (--vortex-style-fp8) are not available yet; leave the flag out")
+            raise UserError(
+                "FP8 input projections are not available yet: leave --vortex-style-fp8 out, or choose a checkpoint that "
+                "was not made with it"
+            )
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Megatron Bridge checkpoint is on disk, and which one a path means. Loads neither torch nor Megatron.
+
+::
+
+    <checkpoints>/
+      latest_checkpointed_iteration.txt    number of the newest complete iteration
+      latest_train_state.pt                copy of that iteration's train_state.pt
+      iter_0000001/
+        .metadata  __0_0.distcp ...        weights in the format of torch.distributed.checkpoint
+        metadata.json                      name and version of that format
+        common.pt                          small values that are the same for all processes
+        run_config.yaml                    complete configuration of the run
+        train_state.pt                     step and sample counters
+        tokenizer/                         Hugging Face tokenizer files
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from evo2_megatron.config import UserError
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+LATEST_TRAIN_STATE = "latest_train_state.pt"
+RUN_CONFIG = "run_config.yaml"
+TRAIN_STATE = "train_state.pt"
+WEIGHTS_INDEX = ".metadata"
+WEIGHTS_FORMAT = "metadata.json"
+TOKENIZER = "tokenizer"
+
+_ITERATION = re.compile(r"iter_(\d+)")
+
+
+def iteration_name(iteration: int) -> str:
+    """Folder name of one iteration: ``iter_0000001``."""
+    return f"iter_{iteration:07d}"
+
+
+def resolve_checkpoint_path(path: Path) -> Path:
+    """Find the one checkpoint that a path means.
+
+    A folder with a ``run_config.yaml`` is that checkpoint. In a folder of iterations, the tracker file decides if
+    there is one and the iteration it names is complete; else it is the complete iteration with the highest number.
+    Complete means that ``run_config.yaml``, which is written last, exists.
+
+    Args:
+        path: A checkpoint (``.../iter_0000100``) or the folder of a run's checkpoints.
+
+    Raises:
+        UserError: There is no such folder, or no complete checkpoint in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"Checkpoint {path} does not exist; check --ckpt-dir")
+    if not path.is_dir():
+        raise UserError(f"Checkpoint {path} is a file; give the checkpoint's folder")
+    if (path / RUN_CONFIG).is_file():
+        return path
+    iterations = _iterations(path)
+    if not iterations:
+        raise UserError(f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>")
+    complete = {number: folder for number, folder in iterations.items() if (folder / RUN_CONFIG).is_file()}
+    if not complete:
+        raise UserError(
+            f"No complete checkpoint in {path}: {iterations[max(iterations)].name} has no {RUN_CONFIG}; "
+            "its writing was interrupted, or it comes from another framework and needs converting"
+        )
+    tracked = _tracked_iteration(path)
+    if tracked in complete:
+        return complete[tracked]
+    if tracked is not None:
+        logger.warning("%s names iteration %s, which is not complete; taking the newest", path / TRACKER, tracked)
+    return complete[max(complete)]
+
+
+def tokenizer_dir(checkpoint: Path) -> Path | None:
+    """Folder of the tokenizer that the model was trained with; None if the checkpoint carries none."""
+    folder = Path(checkpoint) / TOKENIZER
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _iterations(path: Path) -> dict[int, Path]:
+    matches = ((_ITERATION.fullmatch(folder.name), folder) for folder in path.iterdir() if folder.is_dir())
+    return {int(match[1]): folder for match, folder in matches if match}
+
+
+def _tracked_iteration(path: Path) -> int | None:
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdecimal():
+        logger.warning("%s holds %r instead of a number; it is not used", tracker, text[:40])
+        return None
+    return int(text)

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a trained model from a Megatron Bridge checkpoint; every command that needs weights comes here.
+
+Nothing is skipped in silence: a tensor that the model has and the checkpoint lacks, one that the model does not know,
+and one of another shape are errors. Loading runs no code that a checkpoint names: ``run_config.yaml`` and the index of
+the weights are read against lists of known classes, and the rest holds tensors only.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT, WEIGHTS_INDEX, resolve_checkpoint_path, tokenizer_dir
+from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.data.tokenizer import read_vocab_size
+from evo2_megatron.data.tokenizer import tokenizer_dir as bundled_tokenizer_dir
+from evo2_megatron.runtime import megatron
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    from evo2_megatron.model.provider import StripedHyenaProvider
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+_NOT_WEIGHTS = re.compile(r"optimizer\.|rng_state|rerun_state_machine|.*_extra_state")
+_INDEX_MODULES = {
+    f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner", "storage")
+} | {"torch.distributed._shard.sharded_tensor.metadata", "torch.distributed._shard.metadata"}
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("builtins", "set"),
+}
+
+
+class LoadedModel(NamedTuple):
+    """A trained model, ready to run."""
+
+    model: MegatronModule
+    """In evaluation mode, with float32 logits whatever it computes in; torch.no_grad is the caller's choice."""
+
+    provider: StripedHyenaProvider
+    """The configuration that it was built from."""
+
+    tokenizer_dir: Path
+    """Folder of its Hugging Face tokenizer: the checkpoint's, or the bundled one of the same size."""
+
+    precision: str
+    """Name of the precision recipe; ``custom`` where the checkpoint gives values that no recipe has."""
+
+    run_config: RunConfig
+    checkpoint: Path
+
+
+def load_model(
+    ckpt_dir: Path,
+    *,
+    parallel: ParallelConfig,
+    precision: str | None = None,
+    provider_overrides: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Build the model that a checkpoint describes, for any parallel layout, and fill in its weights.
+
+    Call it on all processes, inside ``runtime.distributed.process_groups``. The model gets as many embedding rows as
+    the checkpoint has. It may have fewer layers than the checkpoint: the first ``num_layers``.
+
+    Args:
+        ckpt_dir: A checkpoint, or the folder of a run's checkpoints (the newest is taken).
+        parallel: The layout that the process groups were made for.
+        precision: A recipe's name. None: the checkpoint's; where it names none, bf16_mixed on CUDA and fp32 elsewhere.
+        provider_overrides: Fields of StripedHyenaProvider that replace the checkpoint's.
+
+    Raises:
+        UserError: No checkpoint; not one of ours; keys or shapes that do not match; a layout or a precision that this
+            model or this machine cannot have.
+    """
+    megatron.enter()
+    checkpoint = resolve_checkpoint_path(ckpt_dir)
+    run_config = read_run_config(checkpoint)
+    check_loadable(run_config)
+    stored = stored_shapes(checkpoint)
+    tokenizer = find_tokenizer(checkpoint)
+    name, settings = _precision(run_config, precision)
+    provider = _provider(run_config, stored, parallel, dict(provider_overrides or {}))
+    settings.setup(provider)
+    provider.finalize()
+    # in 16 bits Bridge wraps it: inputs are cast, outputs are float32
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda())
+    _load_weights(model, checkpoint, stored, dropped_layers=range(provider.num_layers, run_config.num_layers))
+    logger.info("Loaded %s in precision %s", checkpoint, name)
+    return LoadedModel(model.eval(), provider, tokenizer, name, run_config, checkpoint)
+
+
+def check_loadable(run_config: RunConfig) -> None:
+    """Raise UserError for checkpoints that hold only a part of a model."""
+    if run_config.is_lora:
+        raise UserError(
+            f"{run_config.path.parent} holds LoRA adapters without their base model, and loading adapters is not "
+            f"supported yet; give the base checkpoint ({run_config.pretrained_checkpoint}) or a fully fine-tuned one"
+        )
+
+
+def find_tokenizer(checkpoint: Path) -> Path:
+    """The checkpoint's tokenizer, or the bundled one that fits where it carries none.
+
+    Raises:
+        UserError: The tokenizer has more tokens than the model has embedding rows.
+    """
+    folder, rows = tokenizer_dir(checkpoint), stored_shapes(checkpoint)[EMBEDDING][0]
+    if folder is None:
+        folder = bundled_tokenizer_dir(512 if rows >= 512 else 256)
+        logger.info("%s carries no tokenizer; using the bundled one in %s", checkpoint, folder)
+    tokens = read_vocab_size(folder)
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokens} tokens but the model in {checkpoint} only {rows} embedding rows; "
+            "put the tokenizer it was trained with into the checkpoint's folder 'tokenizer'"
+        )
+    return folder
+
+
+class _IndexReader(pickle.Unpickler):
+    """Unpickle the index of torch.distributed.checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
+            found = super().find_class(module, name)
+        elif module == "torch":
+            found = getattr(torch, name, None)
+            found = found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else None
+        if found is None or (module in _INDEX_MODULES and not isinstance(found, type)):
+            raise UserError(
+                f"the checkpoint's index of weights names {module}.{name}, which does not belong there; "
+                "the file is damaged or was tampered with, and nothing was loaded"
+            )
+        return found
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Name and global shape of every tensor in a checkpoint, optimizer state included. Reads no tensor.
+
+    Raises:
+        UserError: The folder holds no weights in this format.
+    """
+    index = Path(checkpoint) / WEIGHTS_INDEX
+    for path in (index, Path(checkpoint) / WEIGHTS_FORMAT):
+        if not path.is_file():
+            raise UserError(
+                f"{checkpoint} has no {path.name}, so it holds no weights in Megatron's torch_dist format; "
+                "the copy is incomplete, or the checkpoint needs converting"
+            )
+    with open(index, "rb") as file:
+        try:
+            metadata = _IndexReader(file).load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{index} cannot be read ({error}); copy the checkpoint again") from None
+    entries = metadata.state_dict_metadata
+    shapes = {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+    if EMBEDDING not in shapes:
+        raise UserError(f"{checkpoint} has no tensor {EMBEDDING}; it is not a checkpoint of an Evo 2 model")
+    return shapes
+
+
+def precision_settings(name: str) -> MixedPrecisionConfig:
+    """Megatron Bridge's settings for a recipe of ``config.PRECISION_RECIPES``; ``fp32`` is ours."""
+    from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
+
+    if name == "fp32":
+        return MixedPrecisionConfig(fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32)
+    return get_mixed_precision_config(name)
+
+
+def _precision(run_config: RunConfig, asked: str | None) -> tuple[str, MixedPrecisionConfig]:
+    values = run_config.precision_values() if asked is None else None
+    if values is not None:
+        name = "custom" if values.fp8 or values.fp4 else _plain_name(values)
+    else:
+        name = asked or run_config.recipe() or ("bf16_mixed" if megatron.on_cuda() else "fp32")
+        values = precision_settings(name)
+    if values.fp8 or values.fp4:
+        _check_fp8_hardware(name, values)
+        # parameters are read in their own precision and quantised where they are used
+        values.fp8_param = values.fp8_param_gather = False
+    return name, values
+
+
+def _plain_name(values: MixedPrecisionConfig) -> str:
+    return "bf16_mixed" if values.bf16 else "fp16_mixed" if values.fp16 else "fp32"
+
+
+def _check_fp8_hardware(name: str, values: MixedPrecisionConfig) -> None:
+    if values.fp4 or values.fp8_recipe == "mxfp8":
+        needed = (10, 0)
+    else:
+        needed = (9, 0) if values.fp8_recipe == "blockwise" else (8, 9)
+    if megatron.have_transformer_engine() and torch.cuda.get_device_capability() >= needed:
+        return
+    raise UserError(
+        f"precision {name} needs Transformer Engine and a GPU of compute capability {needed[0]}.{needed[1]} or newer; "
+        "choose --mixed-precision-recipe bf16_mixed, which computes in 16 bits"
+    )
+
+
+def _provider(
+    run_config: RunConfig, stored: Mapping[str, tuple[int, ...]], parallel: ParallelConfig, overrides: dict[str, Any]
+) -> StripedHyenaProvider:
+    rows = stored[EMBEDDING][0]
+    if rows % parallel.tensor:
+        raise UserError(
+            f"tensor parallel size {parallel.tensor} does not divide the checkpoint's {rows} embedding rows"
+        )
+    split_sequence = parallel.tensor > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+    provider = run_config.provider(
+        **{
+            "tensor_model_parallel_size": parallel.tensor,
+            "pipeline_model_parallel_size": parallel.pipeline,
+            "context_parallel_size": parallel.context,
+            "sequence_parallel": split_sequence and parallel.tensor > 1,
+            # not rounded: a tokenizer's size or a layout must not change how many logits there are
+            "vocab_size": rows,
+            "should_pad_vocab": False,
+            # every weight is about to be overwritten
+            "perform_initialization": False,
+        }
+        | overrides
+    )
+    if provider.use_subquadratic_ops and not megatron.on_cuda():
+        if overrides.get("use_subquadratic_ops"):
+            raise UserError("--use-subquadratic-ops needs a CUDA GPU; leave the flag out, the results are the same")
+        logger.info("The checkpoint was trained with subquadratic-ops kernels; without a GPU the plain ones run")
+        provider.use_subquadratic_ops = False
+    return provider
+
+
+def _load_weights(
+    wrapped: MegatronModule, checkpoint: Path, stored: Mapping[str, tuple[int, ...]], *, dropped_layers: Iterable[int]
+) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+    from megatron.core.utils import unwrap_model
+
+    model = unwrap_model(wrapped)
+    content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
+    sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(content))
+    # FP8 scaling history: not part of the weights, and the only entries that would be unpickled
+    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
+    tensors = [entry for entry in nested_values(load_preprocess(sharded)[0]) if isinstance(entry, ShardedTensor)]
+    wanted = _of_all_processes({tensor.key: tuple(tensor.global_shape) for tensor in tensors})
+    check_keys(checkpoint, stored, wanted, dropped_layers=dropped_layers)
+    loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint))["model"]
+    result = model.load_state_dict(loaded, strict=False)
+    forgotten = [name for name in result.missing_keys if "_extra_state" not in name]
+    assert not forgotten and not result.unexpected_keys, f"{forgotten} {result.unexpected_keys}"
+
+
+def _of_all_processes(mine: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Each pipeline stage knows its own tensors only."""
+    of_each: list[dict[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_each, mine)
+    return {name: shape for of_one in of_each for name, shape in of_one.items()}
+
+
+def check_keys(
+    checkpoint: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    dropped_layers: Iterable[int] = (),
+) -> None:
+    """Compare a checkpoint's tensors with a model's.
+
+    Args:
+        checkpoint: For the message.
+        stored: Global shapes in the checkpoint; optimizer, random and FP8 state may be among them.
+        wanted: Global shapes in the model.
+        dropped_layers: Layers that the checkpoint has and the model, by intention, has not; counted from 0.
+
+    Raises:
+        UserError: Names the tensors that are missing, not understood, or of another shape.
+    """
+    dropped = tuple(f"decoder.layers.{i}." for i in dropped_layers)
+    weights = {name for name in stored if not _NOT_WEIGHTS.match(name) and not name.startswith(dropped or "\0")}
+    problems = {
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "not understood": sorted(weights - wanted.keys()),
+        "of another shape": sorted(
+            f"{name} {stored[name]} instead of {wanted[name]}"
+            for name in wanted.keys() & stored.keys()
+            if stored[name] != wanted[name]
+        ),
+    }
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(
+            f"The weights in {checkpoint} are not those of the model that its run_config.yaml describes: "
+            f"{'; '.join(found)}; check that the two files belong together"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

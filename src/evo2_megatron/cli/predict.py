@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score or embed every sequence of a FASTA file with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evo2_megatron.cli import groups
+from evo2_megatron.config import UserError
+
+PROG = "predict_evo2"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; None stands for "not given"."""
+    parser = groups.Parser(PROG, __doc__)
+    parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="sequences, plain or gzip")
+    parser.add_argument(
+        "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
+    )
+    _add_output(parser)
+    _add_sequences(parser)
+    _add_model(parser)
+    groups.add_parallel(parser)
+    groups.add_precision(parser)
+    groups.add_vortex_style_fp8(parser)
+    groups.add_kernels(parser)
+    _add_launch(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``predict_evo2``."""
+    groups.run(PROG, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging()
+    if args.eden_tokenizer:
+        raise UserError("--eden-tokenizer: the tokenizer comes from the checkpoint's folder 'tokenizer'; leave it out")
+    if args.log_prob_collapse_option is not None and not args.output_log_prob_seqs:
+        raise UserError("--log-prob-collapse-option says how to report log-probabilities; add --output-log-prob-seqs")
+
+    # torch loads here, so --help stays instant
+    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences, check_launch, predict
+    from evo2_megatron.tasks.prediction_runner import CHUNK_LENGTH, Output
+
+    check_launch(num_nodes=args.num_nodes, devices=args.devices)
+    predict(
+        args.fasta,
+        args.ckpt_dir,
+        output=Output(
+            log_probs=(args.log_prob_collapse_option or "mean") if args.output_log_prob_seqs else None,
+            embedding_layer=args.embedding_layer,
+        ),
+        files=Files(
+            output_dir=args.output_dir,
+            write_interval=args.write_interval,
+            files_per_subdir=args.files_per_subdir,
+        ),
+        sequences=Sequences(
+            prepend_bos=args.prepend_bos,
+            mask_phylogenetic_tags=args.mask_phylogenetic_tags,
+            max_seq_length=args.max_seq_length,
+            micro_batch_size=args.micro_batch_size,
+            min_length=args.min_length,
+            chunk_length=args.chunk_length or CHUNK_LENGTH,
+        ),
+        changes=ModelChanges(
+            num_layers=args.num_layers,
+            hybrid_override_pattern=args.hybrid_override_pattern,
+            seq_len_interpolation_factor=args.seq_len_interpolation_factor,
+            vortex_style_fp8=groups.vortex_style_fp8(args),
+            use_subquadratic_ops=groups.use_subquadratic_ops(args),
+        ),
+        parallel=groups.parallel(args),
+        precision=groups.precision(args),
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="folder for the results, replacing earlier ones (default: none)"
+    )
+    group.add_argument(
+        "--output-log-prob-seqs", action="store_true", help="log-probabilities in nat instead of logits"
+    )
+    group.add_argument(
+        "--log-prob-collapse-option",
+        choices=("sum", "mean", "per_token"),
+        help="their sum over the sequence, their mean per scored base, or one per base (default: mean)",
+    )
+    group.add_argument(
+        "--embedding-layer",
+        type=int,
+        metavar="N",
+        help="hidden states after this layer instead of logits; 0 is the first layer, -1 the last",
+    )
+    group.add_argument(
+        "--write-interval",
+        choices=("epoch", "batch"),
+        default="epoch",
+        help="one file per copy of the model at the end, from memory; or one per batch at once (default: epoch)",
+    )
+    group.add_argument(
+        "--files-per-subdir",
+        type=groups.positive_int,
+        metavar="N",
+        help="with --write-interval batch: N files each in subdir_1, subdir_2, ...",
+    )
+
+
+def _add_sequences(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sequences")
+    group.add_argument(
+        "--micro-batch-size", type=groups.positive_int, default=1, metavar="N", help="sequences at a time (default: 1)"
+    )
+    group.add_argument(
+        "--min-length",
+        type=groups.positive_int,
+        default=1,
+        metavar="N",
+        help="pad every batch at least to this many tokens",
+    )
+    group.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="start sequences with the token between documents, so that the first base is scored too",
+    )
+    group.add_argument(
+        "--mask-phylogenetic-tags", action="store_true", help="do not score lineage tags inside sequences"
+    )
+    group.add_argument(
+        "--max-seq-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="longest sequence to accept, in tokens (default: what the model was trained for)",
+    )
+    group.add_argument(
+        "--chunk-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="longer sequences are processed in pieces of N tokens; less memory, same result (default: 65536)",
+    )
+    group.add_argument("--eden-tokenizer", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("changes to the model")
+    group.add_argument("--num-layers", type=groups.positive_int, metavar="N", help="use the first N layers only")
+    group.add_argument(
+        "--hybrid-override-pattern", metavar="PATTERN", help="the same, as the pattern of the layers to use: SDH*"
+    )
+    group.add_argument(
+        "--seq-len-interpolation-factor",
+        type=groups.positive_int,
+        metavar="N",
+        help="divide positions by N in the attention layers (default: the checkpoint's)",
+    )
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("launch")
+    group.add_argument(
+        "--num-nodes", type=groups.positive_int, metavar="N", help="checked against what torchrun started"
+    )
+    group.add_argument("--devices", type=groups.positive_int, metavar="N", help="processes per node, checked likewise")

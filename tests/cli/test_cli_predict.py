@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""predict_evo2 from the command line: what the flags mean, and how errors are shown."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from evo2_megatron.cli import predict
+from evo2_megatron.config import ParallelConfig
+
+NEEDED = ["--fasta", "x.fa", "--ckpt-dir", "ckpt"]
+EVERY_FLAG = """
+--output-dir out --write-interval batch --files-per-subdir 7 --num-nodes 2 --devices 8
+--tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
+--no-sequence-parallel --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops
+--micro-batch-size 5 --min-length 100 --prepend-bos --embedding-layer -2 --num-layers 3
+--hybrid-override-pattern SDH --seq-len-interpolation-factor 16 --mask-phylogenetic-tags
+--max-seq-length 9000 --chunk-length 4096
+"""
+"""The flags of the former command, and ours."""
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run the command with the task replaced by a recorder; returns what the task was given."""
+
+    def run(*argv):
+        seen = {}
+        monkeypatch.setattr(
+            "evo2_megatron.tasks.predict.predict",
+            lambda fasta, ckpt_dir, **settings: seen.update(settings, fasta=fasta, ckpt_dir=ckpt_dir),
+        )
+        predict.main([*NEEDED, *argv])
+        return seen
+
+    return run
+
+
+def test_defaults(call):
+    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences
+    from evo2_megatron.tasks.prediction_runner import Output
+
+    assert call() == {
+        "fasta": Path("x.fa"),
+        "ckpt_dir": Path("ckpt"),
+        "output": Output(),
+        "files": Files(),
+        "sequences": Sequences(),
+        "changes": ModelChanges(),
+        "parallel": ParallelConfig(),
+        "precision": None,
+    }
+
+
+def test_every_flag_arrives(call, monkeypatch):
+    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences
+
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    seen = call(*shlex.split(EVERY_FLAG))
+    assert seen["files"] == Files(output_dir=Path("out"), write_interval="batch", files_per_subdir=7)
+    assert seen["changes"] == ModelChanges(
+        num_layers=3,
+        hybrid_override_pattern="SDH",
+        seq_len_interpolation_factor=16,
+        vortex_style_fp8=True,
+        use_subquadratic_ops=True,
+    )
+    assert seen["sequences"] == Sequences(
+        prepend_bos=True,
+        mask_phylogenetic_tags=True,
+        max_seq_length=9000,
+        micro_batch_size=5,
+        min_length=100,
+        chunk_length=4096,
+    )
+    assert seen["parallel"] == ParallelConfig(tensor=4, pipeline=3, context=2, sequence_parallel=False)
+    assert (seen["output"].embedding_layer, seen["output"].log_probs) == (-2, None)
+    assert seen["precision"] == "bf16_mixed"
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--output-log-prob-seqs"], "mean"),
+        (["--output-log-prob-seqs", "--log-prob-collapse-option", "per_token"], "per_token"),
+    ],
+)
+def test_log_probs(call, argv, expected):
+    assert call(*argv)["output"].log_probs == expected
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--log-prob-collapse-option", "sum"], "add --output-log-prob-seqs"),
+        (["--eden-tokenizer"], "--eden-tokenizer: the tokenizer comes from the checkpoint"),
+        (["--files-per-subdir", "2"], "--files-per-subdir needs --write-interval batch"),
+        (
+            ["--output-log-prob-seqs", "--embedding-layer", "1"],
+            "Cannot use --output-log-prob-seqs with --embedding-layer",
+        ),
+        (["--num-nodes", "2"], "--num-nodes is 2, but torchrun started 1; leave it out"),
+        (["--devices", "8"], "--devices is 8, but torchrun started 1; leave it out"),
+        ([], "Checkpoint ckpt does not exist; check --ckpt-dir"),
+        (["--output-dir", __file__], "is a file; give a folder"),
+        (["--micro-batch-size", "0"], "0 is not 1 or more"),
+        (["--write-interval", "sometimes"], "invalid choice: 'sometimes'"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([*NEEDED, *argv])
+    assert stopped.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("predict_evo2: error: ") and message in last_line

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, as copies of the model or as halves of it, give what one gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.config import ParallelConfig
+
+WORKER = Path(__file__).with_name("predict_worker.py")
+# in blocks of two batches of three, the second copy gets nothing of the last block
+LENGTHS = (40, 7, 33, 1, 61, 2, 19)
+
+
+@pytest.fixture(scope="module")
+def inputs(megatron, tmp_path_factory):
+    """A checkpoint and a FASTA file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    letters = "ACGGT" * 20
+    fasta = folder / "records.fa"
+    fasta.write_text("".join(f">r{i}\n{letters[i : i + n]}\n" for i, n in enumerate(LENGTHS)))
+    return write_tiny_checkpoint(folder / "checkpoint"), fasta
+
+
+def torchrun(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_two_copies(inputs, tmp_path):
+    from evo2_megatron.tasks.predict import Files, Sequences, predict
+    from evo2_megatron.tasks.prediction_runner import Output
+
+    checkpoint, fasta = inputs
+    predict(
+        fasta,
+        checkpoint,
+        output=Output(log_probs="sum"),
+        files=Files(output_dir=tmp_path / "one"),
+        sequences=Sequences(micro_batch_size=3),
+    )
+    code = "from evo2_megatron.cli.predict import main; main()"
+    flags = ["--output-log-prob-seqs", "--log-prob-collapse-option", "sum", "--micro-batch-size", "3"]
+    arguments = [
+        "--fasta",
+        fasta,
+        "--ckpt-dir",
+        checkpoint,
+        "--output-dir",
+        tmp_path / "two",
+        "--devices",
+        "2",
+        *flags,
+    ]
+    torchrun("--no-python", sys.executable, "-c", code, *arguments)
+
+    names = [f"predictions__rank_{i}__dp_rank_{i}.pt" for i in range(2)]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [*names, "scores.tsv", "seq_idx_map.json"]
+    parts = [torch.load(tmp_path / "two" / name, weights_only=True) for name in names]
+    assert [part["seq_idx"].tolist() for part in parts] == [[0, 1, 2, 6], [3, 4, 5]]
+    whole = torch.load(tmp_path / "one" / names[0], weights_only=True)["log_probs_seqs"]
+    for part in parts:
+        torch.testing.assert_close(part["log_probs_seqs"], whole[part["seq_idx"]], rtol=1e-5, atol=1e-4)
+    tables = [(tmp_path / folder / "scores.tsv").read_text().splitlines() for folder in ("one", "two")]
+    assert [line.split("\t")[:2] for line in tables[0]] == [line.split("\t")[:2] for line in tables[1]]
+    assert json.loads((tmp_path / "two" / "seq_idx_map.json").read_text()) == {f"r{i}": i for i in range(len(LENGTHS))}
+
+
+@pytest.mark.slow
+def test_two_halves(inputs, tmp_path):
+    from tasks.predict_worker import predictions
+
+    one = predictions(*inputs, ParallelConfig())
+    torchrun(WORKER, *inputs, tmp_path / "two.pt")
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, values in one.items():
+        assert values.keys() == two[name].keys()
+        for key, value in values.items():
+            torch.testing.assert_close(two[name][key], value, rtol=1e-4, atol=1e-3, msg=f"{name} {key}")
