@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: parser, flag groups with every accepted spelling, logging, and how an error is shown."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
+
+_GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser without prefix matching that reports a wrong command line on rank 0 only."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        """``prog``: name of the command. ``description``: shown by ``--help``."""
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        """Exit with status 2, as argparse does."""
+        if _rank() == 0:
+            super().error(message)
+        self.exit(2)
+
+
+def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
+    """Call ``main(argv)``; show a UserError as ``<prog>: error: <line>`` on stderr and exit with status 2.
+
+    Rank 0 speaks for all. Another rank that fails waits a moment first: were it to exit at once, the launcher would
+    end rank 0 before it has spoken. If nobody ended it meanwhile, the fault was its own, and it reports it.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        speaker = f"{prog}: error"
+        if _rank() != 0:
+            time.sleep(_GRACE_SECONDS)
+            speaker += f" on rank {_rank()}"
+        sys.stderr.write(f"{speaker}: {error}\n")
+        sys.exit(2)
+
+
+def set_up_logging(*, debug: bool = False) -> None:
+    """Send log lines to stderr: ours from INFO up, on rank 0; the libraries' from WARNING up; with ``debug`` all."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    if not debug:
+        logging.getLogger("evo2_megatron").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+        # what libraries tell each other concerns their developers; the variable reaches helper processes
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron|torch")
+        warnings.filterwarnings("ignore", message=".*is experimental", category=UserWarning)
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+
+
+def add_parallel(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that ``parallel`` reads."""
+    # first spelling is ours; the rest are what the former commands called it, and the abbreviations old scripts use
+    group = parser.add_argument_group("parallelism")
+    sizes = {
+        "tensor": ("processes that split each weight matrix", "--tensor-model-parallel"),
+        "pipeline": ("processes that split the stack of layers", "--pipeline-model-parallel"),
+        "context": ("processes that split each sequence", "--context-parallel", "--context-model-parallel-size"),
+    }
+    for name, (meaning, *old) in sizes.items():
+        group.add_argument(
+            f"--{name}-parallel-size",
+            *dict.fromkeys((f"--{name}-model-parallel-size", *old)),
+            dest=f"{name}_parallel_size",
+            type=positive_int,
+            default=1,
+            metavar="N",
+            help=f"{meaning} (default: 1)",
+        )
+    group.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="split activations along the sequence between tensor-parallel regions (default: if tensor size > 1)",
+    )
+
+
+def parallel(args: argparse.Namespace) -> ParallelConfig:
+    """The layout asked for on the command line."""
+    return ParallelConfig(
+        tensor=args.tensor_parallel_size,
+        pipeline=args.pipeline_parallel_size,
+        context=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+    )
+
+
+def add_precision(parser: argparse._ActionsContainer) -> None:
+    """Add ``--mixed-precision-recipe``, read as ``precision(args)``; None means that the user did not say."""
+    parser.add_argument(
+        "--mixed-precision-recipe",
+        choices=PRECISION_RECIPES,
+        metavar="NAME",
+        help="number formats, one of: fp32, " + ", ".join(n for n in PRECISION_RECIPES if "_" in n) + "; "
+        "hyphens may replace underscores (default: the checkpoint's; else bf16_mixed, and fp32 without a GPU)",
+    )
+
+
+def precision(args: argparse.Namespace) -> str | None:
+    """The precision recipe with underscores, or None if not given."""
+    return args.mixed_precision_recipe and args.mixed_precision_recipe.replace("-", "_")
+
+
+def add_kernels(parser: argparse._ActionsContainer) -> None:
+    """Add ``--use-subquadratic-ops``; True if given, else None."""
+    parser.add_argument(
+        "--use-subquadratic-ops",
+        action="store_true",
+        default=None,
+        help="fused convolution kernels on CUDA (package subquadratic-ops-torch); the results stay the same",
+    )
+
+
+def use_subquadratic_ops(args: argparse.Namespace) -> bool | None:
+    """True if asked for, else None: the checkpoint or the recipe decides."""
+    return args.use_subquadratic_ops
+
+
+def add_vortex_style_fp8(parser: argparse._ActionsContainer) -> None:
+    """Add ``--vortex-style-fp8``; True if given, else None."""
+    parser.add_argument(
+        "--vortex-style-fp8",
+        action="store_true",
+        default=None,
+        help="8-bit arithmetic in the Hyena input projections only, as the FP8-sensitive checkpoints were trained",
+    )
+
+
+def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
+    """True if asked for, else None: the checkpoint decides."""
+    return args.vortex_style_fp8
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

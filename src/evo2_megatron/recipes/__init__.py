@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Complete training configurations, one function each."""

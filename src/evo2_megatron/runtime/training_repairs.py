@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run needs where Transformer Engine or a GPU is missing, so that it can save in the background and
+that a resumed run computes what it would have without the interruption. Where both are there, nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from evo2_megatron.runtime import megatron
+
+
+@functools.cache
+def install() -> None:
+    """Put the repairs that this machine needs in place; call after ``megatron.enter``."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
+    if not megatron.on_cuda():
+        _keep_random_state_when_loading_data()
+        PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
+
+
+def _repair_torch_adam(cls: Any) -> None:
+    """Three defects of Megatron Core 0.16.1's distributed optimizer around PyTorch's Adam and its counter ``step``.
+
+    It asks a fresh optimizer for the number of steps done, before anything is loaded, and fails. It hands one counter
+    to all parameters, which each then count it up. And depending on the checkpoint's format it sets the counters back,
+    or looks for them among the tensors and fails.
+
+    Ends when Megatron's tests resume without Transformer Engine.
+    """
+    import torch
+
+    upstream = {
+        name: getattr(cls, name)
+        for name in (
+            "state_dict",
+            "load_state_dict",
+            "_get_main_param_and_optimizer_states",
+            "_set_main_param_and_optimizer_states",
+        )
+    }
+
+    def state_dict(self: Any) -> Any:
+        adam = self.optimizer
+        if not adam.state:
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    # what Adam itself begins with
+                    adam.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return upstream["state_dict"](self)
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        upstream["load_state_dict"](self, state_dict)
+        # written with the settings of the groups
+        (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(step)
+
+    def get_states(self: Any, model_param: Any) -> dict[str, torch.Tensor]:
+        states = upstream["_get_main_param_and_optimizer_states"](self, model_param)
+        return {name: tensor for name, tensor in states.items() if name != "step"}
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        own = upstream["_get_main_param_and_optimizer_states"](self, model_param)
+        upstream["_set_main_param_and_optimizer_states"](self, model_param, {**tensors, "step": own["step"]})
+
+    cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
+    cls._get_main_param_and_optimizer_states = get_states
+    cls._set_main_param_and_optimizer_states = set_states
+
+
+def _keep_random_state_when_loading_data() -> None:
+    """Dropout on a CPU draws from the generator from which a DataLoader draws its workers' seeds, too.
+
+    Bridge makes the loaders after it has restored the random state, so that a resumed run would go on with another.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    original = DataLoader.__iter__
+
+    @functools.wraps(original)
+    def iterate(self: DataLoader) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    DataLoader.__iter__ = iterate
+
+
+def write_checkpoints(*args: Any) -> None:
+    """What Megatron's checkpoint writer, a process that starts from nothing, runs on a machine without a GPU."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from evo2_megatron.runtime import cuda_on_cpu
+
+    cuda_on_cpu.install()
+    FileSystemWriterAsync.preload_tensors = staticmethod(copy_tensors)
+    PersistentAsyncCaller.async_loop(*args)
+
+
+def copy_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """Take the snapshot that training waits for: the tensors are in memory that it goes on to change.
+
+    Megatron's own version copies from the GPU, which leaves tensors of the CPU where they are.
+    """
+    return [
+        (file, key, (in_bytes, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (in_bytes, tensors) in write_buckets
+    ]

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run shows: a progress bar on a terminal, Megatron's log lines elsewhere, and little else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TextIO
+
+import torch
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_LOG_LINE = re.compile(r" \[.*\] iteration ")
+_SHOWN = re.compile(
+    r"\s*(validation loss at|successfully saved|exiting program|warning|error|could not|load_return|.*mismatch)",
+    re.IGNORECASE,
+)
+_CHATTER = (
+    "megatron.core.rerun_state_machine",  # its mode, at every evaluation
+    "megatron.core.tensor_parallel.random",  # that a CPU has one random state, which "CUDA" shares
+    "megatron.bridge.training.utils.config_utils",  # that run_config.yaml names functions of a finished run
+)
+"""Loggers whose warnings say nothing about this run."""
+
+
+class TrainingProgress(Callback):
+    """Measures a run while Megatron Bridge drives it, and shows a progress bar if asked to.
+
+    The losses are on the last pipeline stage, so the bar and Megatron's log lines belong to the last rank.
+    """
+
+    def __init__(self, *, bar: bool) -> None:
+        """``bar``: show a progress bar on stderr, in place of Megatron's log lines."""
+        self.step = 0
+        """Optimizer steps done, those of earlier runs included."""
+
+        self.loss: float | None = None
+        """Loss of the last step, nat per token."""
+
+        self.num_tokens = 0
+        """Tokens trained on in this run, all processes together."""
+
+        self.step_seconds = 0.0
+        """Time spent in training steps: not in evaluation or in writing checkpoints."""
+
+        self._wants_bar, self._bar = bar, None
+        self._since_log = (0, 0.0)  # tokens, seconds
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Called by Bridge when everything is built and loaded."""
+        train = context.state.cfg.train
+        self.step = context.state.train_state.step
+        self._last_step = train.train_iters
+        self._tokens_per_step = train.global_batch_size * context.state.cfg.model.seq_length
+        self._first_step_end: tuple[int, float] | None = None
+        logger.info("%s parameters", f"{_num_parameters(context.model):,}")
+        if self._wants_bar:
+            self._bar = tqdm(total=train.train_iters, initial=self.step, unit="step", dynamic_ncols=True)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Called by Bridge before each step."""
+        self._step_start = time.perf_counter()
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Called by Bridge after each step, before it writes its log line."""
+        now = time.perf_counter()
+        seconds = now - self._step_start
+        self.step = context.state.train_state.step + 1
+        self.num_tokens += self._tokens_per_step
+        self.step_seconds += seconds
+        self._since_log = (self._since_log[0] + self._tokens_per_step, self._since_log[1] + seconds)
+        if "lm loss" in (context.loss_dict or {}):
+            self.loss = context.loss_dict["lm loss"].item()
+        if self._first_step_end is None:
+            self._first_step_end = (self.step, now)
+        if self._bar is not None:
+            loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
+            self._bar.set_postfix_str(f"{loss}{self._tokens_per_step / seconds:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        """Called by Bridge after the last step."""
+        # Bridge 0.3.1 saves after the last step, also when it has just saved that step: overwriting a complete
+        # checkpoint is a chance to lose it. An interval of 0 tells it not to
+        checkpoint = context.state.cfg.checkpoint
+        if context.state.train_state.step % checkpoint.save_interval == 0:
+            checkpoint.save_interval = 0
+
+    def close(self) -> None:
+        """Take the bar off the terminal's last line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether the bar is on the terminal now."""
+        return self._bar is not None
+
+    def rates(self) -> str:
+        """Tokens per second since the last call, and the time left at the pace of this run, as part of a log line."""
+        tokens, seconds = self._since_log
+        self._since_log = (0, 0.0)
+        return f" tokens per second: {tokens / seconds:.1f} | time left: {self.time_left()} |"
+
+    def time_left(self) -> timedelta:
+        """Whole seconds until the last step; evaluations and checkpoints so far are part of the pace.
+
+        The first step, which builds buffers and compiles kernels, is not, unless there is nothing else to go by.
+        """
+        first_step, first_end = self._first_step_end
+        steps, elapsed = self.step - first_step, time.perf_counter() - first_end
+        if steps == 0:
+            steps, elapsed = 1, self.step_seconds
+        return timedelta(seconds=round((self._last_step - self.step) * elapsed / steps))
+
+
+@contextlib.contextmanager
+def quiet_console(progress: TrainingProgress) -> Iterator[None]:
+    """Let through only what a user wants of the hundreds of lines that Megatron prints while a block runs.
+
+    Its log lines get the tokens per second and the time left; under a progress bar they are left out.
+    """
+
+    def shown(line: str) -> str | None:
+        if _LOG_LINE.match(line):
+            return None if progress.has_bar else line.rstrip() + progress.rates()
+        return line if _SHOWN.match(line) else None
+
+    def write(line: str, stream: TextIO) -> None:
+        tqdm.write(line, file=stream)  # above the bar, if there is one
+        stream.flush()
+
+    loggers = [logging.getLogger(name) for name in _CHATTER]
+    for chatter in loggers:
+        chatter.disabled = True
+    with contextlib.redirect_stdout(_Lines(sys.stdout, shown, write)):
+        try:
+            yield
+        finally:
+            progress.close()
+            for chatter in loggers:
+                chatter.disabled = False
+
+
+def _num_parameters(model: list[MegatronModule]) -> int:
+    """Parameters of the whole model; every process must call this."""
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+    # a tied table counts once: the last stage's copy is marked as shared
+    mine = [p for stage in model for p in stage.parameters() if param_is_not_shared(p)]
+    split = [tensor if getattr(p, "tensor_model_parallel", False) else 1 for p in mine]
+    total = torch.tensor(sum(p.numel() * copies for p, copies in zip(mine, split)), device="cuda")
+    torch.distributed.all_reduce(total, group=pipeline)
+    return int(total)
+
+
+class _Lines(io.TextIOBase):
+    """A text stream that passes whole lines through a filter to another stream."""
+
+    def __init__(
+        self, stream: TextIO, shown: Callable[[str], str | None], write: Callable[[str, TextIO], None]
+    ) -> None:
+        self._stream, self._shown, self._write, self._line = stream, shown, write, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if (kept := self._shown(line)) is not None:
+                self._write(kept, self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train or fine-tune a model with Megatron Bridge's own loop; a second call with the same options resumes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evo2_megatron.checkpoint import layout, load
+from evo2_megatron.checkpoint.run_config import read_run_config
+from evo2_megatron.config import PRECISION_RECIPES, UserError
+from evo2_megatron.data import tokenizer
+from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
+from evo2_megatron.runtime import distributed, megatron, training_repairs
+from evo2_megatron.tasks import train_checks
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.callbacks import CallbackContext
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+    from megatron.core.transformer import MegatronModule
+
+    from evo2_megatron.model.provider import StripedHyenaProvider
+    from evo2_megatron.tasks.progress import TrainingProgress
+
+logger = logging.getLogger(__name__)
+
+_SAME_MODEL = (
+    "hybrid_override_pattern", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_groups_hyena_medium",
+    "num_groups_hyena_short", "remove_activation_post_first_layer", "add_attn_proj_bias", "use_short_conv_bias",
+    "share_embeddings_and_output_weights", "add_bias_output", "rotary_base", "rotary_percent",
+    "seq_len_interpolation_factor", "layernorm_epsilon",
+)  # fmt: skip
+"""Fields that must be those of the checkpoint to fine-tune, whether or not the shapes of the weights tell."""
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    checkpoint: Path | None
+    """Weights to begin with; None: random ones."""
+
+    step: int
+    """Optimizer steps that this run has already done."""
+
+    resumes: bool
+    """Whether the checkpoint is this run's own."""
+
+
+def train(**given: Any) -> None:
+    """Train until ``max_steps``; call it on every process that torchrun started.
+
+    Args:
+        given: Fields of ``recipes.options.TrainingOptions``; the rest keep their defaults.
+
+    Raises:
+        UserError: Options that are wrong, contradict each other, or ask for what this machine or version cannot do.
+    """
+    options = TrainingOptions(**given)
+    train_checks.check(options)
+    start = _find_start(options)
+    if start.resumes:
+        _check_same_layout(start.checkpoint, options)
+    if start.checkpoint is not None:
+        options = _with_defaults_of(start.checkpoint, options, given)
+    options = train_checks.fit_to_machine(options)
+    end = min(options.max_steps, options.early_stop_on_step or options.max_steps)
+    if start.step >= end:
+        logger.info("Nothing to do: %s has done step %s of %s", options.checkpoint_dir, start.step, end)
+        return
+    _make_run_dir(options.run_dir)
+    megatron.enter()
+    training_repairs.install()
+
+    from evo2_megatron.recipes.pretrain import pretrain_config
+
+    config = pretrain_config(options)
+    if not start.resumes:
+        # the tracker may name a first checkpoint that was never finished
+        config.checkpoint.load = None
+    if start.checkpoint is not None:
+        _begin_from(start, config, options)
+    _run(config, options, start)
+
+
+def _find_start(options: TrainingOptions) -> Start:
+    """This run's own newest checkpoint, or else the one to fine-tune, or else nothing."""
+    own = options.checkpoint_dir
+    complete = [folder for folder in own.glob("iter_*") if (folder / layout.RUN_CONFIG).is_file()]
+    if complete:
+        checkpoint = layout.resolve_checkpoint_path(own)
+        if not (own / layout.TRACKER).is_file():
+            raise UserError(
+                f"{own} has checkpoints but no {layout.TRACKER}; write the number of the iteration to resume into it"
+            )
+        return Start(checkpoint, int(checkpoint.name.removeprefix("iter_")), resumes=True)
+    if options.finetune_ckpt_dir is None:
+        return Start(None, 0, resumes=False)
+    if not options.finetune_ckpt_dir.exists():
+        raise UserError(f"--finetune-ckpt-dir {options.finetune_ckpt_dir} does not exist")
+    return Start(layout.resolve_checkpoint_path(options.finetune_ckpt_dir.absolute()), 0, resumes=False)
+
+
+def _check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
+    sections = read_run_config(checkpoint).sections
+    tensor, pipeline = (sections["model"][f"{name}_model_parallel_size"] for name in ("tensor", "pipeline"))
+    reshardable = sections["checkpoint"]["dist_ckpt_optim_fully_reshardable"]
+    if not reshardable and (tensor, pipeline) != (options.parallel.tensor, options.parallel.pipeline):
+        raise UserError(
+            f"{checkpoint} was saved by tensor {tensor} x pipeline {pipeline} processes without "
+            "--optim-full-reshardable; resume with the same sizes, or fine-tune from it with --finetune-ckpt-dir"
+        )
+
+
+def _with_defaults_of(checkpoint: Path, options: TrainingOptions, given: dict[str, Any]) -> TrainingOptions:
+    """Tokenizer and precision of the checkpoint, where the user did not choose."""
+    run_config = read_run_config(checkpoint)
+    load.check_loadable(run_config)
+    stored = load.stored_shapes(checkpoint)
+    if "tokenizer" not in given:
+        tokens = tokenizer.read_vocab_size(load.find_tokenizer(checkpoint))
+        options = replace(options, tokenizer=tokenizer.tokenizer_dir(tokens))
+    elif isinstance(options.tokenizer, Path):
+        tokens, rows = tokenizer.read_vocab_size(options.tokenizer), stored[load.EMBEDDING][0]
+        if tokens > rows:
+            raise UserError(
+                f"the tokenizer in {options.tokenizer} has {tokens} tokens, the model in {checkpoint} {rows}; leave "
+                "--hf-tokenizer-model-path out to use the checkpoint's"
+            )
+    if options.precision is None:
+        options = replace(options, precision=run_config.recipe() or _recipe_of_values(checkpoint))
+    return options
+
+
+def _recipe_of_values(checkpoint: Path) -> str | None:
+    """Name of the precision recipe whose values a checkpoint holds: a trained one holds these instead of the name."""
+    megatron.enter()
+    values = read_run_config(checkpoint).precision_values()
+    if values is None:
+        return None
+    for name in PRECISION_RECIPES:
+        if _without_flags(load.precision_settings(name)) == _without_flags(values):
+            return name
+    raise UserError(f"{checkpoint} was trained with changed precision settings; choose a --mixed-precision-recipe")
+
+
+def _without_flags(precision: MixedPrecisionConfig) -> dict[str, Any]:
+    """Precision settings less those that flags of their own change."""
+    flags = ("fp8_wgrad", "fp8_param", "fp8_param_gather", "grad_reduce_in_fp32")
+    return {name: value for name, value in asdict(precision).items() if name not in flags}
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}; choose another --result-dir") from None
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"cannot write to {run_dir}; choose another --result-dir")
+
+
+def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions) -> None:
+    """Make Bridge start where ``start`` says."""
+    from megatron.bridge.training.utils import checkpoint_utils
+
+    stored = load.stored_shapes(start.checkpoint)
+    # as many rows as the checkpoint: Megatron would cut the table, or fill it up with zeros, without a word
+    config.model.vocab_size = stored[load.EMBEDDING][0]
+    if start.resumes:
+        # the newest complete one, which need not be the one that the tracker names
+        config.checkpoint.ckpt_step = start.step
+        # they keep what they read for the life of the process, which may have trained before
+        checkpoint_utils.read_run_config.cache_clear()
+        checkpoint_utils.read_train_state.cache_clear()
+        return
+    _check_same_model(start.checkpoint, config.model, options)
+
+    def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
+        (stage,) = model
+        load._load_weights(stage, start.checkpoint, stored, dropped_layers=())
+        return model
+
+    config.model.register_pre_wrap_hook(load_weights)
+
+
+def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options: TrainingOptions) -> None:
+    trained = read_run_config(checkpoint).provider()
+    for name in _SAME_MODEL:
+        if name == "seq_len_interpolation_factor" and options.seq_len_interpolation_factor is not None:
+            continue  # extending the context is a reason to fine-tune
+        ours, theirs = getattr(provider, name), getattr(trained, name)
+        if ours != theirs:
+            raise UserError(
+                f"--model-size {options.model_size} has {name} {ours}, but {checkpoint} was trained with {theirs}; "
+                "choose the model size and the flags that it was trained with"
+            )
+
+
+def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> None:
+    from megatron.bridge.training.callbacks import CallbackManager
+    from megatron.bridge.training.pretrain import pretrain
+
+    from evo2_megatron.model.forward_step import forward_step
+    from evo2_megatron.tasks.progress import TrainingProgress, quiet_console
+
+    speaks = distributed.rank() == distributed.world_size() - 1  # where Megatron writes its log lines
+    progress = TrainingProgress(bar=speaks and os.isatty(2) and not options.debug)
+    callbacks = CallbackManager()
+    callbacks.add(progress)
+    callbacks.register("on_train_start", functools.partial(_record_origin, options))
+    _be_alone_without_torchrun()
+    _log_plan(options, start)
+    with nullcontext() if options.debug else quiet_console(progress):
+        try:
+            pretrain(config, forward_step, callbacks)
+        except SystemExit as ending:
+            # how Bridge ends a run early, after it has saved: on SIGTERM, or on the step to stop at
+            if ending.code:
+                raise
+            _clean_up()
+        except UserError:
+            _clean_up()
+            raise
+    _log_result(options, progress)
+
+
+def _record_origin(options: TrainingOptions, context: CallbackContext) -> None:
+    """Keep in run_config.yaml what was fine-tuned; earlier, Bridge would load it, with a looser loader than ours."""
+    if options.finetune_ckpt_dir is not None:
+        context.state.cfg.checkpoint.pretrained_checkpoint = str(options.finetune_ckpt_dir.absolute())
+
+
+def _be_alone_without_torchrun() -> None:
+    """One process on a free port; Bridge would guess, from Slurm's variables and with the same port for every run."""
+    if "MASTER_PORT" in os.environ or distributed.world_size() > 1:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+
+
+def _clean_up() -> None:
+    import torch
+    from megatron.bridge.training.initialize import destroy_global_state
+
+    destroy_global_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _log_plan(options: TrainingOptions, start: Start) -> None:
+    processes, layout_ = distributed.world_size(), options.parallel
+    logger.info(
+        "Training %s in %s on %s: %s process(es) = tensor %s x pipeline %s x context %s x data %s",
+        options.model_size, precision_recipe(options), "CUDA" if megatron.on_cuda() else "CPU", processes,
+        layout_.tensor, layout_.pipeline, layout_.context, processes // layout_.model_size,
+    )  # fmt: skip
+    logger.info(
+        "Steps %s to %s of %s samples x %s tokens, data: %s", start.step, options.max_steps,
+        options.global_batch_size, options.seq_length, options.dataset_config or "mock",
+    )  # fmt: skip
+    if start.checkpoint is not None:
+        logger.info("%s %s", "Resuming" if start.resumes else "Fine-tuning", start.checkpoint)
+
+
+def _log_result(options: TrainingOptions, progress: TrainingProgress) -> None:
+    # on the first pipeline stage, which has no loss, the log lines of the last have to do
+    loss = "" if progress.loss is None else f", loss {progress.loss:.4f} nat per token"
+    speed = progress.num_tokens / progress.step_seconds if progress.num_tokens else 0.0
+    logger.info(
+        "Step %s of %s%s, %s tokens in %.1f s of training (%.0f per second); checkpoints in %s", progress.step,
+        options.max_steps, loss, progress.num_tokens, progress.step_seconds, speed, options.checkpoint_dir,
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a training run's options: found before weights are made or data is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from evo2_megatron.architectures import architecture
+from evo2_megatron.config import UserError, uses_fp8
+from evo2_megatron.data import blend, tokenizer
+from evo2_megatron.recipes.options import TrainingOptions, schedule
+from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.distributed import world_size
+
+logger = logging.getLogger(__name__)
+
+_COUNTER_LIMIT = 2**31  # Megatron Bridge 0.3.1 stores its sample counters as int32
+
+
+def check(options: TrainingOptions) -> None:
+    """Raise UserError for the first thing that cannot work, whatever the machine."""
+    _check_ranges(options)
+    _check_layout(options)
+    _check_combinations(options)
+    schedule(options)
+    _check_tokenizer(options.tokenizer)
+    if options.dataset_config is not None:
+        needed = blend.SPLITS if options.eval_iters else ("train",)
+        blend.read_blends(options.dataset_config, dataset_dir=options.dataset_dir, required=needed)
+
+
+def fit_to_machine(options: TrainingOptions) -> TrainingOptions:
+    """Leave out, with a warning, what this machine cannot do and what does not change the results.
+
+    Raises:
+        UserError: The machine lacks something that does change them, or that is plainly asked for.
+    """
+    _check_precision(options)
+    with_te = megatron.have_transformer_engine()
+    if options.nsys_profiling and not megatron.on_cuda():
+        raise UserError("--nsys-profiling profiles CUDA, and there is no GPU here; leave it out")
+    if options.tp_comm_overlap and not with_te:
+        raise UserError("--use-megatron-comm-overlap-llama3-8k needs a GPU and Transformer Engine; leave it out")
+    if options.bf16_main_grads and not (options.use_precision_aware_optimizer and with_te):
+        raise UserError("--bf16-main-grads needs --use-precision-aware-optimizer and Transformer Engine; leave it out")
+    if options.use_precision_aware_optimizer and not with_te:
+        logger.warning(
+            "--use-precision-aware-optimizer saves memory with Transformer Engine, which is not here: going on without"
+        )
+        options = replace(options, use_precision_aware_optimizer=False)
+    if options.use_subquadratic_ops and not megatron.on_cuda():
+        logger.warning("--use-subquadratic-ops are CUDA kernels, and there is no GPU here: going on without them")
+        options = replace(options, use_subquadratic_ops=False)
+    if options.use_subquadratic_ops and importlib.util.find_spec("subquadratic_ops_torch") is None:
+        raise UserError("--use-subquadratic-ops needs the package subquadratic-ops-torch; install it or leave it out")
+    return options
+
+
+def _check_tokenizer(name: str | Path) -> None:
+    if isinstance(name, Path):
+        tokenizer.read_vocab_size(name)
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"--hf-tokenizer-model-name {name}: {reason}; give a folder with --hf-tokenizer-model-path instead"
+        ) from None
+
+
+def _check_ranges(options: TrainingOptions) -> None:
+    limits = {
+        "--workers": (options.workers, 0, None),
+        "--eval-iters": (options.eval_iters, 0, None),
+        "--gc-interval": (options.gc_interval, 0, None),
+        "--debug-ddp-parity-freq": (options.debug_ddp_parity_freq, 0, None),
+        "--log-interval": (options.log_interval, 1, None),
+        "--most-recent-k": (options.most_recent_k, -1, None),
+        "--hidden-dropout": (options.hidden_dropout, 0, 1),
+        "--attention-dropout": (options.attention_dropout, 0, 1),
+        "--min-lr": (options.min_lr, 0, None),
+        "--wd": (options.wd, 0, None),
+        "--adam-beta1": (options.adam_beta1, 0, 1),
+        "--adam-beta2": (options.adam_beta2, 0, 1),
+        "--clip-grad": (options.clip_grad, 0, None),
+        "--warmup-steps": (options.warmup_steps, 0, None),
+        "--constant-steps": (options.constant_steps, 0, None),
+        "--nsys-start-step": (options.nsys_start_step, 0, None),
+    }
+    for flag, (value, low, high) in limits.items():
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise UserError(f"{flag} is {value}; it must be {allowed}")
+    if not options.adam_eps > 0:
+        raise UserError(f"--adam-eps is {options.adam_eps}; it must be above 0")
+    if not options.lr >= options.min_lr:
+        raise UserError(f"--lr {options.lr} is below --min-lr {options.min_lr}; lower --min-lr too")
+    if options.most_recent_k == 0:
+        raise UserError("--most-recent-k is 0; keep 1 checkpoint or more, or -1 for all")
+    factor = options.seq_len_interpolation_factor
+    if factor is not None and not factor > 0:
+        raise UserError(f"--seq-len-interpolation-factor is {factor}; it must be above 0")
+    if options.max_steps * options.global_batch_size >= _COUNTER_LIMIT:
+        raise UserError(
+            f"{options.max_steps} steps of {options.global_batch_size} samples are more than checkpoints can count "
+            f"({_COUNTER_LIMIT - 1}); lower --max-steps"
+        )
+
+
+def _check_layout(options: TrainingOptions) -> None:
+    layout, tokens = options.parallel, options.seq_length
+    layout.check_world_size(world_size())
+    replicas = world_size() // layout.model_size
+    per_pass = options.micro_batch_size * replicas
+    if options.global_batch_size % per_pass:
+        raise UserError(
+            f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{options.micro_batch_size} x {replicas} data-parallel processes; use {per_pass} or a multiple"
+        )
+    if layout.context > 1 and tokens % (2 * layout.context):
+        raise UserError(
+            f"--seq-length {tokens} is not a multiple of 2 x context parallel size {layout.context}; "
+            f"use {-(-tokens // (2 * layout.context)) * 2 * layout.context}"
+        )
+    sequence_parallel = layout.tensor > 1 if layout.sequence_parallel is None else layout.sequence_parallel
+    if sequence_parallel and layout.tensor == 1:
+        raise UserError("--sequence-parallel splits between tensor-parallel processes; set --tensor-parallel-size too")
+    if sequence_parallel and (tokens // layout.context) % layout.tensor:
+        raise UserError(
+            f"--seq-length {tokens} cannot be split between {layout.tensor} tensor-parallel processes; "
+            "use a multiple, or --no-sequence-parallel"
+        )
+    _check_position_range(options)
+
+
+def _check_position_range(options: TrainingOptions) -> None:
+    arch = architecture(options.model_size)
+    # what the model can tell apart before its positions are divided
+    base_range = arch.max_tokens / (arch.position_scale or 1.0)
+    factor = options.seq_len_interpolation_factor or arch.position_scale or 1.0
+    if options.seq_length > base_range * factor:
+        raise UserError(
+            f"--seq-length {options.seq_length} is beyond the position range of {options.model_size}, "
+            f"{base_range * factor:.0f} tokens; shorten it, or set --seq-len-interpolation-factor "
+            f"{-(-options.seq_length // base_range):.0f} or more"
+        )
+
+
+def _check_combinations(options: TrainingOptions) -> None:
+    if (options.dataset_config is None) != options.mock_data:
+        raise UserError("give either --dataset-config or --mock-data")
+    if options.dataset_dir is not None and options.dataset_config is None:
+        raise UserError("--dataset-dir goes with --dataset-config")
+    if options.ckpt_format != "torch_dist":
+        raise UserError(f"--ckpt-format {options.ckpt_format} can no longer be read or written; use torch_dist")
+    if options.average_in_collective and options.calculate_per_token_loss:
+        raise UserError("--average-in-collective needs --no-calculate-per-token-loss, too; or leave it out")
+    if options.recompute != "full" and options.recompute_num_layers is not None:
+        raise UserError("--activation-checkpoint-recompute-num-layers goes with full recompute only; leave it out")
+    if options.decay_steps is not None and options.constant_steps is not None:
+        logger.warning(
+            "--constant-steps has no effect beside --decay-steps: the decay ends on step %s", options.decay_steps
+        )
+    if options.tp_comm_overlap_backend is not None and not options.tp_comm_overlap:
+        raise UserError("--tp-comm-overlap-backend goes with --use-megatron-comm-overlap-llama3-8k")
+    if options.tp_comm_overlap and (options.parallel.tensor == 1 or options.parallel.sequence_parallel is False):
+        raise UserError("--use-megatron-comm-overlap-llama3-8k needs tensor and sequence parallelism; leave it out")
+    if options.nsys_end_step is not None and options.nsys_end_step < options.nsys_start_step:
+        raise UserError(f"--nsys-end-step {options.nsys_end_step} is before the start, {options.nsys_start_step}")
+    _check_services(options)
+
+
+def _check_services(options: TrainingOptions) -> None:
+    if options.wandb_project is None and (options.wandb_entity or options.wandb_run_name):
+        raise UserError("--wandb-entity and --wandb-run-name go with --wandb-project")
+    if options.wandb_project is not None and not options.tensorboard:
+        raise UserError("Weights & Biases gets what TensorBoard gets; leave --disable-tensorboard-logger out")
+    if options.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb-project needs the package wandb; install it or leave the flag out")
+    if options.nvidia_fault_tolerance and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
+        raise UserError("--nvidia-fault-tolerance needs a start with ft_launcher instead of torchrun; or leave it out")
+
+
+def _check_precision(options: TrainingOptions) -> None:
+    name = options.precision
+    if name is None or not uses_fp8(name):
+        return
+    advice = "use --mixed-precision-recipe bf16_mixed"
+    if not megatron.on_cuda():
+        raise UserError(f"{name} needs a GPU with 8-bit arithmetic, and there is no GPU here; {advice}")
+    if not megatron.have_transformer_engine():
+        raise UserError(f"{name} needs Transformer Engine, which is not installed; {advice}")
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    # Ada has 8-bit matrix products, Hopper block-wise ones, Blackwell those with one scale per 16 or 32 numbers
+    needed = (8, 9)
+    if "subchannel" in name or "nanov2" in name:
+        needed = (9, 0)
+    elif "mxfp8" in name or "nvfp4" in name:
+        needed = (10, 0)
+    if capability < needed:
+        have, want = (".".join(map(str, version)) for version in (capability, needed))
+        raise UserError(f"{name} needs a GPU of compute capability {want}, and this one has {have}; {advice}")

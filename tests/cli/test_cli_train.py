@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from evo2_megatron.cli import train
+from evo2_megatron.recipes.options import TrainingOptions
+
+QUICK_START = """
+--hf-tokenizer-model-path tokenizers/nucleotide_fast_tokenizer_256
+--model-size striped_hyena_1b_nv_parallel --max-steps 12 --eval-interval 10
+--eval-iters 3 --mock-data
+--micro-batch-size 16 --global-batch-size 32 --seq-length 1024
+--tensor-model-parallel 1
+--use-precision-aware-optimizer --dataset-seed 33
+--seed 41 --spike-no-more-embedding-init
+--no-weight-decay-embeddings --cross-entropy-loss-fusion
+--align-param-gather --overlap-param-gather --grad-reduce-in-fp32
+--decay-steps 100 --warmup-steps 10
+--mixed-precision-recipe bf16_with_fp8_current_scaling_mixed
+--no-fp32-residual-connection --activation-checkpoint-recompute-num-layers 1
+--attention-dropout 0.001 --hidden-dropout 0.001
+--eod-pad-in-loss-mask --enable-preemption
+--log-interval 5 --debug-ddp-parity-freq 10
+--result-dir tmpfp8 --no-renormalize-loss
+--use-subquadratic-ops
+"""
+"""The command that users of the former recipe were given, as written."""
+
+
+def options_of(argv: list[str]) -> dict:
+    """What the command passes on: only what the user said."""
+    args = train.build_parser().parse_args(argv)
+    return {name: value for name, value in train._options(args).items() if value is not None}
+
+
+def test_quick_start_parses_as_written():
+    options = options_of(shlex.split(QUICK_START))
+    assert options.pop("parallel").tensor == 1
+    assert options == {
+        "tokenizer": Path("tokenizers/nucleotide_fast_tokenizer_256"),
+        "model_size": "striped_hyena_1b_nv_parallel",
+        "max_steps": 12,
+        "eval_interval": 10,
+        "eval_iters": 3,
+        "mock_data": True,
+        "micro_batch_size": 16,
+        "global_batch_size": 32,
+        "seq_length": 1024,
+        "use_precision_aware_optimizer": True,
+        "dataset_seed": 33,
+        "seed": 41,
+        "spike_no_more_embedding_init": True,
+        "weight_decay_embeddings": False,
+        "cross_entropy_loss_fusion": True,
+        "align_param_gather": True,
+        "overlap_param_gather": True,
+        "grad_reduce_in_fp32": True,
+        "decay_steps": 100,
+        "warmup_steps": 10,
+        "precision": "bf16_with_fp8_current_scaling_mixed",
+        "fp32_residual_connection": False,
+        "recompute_num_layers": 1,
+        "attention_dropout": 0.001,
+        "hidden_dropout": 0.001,
+        "eod_pad_in_loss_mask": True,
+        "enable_preemption": True,
+        "log_interval": 5,
+        "debug_ddp_parity_freq": 10,
+        "result_dir": Path("tmpfp8"),
+        "renormalize_loss": False,
+        "use_subquadratic_ops": True,
+    }
+
+
+def test_every_option_is_one_that_training_knows():
+    args = train.build_parser().parse_args(["--mock-data"])
+    assert train._options(args).keys() == TrainingOptions.__dataclass_fields__.keys()
+
+
+def test_nothing_but_the_source_is_passed_on_unasked():
+    options = options_of(["--mock-data"])
+    assert options.keys() == {"mock_data", "parallel"}
+
+
+def test_help_tells_the_recipes_defaults():
+    recipe = TrainingOptions()
+    told = {}
+    for action in train.build_parser()._actions:
+        if match := re.search(r"\(default: ([^ ,;)]+)", action.help or ""):
+            told[action.dest] = match[1]
+    checked = [name for name in told if getattr(recipe, name, None) not in (None, [0])]
+    assert len(checked) >= 24
+    for name in set(checked) - {"workers", "result_dir"}:
+        assert told[name] == str(getattr(recipe, name)), name
+    assert told["result_dir"] == f"./{recipe.result_dir}"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--mock-data", "--dataset-config", "blend.yaml"], ["--mock-data", "--max-step", "3"]]
+)
+def test_wrong_command_line(argv, capsys):
+    with pytest.raises(SystemExit) as ending:
+        train.main(argv)
+    assert ending.value.code == 2
+    assert "train_evo2: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", train._UNAVAILABLE)
+def test_flags_that_cannot_be_honoured(flag, capsys):
+    source = [] if flag in ("--fasta-data", "--sharded-eden-data") else ["--mock-data"]
+    value = [] if flag in ("--fasta-data", "--sharded-eden-data", "--lora-finetune", "--rc-aug") else ["7992"]
+    with pytest.raises(SystemExit) as ending:
+        train.main([*source, flag, *value])
+    assert ending.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_evo2: error: {flag}: ") and error.count("\n") == 1

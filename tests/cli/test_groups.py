@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from evo2_megatron.cli import groups
+from evo2_megatron.config import ParallelConfig, UserError
+
+
+@pytest.mark.parametrize(
+    "tensor", ["--tensor-parallel-size", "--tensor-model-parallel-size", "--tensor-model-parallel"]
+)
+@pytest.mark.parametrize(
+    "pipeline", ["--pipeline-parallel-size", "--pipeline-model-parallel-size", "--pipeline-model-parallel"]
+)
+@pytest.mark.parametrize("context", ["--context-parallel-size", "--context-parallel"])
+def test_every_spelling_of_the_layout(tensor, pipeline, context):
+    parser = groups.Parser("command", None)
+    groups.add_parallel(parser)
+    args = parser.parse_args([tensor, "2", pipeline, "3", context, "4"])
+    assert groups.parallel(args) == ParallelConfig(tensor=2, pipeline=3, context=4, sequence_parallel=None)
+
+
+@pytest.mark.parametrize(
+    "argv, expected", [([], None), (["--sequence-parallel"], True), (["--no-sequence-parallel"], False)]
+)
+def test_sequence_parallel(argv, expected):
+    parser = groups.Parser("command", None)
+    groups.add_parallel(parser)
+    assert groups.parallel(parser.parse_args(argv)).sequence_parallel is expected
+
+
+@pytest.mark.parametrize(
+    "argv", [["--tensor-parallel"], ["--tensor-parallel-size", "0"], ["--tensor-parallel-size", "x"]]
+)
+def test_no_prefixes_and_no_nonsense(argv, capsys):
+    parser = groups.Parser("command", None)
+    groups.add_parallel(parser)
+    with pytest.raises(SystemExit) as ending:
+        parser.parse_args(argv)
+    assert ending.value.code == 2
+    assert "command: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bf16_mixed", "bf16-mixed"])
+def test_precision_with_hyphens_or_underscores(name):
+    parser = groups.Parser("command", None)
+    groups.add_precision(parser)
+    assert groups.precision(parser.parse_args(["--mixed-precision-recipe", name])) == "bf16_mixed"
+    assert groups.precision(parser.parse_args([])) is None
+
+
+def _fail(argv):
+    raise UserError(f"{argv[0]} is wrong; mend it")
+
+
+def test_user_error_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as ending:
+        groups.run("command", _fail, ["this"])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == "command: error: this is wrong; mend it\n"
+
+
+def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(groups.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as ending:
+        groups.run("command", _fail, ["this"])
+    assert ending.value.code == 2 and waited == [5.0]
+    # were all ranks wrong, the launcher would have ended this one by now
+    assert capsys.readouterr().err == "command: error on rank 3: this is wrong; mend it\n"
+
+
+def test_wrong_command_line_is_reported_on_rank_0_only(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ending:
+        groups.Parser("command", None).parse_args(["--unknown"])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        groups.run("command", lambda argv: 1 / 0)

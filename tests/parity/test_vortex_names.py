@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The name table: parameter counts of every published size, and the all-or-nothing move into Vortex's names."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evo2_megatron.architectures import architecture
+from evo2_megatron.checkpoint.names import check_shapes, is_trained, parameter_shapes, rows
+from evo2_megatron.checkpoint.vortex import TRANSFORMS, to_vortex, vortex_config
+from evo2_megatron.config import UserError
+from parity.vortex_model import random_weights
+
+PARAMETERS = {
+    "evo2_1b_base": 1_108_204_800,
+    "evo2_7b_base": 6_481_649_408,
+    "evo2_7b": 6_582_312_704,
+    "evo2_20b": 19_739_697_664,
+    "evo2_40b_base": 40_332_977_152,
+    "evo2_40b": 41_119_409_152,
+    "striped_hyena_1b_nv": 1_108_198_016,
+    "striped_hyena_7b_nv": 6_582_294_528,
+    "striped_hyena_40b_nv": 41_119_350_784,
+    "striped_hyena_1b_nv_parallel": 1_209_332_736,
+    "striped_hyena_test": 812_001_024,
+    "striped_hyena_test_nv": 811_997_184,
+}
+
+
+@pytest.mark.parametrize("key", PARAMETERS)
+def test_parameter_shapes(key):
+    shapes = parameter_shapes(architecture(key), vocab_size=512)
+    assert sum(math.prod(shape) for name, shape in shapes.items() if is_trained(name)) == PARAMETERS[key]
+
+
+def test_rows_name_every_tensor_once():
+    for key in ("evo2_tiny", "striped_hyena_1b_nv_parallel"):
+        table = rows(architecture(key))
+        for side in ([n for row in table for n in row.megatron], [n for row in table for n in row.vortex]):
+            assert len(side) == len(set(side))
+        assert {row.to_vortex for row in table} <= TRANSFORMS.keys()
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        ({"a": (2, 3)}, "1 tensors missing and 0 not understood; e.g. b"),
+        ({"a": (2, 3), "b": (4,), "c": (5,)}, "0 tensors missing and 1 not understood; e.g. c"),
+        ({"a": (3, 2), "b": (4,)}, r"a has shape \(3, 2\) where \(2, 3\) is expected"),
+    ],
+)
+def test_check_shapes(found, message):
+    expected = {"a": (2, 3), "b": (4,)}
+    check_shapes(expected, expected)
+    with pytest.raises(UserError, match=message):
+        check_shapes(found, expected)
+
+
+def test_to_vortex_values():
+    tiny = architecture("evo2_tiny")
+    ours = random_weights(tiny)
+
+    theirs = to_vortex(ours | {"decoder.layers.0.mlp.linear_fc1._extra_state": None}, tiny)
+
+    gate, up = theirs["blocks.0.mlp.l1.weight"], theirs["blocks.0.mlp.l2.weight"]
+    assert torch.equal(torch.cat([gate, up]), ours["decoder.layers.0.mlp.linear_fc1.weight"])
+    medium = "decoder.layers.1.mixer.mixer.filter"
+    assert torch.equal(theirs["blocks.1.filter.h"].squeeze(1), ours[f"{medium}.h"] * ours[f"{medium}.decay"])
+    long = "decoder.layers.2.mixer.mixer.filter"
+    poles = -torch.exp(ours[f"{long}.p"]) * torch.exp(ours[f"{long}.gamma"])
+    torch.testing.assert_close(theirs["blocks.2.filter.log_poles"].squeeze(2), poles)
+    assert torch.equal(theirs["embedding_layer.weight"], theirs["unembed.weight"])
+    assert theirs["blocks.3.inner_mha_cls.rotary_emb.inv_freq"].tolist() == pytest.approx(
+        [10_000 ** (-2 * k / 32) for k in range(16)]
+    )
+
+
+def test_to_vortex_keeps_dtypes_but_poles():
+    tiny = architecture("evo2_tiny")
+    theirs = to_vortex({name: w.bfloat16() for name, w in random_weights(tiny).items()}, tiny)
+    float32 = {name.rpartition(".")[2] for name, w in theirs.items() if w.dtype == torch.float32}
+    assert float32 == {"log_poles", "residues", "inv_freq"}
+    assert {w.dtype for w in theirs.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_to_vortex_is_all_or_nothing():
+    tiny = architecture("evo2_tiny")
+    ours = random_weights(tiny)
+    with pytest.raises(UserError, match="1 tensors missing"):
+        to_vortex({n: w for n, w in ours.items() if n != "decoder.layers.1.mixer.mixer.filter.decay"}, tiny)
+    with pytest.raises(UserError, match="1 not understood"):
+        to_vortex(ours | {"decoder.layers.0.mixer.mixer.conv_bias": torch.zeros(32)}, tiny)
+    with pytest.raises(UserError, match="weight has shape"):
+        to_vortex(ours, replace(tiny, ffn_hidden_size=176))
+
+
+def test_vortex_refuses_nvidia_variants():
+    variant = architecture("striped_hyena_tiny_nv")
+    with pytest.raises(UserError, match="evo2_"):
+        vortex_config(variant, vocab_size=512)
+    with pytest.raises(UserError, match="evo2_"):
+        to_vortex(random_weights(variant), variant)

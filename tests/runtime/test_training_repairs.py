@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def repairs(megatron):
+    from evo2_megatron.runtime import megatron as gate
+    from evo2_megatron.runtime import training_repairs
+
+    if gate.have_transformer_engine():
+        pytest.skip("nothing to repair with a GPU and Transformer Engine")
+    training_repairs.install()
+    return training_repairs
+
+
+def test_loading_data_leaves_dropout_alone(repairs):
+    loader = torch.utils.data.DataLoader([1, 2, 3])
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    assert [int(x) for x in loader] == [1, 2, 3]
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_snapshot_is_not_what_training_goes_on_to_change(repairs):
+    weights = torch.zeros(3)
+    ((file, key, (in_bytes, ((item, copy),))),) = repairs.copy_tensors([("file", "key", (["b"], [("item", weights)]))])
+    weights += 1
+    assert torch.equal(copy, torch.zeros(3))
+    assert (file, key, in_bytes, item) == ("file", "key", ["b"], "item")
+
+
+class UpstreamOptimizer:
+    """The methods that are repaired, as Megatron Core 0.16.1's distributed optimizer has them."""
+
+    def __init__(self, *parameters: torch.Tensor) -> None:
+        self.optimizer = torch.optim.AdamW(parameters, lr=0.1)
+
+    def state_dict(self):
+        (step,) = {float(state["step"]) for state in self.optimizer.state.values()}
+        return {"optimizer": {"param_groups": [{"step": step}]}}
+
+    def load_state_dict(self, state_dict):
+        step = torch.tensor(state_dict["optimizer"]["param_groups"][0]["step"])
+        for state in self.optimizer.state.values():
+            state["step"] = step
+
+
+    def _get_main_param_and_optimizer_states(self, parameter):
+        return {"param": parameter, **self.optimizer.state[parameter]}
+
+    def _set_main_param_and_optimizer_states(self, parameter, tensors):
+        for name, tensor in self._get_main_param_and_optimizer_states(parameter).items():
+            tensor.copy_(tensors[name])
+
+
+def test_resumed_adam_counts_every_step_once(repairs):
+    class Repaired(UpstreamOptimizer):
+        pass
+
+    repairs._repair_torch_adam(Repaired)
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    fresh = Repaired(*parameters)
+    assert fresh.state_dict()["optimizer"]["param_groups"] == [{"step": 0.0}]
+    fresh.load_state_dict({"optimizer": {"param_groups": [{"step": 7}]}})
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    fresh.optimizer.step()
+    assert [float(state["step"]) for state in fresh.optimizer.state.values()] == [8.0, 8.0, 8.0]
+
+
+def test_first_step_is_that_of_plain_adam(repairs):
+    class Repaired(UpstreamOptimizer):
+        pass
+
+    repairs._repair_torch_adam(Repaired)
+    ours, plain = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    repaired, reference = Repaired(ours), SimpleNamespace(optimizer=torch.optim.AdamW([plain], lr=0.1))
+    repaired.state_dict()
+    for parameter, owner in ((ours, repaired), (plain, reference)):
+        parameter.grad = torch.tensor([0.5, -2.0])
+        owner.optimizer.step()
+    assert torch.equal(ours, plain)
+
+
+def test_step_is_not_among_the_tensors_of_a_checkpoint(repairs):
+    class Repaired(UpstreamOptimizer):
+        pass
+
+    repairs._repair_torch_adam(Repaired)
+    parameter = torch.zeros(2)
+    optimizer = Repaired(parameter)
+    optimizer.state_dict()
+    optimizer.load_state_dict({"optimizer": {"param_groups": [{"step": 7}]}})
+    stored = {name: torch.full((2,), 3.0) for name in optimizer._get_main_param_and_optimizer_states(parameter)}
+    assert stored.keys() == {"param", "exp_avg", "exp_avg_sq"}
+    optimizer._set_main_param_and_optimizer_states(parameter, stored)
+    assert torch.equal(parameter, torch.full((2,), 3.0))
+    state = optimizer.optimizer.state[parameter]
+    assert float(state["step"]) == 7.0 and torch.equal(state["exp_avg"], torch.full((2,), 3.0))

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.tasks import infer as infer_module
+from evo2_megatron.tasks.generate import GenerationSettings
+from evo2_megatron.tasks.infer import infer
+from evo2_megatron.tasks.prompts import Prompt
+from evo2_megatron.tasks.sampling import Sampling
+
+PROMPTS = [Prompt("long", "ACGTTGCA" * 5), Prompt("one", "g"), Prompt("tag", "|d__B;p__C|"), Prompt("one", "g")]
+SETTINGS = GenerationSettings(max_new_tokens=8, return_log_probs=True, max_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def uncached_log_probs(checkpoint, record):
+    """Log-probabilities of a record's completion by one pass over prompt and completion."""
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.data.tokenizer import encode
+    from evo2_megatron.runtime.distributed import process_groups
+
+    ids = torch.tensor([encode(record["prompt"] + record["completion"], 512)])
+    with process_groups(ParallelConfig()), torch.inference_mode():
+        logits_TV = load_model(checkpoint, parallel=ParallelConfig()).model(ids)[0]
+    log_prob_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    return log_prob_T[len(record["prompt"]) - 1 :]
+
+
+def test_records(checkpoint, tmp_path):
+    finished = []
+    records = infer(PROMPTS, checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl", on_record=finished.append)
+
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
+    assert [(r["id"], r["prompt"]) for r in records] == PROMPTS
+    # the shortest come first
+    assert [r["id"] for r in finished] == ["one", "one", "tag", "long"]
+    assert sorted(finished, key=str) == sorted(records, key=str)
+    for record in records:
+        assert list(record) == ["id", "prompt", "completion", "finish_reason", "usage", "logprobs"]
+        assert record["finish_reason"] == "length" and len(record["completion"]) == 8
+        num_prompt = len(record["prompt"])
+        assert record["usage"] == {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": 8,
+            "total_tokens": num_prompt + 8,
+        }
+        got = torch.tensor(record["logprobs"]["completion_logprobs"])
+        torch.testing.assert_close(got, uncached_log_probs(checkpoint, record), rtol=1e-4, atol=1e-4)
+    assert records[1]["completion"] != records[3]["completion"], "equal prompts are sampled independently"
+
+
+def test_batch_size_does_not_change_the_records(checkpoint):
+    def completions(max_batch_size):
+        settings = GenerationSettings(max_new_tokens=8, max_batch_size=max_batch_size)
+        return [r["completion"] for r in infer(PROMPTS, checkpoint, settings)]
+
+    assert completions(1) == completions(3)
+
+
+def test_no_log_probs_unless_asked_for(checkpoint):
+    (record,) = infer(PROMPTS[:1], checkpoint, GenerationSettings(max_new_tokens=1))
+    assert "logprobs" not in record
+
+
+def test_a_stop_token_ends_the_completion(checkpoint):
+    (free,) = infer(PROMPTS[:1], checkpoint, SETTINGS)
+    stop = ord(free["completion"][5])
+    (stopped,) = infer(PROMPTS[:1], checkpoint, GenerationSettings(max_new_tokens=8, stop_ids=(stop,)))
+    end = free["completion"].index(chr(stop))
+    assert (stopped["completion"], stopped["finish_reason"]) == (free["completion"][:end], "stop")
+    assert stopped["usage"]["completion_tokens"] == end
+
+
+def test_precision_of_the_caller_comes_before_the_checkpoints(checkpoint, caplog):
+    with caplog.at_level("INFO"):
+        (half,) = infer(PROMPTS[:1], checkpoint, SETTINGS, precision="bf16_mixed")
+        (full,) = infer(PROMPTS[:1], checkpoint, SETTINGS)
+    assert "precision bf16_mixed" in caplog.text and "precision fp32" in caplog.text
+    assert half["logprobs"] != full["logprobs"]
+
+
+def test_log_lines_carry_measured_figures(checkpoint, caplog):
+    with caplog.at_level("INFO"):
+        infer(PROMPTS, checkpoint, SETTINGS)
+    for line in (
+        "[PERF] Batch 3 of 3: 1 sequences, prefill 40 tokens",
+        "decode 7 steps",
+        "[PERF] Total: 4 prompts, 32",
+    ):
+        assert line in caplog.text
+    assert "[MEMORY] After model setup" in caplog.text and "[MEMORY] After generation" in caplog.text
+
+
+def test_no_prompts_give_an_empty_file(checkpoint, tmp_path):
+    assert infer([], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl") == []
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+def test_what_was_finished_survives_an_interruption(checkpoint, tmp_path):
+    def stop_at_the_third(record, seen=[]):  # noqa: B006
+        seen.append(record)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        infer(PROMPTS, checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl", on_record=stop_at_the_third)
+    kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl.part").read_text().splitlines()]
+    assert kept == ["one", "one", "tag"] and not (tmp_path / "out.jsonl").exists()
+
+
+def test_longer_than_trained_only_when_asked_for(checkpoint):
+    prompt = [Prompt("x", "A" * 250)]
+    with pytest.raises(
+        UserError, match=r"'x' has 250 tokens, which with 8 new ones exceeds the 256 that the checkpoint"
+    ):
+        infer(prompt, checkpoint, SETTINGS)
+    (record,) = infer(prompt, checkpoint, SETTINGS, max_seq_length=258)
+    assert record["usage"]["total_tokens"] == 258
+
+
+def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
+    # one attention layer of 128 channels, keys and values in float32, and 1 MB of what does not grow
+    tokens, per_token, fixed = 100, 2 * 128 * 4, 10**6
+    whole = infer_module._cache_bytes
+    monkeypatch.setattr(infer_module, "_cache_bytes", lambda model, n: whole(model, n) - whole(model, 0) + fixed)
+    free = (tokens * per_token + fixed) * SETTINGS.max_batch_size / infer_module.CACHE_SHARE
+    monkeypatch.setattr(infer_module, "_free_bytes", lambda: free + 1)
+    infer([Prompt("x", "A" * 92)], checkpoint, SETTINGS)
+    with pytest.raises(UserError, match="'x' has 93 tokens.*exceeds the 100 that a batch's caches have memory for"):
+        infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": [Prompt("a", "A"), Prompt("b", "")]}, "Prompt 'b' is empty"),
+        ({"prompts": [Prompt("a", "AC\u0394T")]}, "Prompt 'a' has '\u0394' at character 3"),
+        ({"prompts": [Prompt("a", "A" * 300)]}, "Prompt 'a' has 300 tokens"),
+        ({"max_seq_length": 9, "prompts": [Prompt("a", "AC")]}, "exceeds the 9 of --max-seq-length"),
+        ({"settings": GenerationSettings(sampling=Sampling(top_k=512))}, "top_k is 512"),
+        ({"parallel": ParallelConfig(context=2)}, "--context-parallel-size 1"),
+        ({"parallel": ParallelConfig(sequence_parallel=True)}, "--sequence-parallel"),
+        ({"parallel": ParallelConfig(tensor=2)}, "1 processes do not fit"),
+        ({"ckpt_dir": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_bad_requests_end_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, changes, message):
+    monkeypatch.delattr(infer_module, "load_model")
+    request = {"prompts": PROMPTS, "ckpt_dir": checkpoint, "settings": SETTINGS} | changes
+    with pytest.raises(UserError, match=message) as caught:
+        infer(**request, output_file=tmp_path / "out.jsonl")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--tensor-parallel-size", "2"], ["--pipeline-parallel-size", "2"]], ids=str)
+def test_two_processes_give_the_records_of_one(checkpoint, tmp_path, layout):
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(f"{json.dumps(p._asdict() | {'prompt': p.text})}\n" for p in PROMPTS)
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = [sys.executable, "-c", "from evo2_megatron.cli.infer import main; main()"]
+    options = {"prompt-file": tmp_path / "prompts.jsonl", "output-file": tmp_path / "out.jsonl", "max-new-tokens": 8}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [*launch, *program, "--ckpt-dir", str(checkpoint), *flags, *layout]
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert got == infer(PROMPTS, checkpoint, GenerationSettings(max_new_tokens=8))
+    assert done.stdout.count("Generated Text ===") == len(PROMPTS), "one process prints"

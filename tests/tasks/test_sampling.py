@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from evo2_megatron.config import UserError
+from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, draw, log_probability, uniforms
+
+NONE_BLOCKED = torch.zeros(6, dtype=torch.bool)
+LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.4, -0.3])
+ALMOST_1 = torch.tensor([1 - 2**-53], dtype=torch.float64)
+NUM_DRAWS = 20_000
+
+
+def draw_many(sampling, blocked_V=NONE_BLOCKED):
+    """Tokens drawn from the same logits with one sequence's random numbers."""
+    return draw(LOGITS.expand(NUM_DRAWS, -1), uniforms(sampling.seed, 0, NUM_DRAWS), sampling, blocked_V=blocked_V)
+
+
+def assert_follows(token_N, probability_V):
+    """Same support, and a chi-square test on a fixed seed."""
+    count_V = torch.bincount(token_N, minlength=len(probability_V)).double()
+    assert (count_V[probability_V == 0] == 0).all()
+    expected_V = probability_V.double() / probability_V.double().sum() * len(token_N)
+    kept = probability_V > 0
+    assert kept.sum() == 1 or chisquare(count_V[kept], expected_V[kept]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_temperature(temperature):
+    token_N = draw_many(Sampling(temperature=temperature))
+    assert_follows(token_N, (LOGITS.double() / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize("top_k, kept", [(2, [1, 3]), (3, [1, 3, 4]), (5, [0, 1, 3, 4, 5])])
+def test_top_k(top_k, kept):
+    probability_V = torch.zeros(6).index_fill(0, torch.tensor(kept), 1.0) * LOGITS.softmax(-1)
+    assert_follows(draw_many(Sampling(top_k=top_k)), probability_V)
+
+
+def smallest_nucleus(probability_V, top_p):
+    """Slow reference: take the most probable tokens until their mass exceeds top_p."""
+    kept, mass = [], 0.0
+    for token in probability_V.argsort(descending=True).tolist():
+        kept.append(token)
+        mass += probability_V[token].item()
+        if mass > top_p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.5, 0.75, 0.9, 0.99, 1.0])
+def test_top_p(top_p):
+    probability_V = LOGITS.double().softmax(-1)
+    kept = torch.zeros(6, dtype=torch.float64).index_fill(0, torch.tensor(smallest_nucleus(probability_V, top_p)), 1.0)
+    assert_follows(draw_many(Sampling(top_p=top_p)), kept * probability_V)
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits_1V = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for top_p, most in ((0.4, 0), (0.6, 1), (0.9, 2)):
+        token_1 = draw(logits_1V, ALMOST_1, Sampling(top_p=top_p), blocked_V=NONE_BLOCKED[:3])
+        assert token_1.item() == most
+
+
+def test_blocked_tokens_are_never_drawn():
+    blocked_V = torch.tensor([False, True, False, False, True, False])
+    assert_follows(draw_many(Sampling(), blocked_V), LOGITS.softmax(-1).masked_fill(blocked_V, 0.0))
+    for greedy in (Sampling(temperature=0.0), Sampling(top_k=1)):
+        assert draw_many(greedy, blocked_V).unique().tolist() == [3]
+
+
+def test_extreme_random_numbers_stay_inside_the_vocabulary():
+    uniform_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    logits_BV = torch.full((2, 6), -torch.inf)
+    logits_BV[:, 2:4] = 0.0
+    assert draw(logits_BV, uniform_B, Sampling(), blocked_V=NONE_BLOCKED).tolist() == [2, 3]
+
+
+def test_tiny_temperature_is_greedy():
+    assert draw_many(Sampling(temperature=1e-300)).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=2), Sampling(top_p=0.5)])
+def test_logits_that_are_not_finite(bad, sampling):
+    logits_BV = torch.stack([LOGITS, LOGITS])
+    logits_BV[1, 4] = bad
+    token_B = draw(logits_BV, torch.tensor([0.5, 0.5]), sampling, blocked_V=NONE_BLOCKED)
+    assert token_B[0] != NOT_FINITE and token_B[1] == NOT_FINITE
+
+
+def test_uniforms():
+    assert torch.equal(uniforms(0, 3, 10)[:4], uniforms(0, 3, 4))
+    assert not torch.equal(uniforms(0, 3, 4), uniforms(0, 4, 4))
+    assert not torch.equal(uniforms(0, 3, 4), uniforms(1, 3, 4))
+    # a seed and a sequence number do not trade places
+    assert not torch.equal(uniforms(1, 2, 4), uniforms(2, 1, 4))
+
+
+def test_log_probability_ignores_nothing_of_the_distribution():
+    got = log_probability(LOGITS.expand(2, -1).bfloat16(), torch.tensor([1, 5]))
+    torch.testing.assert_close(got, LOGITS.bfloat16().float().log_softmax(-1)[[1, 5]])
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"top_k": 4, "top_p": 0.9}, "give only one"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)
+
+
+def test_top_k_must_be_below_the_vocabulary():
+    Sampling(top_k=511).check_vocabulary(512)
+    with pytest.raises(UserError, match="top_k is 512"):
+        Sampling(top_k=512).check_vocabulary(512)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.runtime import megatron
+from evo2_megatron.tasks import train_checks
+
+
+def options(**given) -> TrainingOptions:
+    return TrainingOptions(**{"mock_data": True, "model_size": "evo2_tiny", **given})
+
+
+def tensor(size: int, sequence_parallel: bool | None = None) -> ParallelConfig:
+    return ParallelConfig(tensor=size, sequence_parallel=sequence_parallel)
+
+
+WRONG = [
+    ({"mock_data": False}, "either --dataset-config or --mock-data"),
+    ({"dataset_dir": Path("/")}, "--dataset-dir goes with"),
+    ({"mock_data": False, "dataset_config": Path("no/such.yaml")}, "cannot read no/such.yaml"),
+    ({"tokenizer": Path("no/such/folder")}, "no/such/folder"),
+    ({"model_size": "evo3"}, "Unknown model size 'evo3'"),
+    ({"workers": -1}, "--workers is -1"),
+    ({"hidden_dropout": 1.5}, "--hidden-dropout is 1.5; it must be from 0 to 1"),
+    ({"eval_iters": -1}, "--eval-iters is -1"),
+    ({"lr": float("nan")}, "--lr nan is below"),
+    ({"lr": 1e-5}, "--lr 1e-05 is below --min-lr 3e-05"),
+    ({"adam_eps": 0.0}, "--adam-eps is 0.0"),
+    ({"most_recent_k": 0}, "--most-recent-k is 0"),
+    ({"seq_len_interpolation_factor": 0.0}, "--seq-len-interpolation-factor is 0.0"),
+    ({"max_steps": 2**28, "global_batch_size": 8}, "more than checkpoints can count"),
+    ({"parallel": tensor(2)}, "1 processes do not fit tensor 2"),
+    ({"global_batch_size": 8, "micro_batch_size": 3}, "--global-batch-size 8 is not a multiple"),
+    ({"parallel": tensor(1, sequence_parallel=True)}, "set --tensor-parallel-size too"),
+    ({"seq_length": 8193}, "position range of evo2_tiny, 8192 tokens; .* --seq-len-interpolation-factor 2 or more"),
+    ({"seq_length": 8193, "model_size": "evo2_7b", "seq_len_interpolation_factor": 1.0}, "position range of evo2_7b"),
+    ({"seq_length": 2**20 + 1, "model_size": "evo2_7b"}, "1048576 tokens; .* 129 or more"),
+    ({"ckpt_format": "zarr"}, "zarr can no longer be read or written; use torch_dist"),
+    ({"average_in_collective": True}, "--no-calculate-per-token-loss"),
+    ({"recompute": "none", "recompute_num_layers": 2}, "full recompute only"),
+    ({"warmup_steps": 20, "max_steps": 10}, "--warmup-steps 20"),
+    ({"tp_comm_overlap_backend": "gloo"}, "--tp-comm-overlap-backend goes with"),
+    ({"tp_comm_overlap": True}, "needs tensor and sequence parallelism"),
+    ({"nsys_start_step": 5, "nsys_end_step": 4}, "--nsys-end-step 4 is before"),
+    ({"wandb_entity": "me"}, "go with --wandb-project"),
+    ({"wandb_project": "p", "tensorboard": False}, "leave --disable-tensorboard-logger out"),
+    ({"nvidia_fault_tolerance": True}, "needs a start with ft_launcher"),
+]
+
+
+@pytest.mark.parametrize("given, message", WRONG, ids=[message for _, message in WRONG])
+def test_wrong_options(given, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train_checks.check(options(**given))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, given, message",
+    [
+        (4, {"parallel": tensor(2), "seq_length": 63}, "--seq-length 63 cannot be split between 2"),
+        (2, {"parallel": ParallelConfig(context=2), "seq_length": 66}, "not a multiple of 2 x context .* use 68"),
+        (3, {"parallel": tensor(2)}, "start torchrun with a multiple of 2"),
+        (8, {"global_batch_size": 12, "micro_batch_size": 1}, "use 8 or a multiple"),
+    ],
+)
+def test_wrong_layouts(world_size, given, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(UserError, match=message):
+        train_checks.check(options(**given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"seq_length": 8193, "seq_len_interpolation_factor": 1.01},
+        {"seq_length": 2**20, "model_size": "evo2_7b"},
+        {"average_in_collective": True, "calculate_per_token_loss": False},
+        {"max_steps": 1},
+        {"most_recent_k": -1, "eval_iters": 0},
+    ],
+    ids=str,
+)
+def test_right_options(given):
+    train_checks.check(options(**given))
+
+
+def test_unknown_name_on_the_hub(monkeypatch):
+    import transformers
+
+    def fail(name):
+        raise OSError(f"{name} is not a local folder\nand much more")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(
+        UserError, match="owner/name is not a local folder; give a folder with --hf-tokenizer"
+    ) as caught:
+        train_checks.check(options(tokenizer="owner/name"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(megatron, "on_cuda", lambda: False)
+    monkeypatch.setattr(megatron, "have_transformer_engine", lambda: False)
+
+
+@pytest.fixture
+def gpu_without_packages(monkeypatch):
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(megatron, "have_transformer_engine", lambda: False)
+    monkeypatch.setattr(train_checks.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"precision": "bf16_with_fp8_current_scaling_mixed"}, "use --mixed-precision-recipe bf16_mixed"),
+        ({"precision": "bf16_with_nvfp4_mixed"}, "use --mixed-precision-recipe bf16_mixed"),
+        ({"nsys_profiling": True}, "--nsys-profiling"),
+        ({"tp_comm_overlap": True}, "needs a GPU and Transformer Engine"),
+        ({"use_precision_aware_optimizer": True, "bf16_main_grads": True}, "--bf16-main-grads needs"),
+    ],
+)
+def test_what_a_machine_without_gpu_cannot_do(given, message, no_gpu):
+    with pytest.raises(UserError, match=message):
+        train_checks.fit_to_machine(options(**given))
+
+
+def test_what_a_machine_without_gpu_can_do_without(no_gpu, caplog):
+    asked = options(use_subquadratic_ops=True, use_precision_aware_optimizer=True)
+    with caplog.at_level(logging.WARNING):
+        assert train_checks.fit_to_machine(asked) == options()
+    assert [record.getMessage().split(" ")[0] for record in caplog.records] == [
+        "--use-precision-aware-optimizer",
+        "--use-subquadratic-ops",
+    ]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"use_subquadratic_ops": True}, "needs the package subquadratic-ops-torch"),
+        ({"precision": "bf16_with_fp8_current_scaling_mixed"}, "needs Transformer Engine"),
+    ],
+)
+def test_what_a_gpu_without_packages_cannot_do(given, message, gpu_without_packages):
+    with pytest.raises(UserError, match=message):
+        train_checks.fit_to_machine(options(**given))
+
+
+@pytest.mark.parametrize(
+    "name, capability, fits",
+    [
+        ("bf16_with_fp8_current_scaling_mixed", (8, 0), False),
+        ("bf16_with_fp8_current_scaling_mixed", (8, 9), True),
+        ("bf16_with_fp8_subchannel_scaling_mixed", (8, 9), False),
+        ("nanov2_bf16_with_fp8_current_scaling_mixed", (9, 0), True),
+        ("bf16_with_mxfp8_mixed", (9, 0), False),
+        ("bf16_with_nvfp4_mixed", (10, 0), True),
+    ],
+)
+def test_8_bit_recipes_need_their_hardware(name, capability, fits, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(megatron, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if fits:
+        train_checks.fit_to_machine(options(precision=name))
+    else:
+        with pytest.raises(UserError, match=r"needs a GPU of compute capability .* use --mixed-precision-recipe bf16"):
+            train_checks.fit_to_machine(options(precision=name))
