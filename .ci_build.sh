@@ -3,17 +3,17 @@
 # Build .venv in this folder with everything that the commands, tests and examples need. A second run does nothing.
 # Needs Python 3.10 to 3.12 and a C compiler; no root, no Docker. To start over, remove .venv.
 #
-#   EVO2_BUILD      cpu, cuda12, cuda13 or image (NVIDIA's PyTorch container: its torch and Transformer Engine are kept);
+#   EVO2_BUILD      cpu, cuda12, cuda13 or image (NVIDIA's PyTorch container; its torch and Transformer Engine stay);
 #                   not set: image in that container, else CUDA as the driver allows, else cpu
-#   PYTHON          interpreter to build with; not set: the first of python3, python3.12, python3.11, python3.10 that fits
+#   PYTHON          interpreter to build with; not set: what fits of python3, python3.12, python3.11, python3.10
 #   PIP_FIND_LINKS  folders with wheels; a torch wheel found there is taken
 #   PIP_INDEX_URL   a package index to use instead of the usual one
 #   CUDA_HOME       toolkit that compiles Transformer Engine; not set: the one of nvcc on the PATH, or /usr/local/cuda
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-UV=uv==0.13.8             # installs the 100 packages in a tenth of pip's time, and knows where torch's CPU builds are
-MARK=.venv/evo2-build     # "building", then what was built: kind, and hash of what decides the result
+UV=uv==0.13.8         # fast; unlike pip it can leave packages out, and knows where torch's CPU builds are
+MARK=.venv/evo2-build # "building", then what was built: kind, and hash of what decides the result
 
 die() {
     echo ".ci_build.sh: error: $*" >&2
@@ -62,7 +62,7 @@ choose_toolkit() {
             return
         fi
     done
-    die "Transformer Engine is compiled and needs nvcc; install the CUDA toolkit, use the Dockerfile, or EVO2_BUILD=cpu"
+    die "Transformer Engine is compiled and needs nvcc; install the CUDA toolkit, use the Dockerfile or EVO2_BUILD=cpu"
 }
 
 make_venv() { # python, options of venv
@@ -91,17 +91,18 @@ install_cpu() {
 }
 
 install_cuda() { # 12 or 13
-    local backend=() site
+    local backend=() site headers
     # the usual index has the build for CUDA 13
     [ "$1" = 13 ] || backend=(--torch-backend auto)
     install "${backend[@]}" --editable '.[dev,examples]'
     .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
         die "torch came out as a CPU build; leave PIP_FIND_LINKS out, or build with EVO2_BUILD=cpu"
     # compile Transformer Engine against the headers of the CUDA libraries that torch brought
-    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
+    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    headers=$(printf '%s\n' "$site"/nvidia/*/include | paste -sd :)
     # its PyTorch part asks for the CUDA 12 core whatever torch it is built for; both together overwrite each other
-    CPATH=$site/cu13/include:$site/cudnn/include:$site/nccl/include${CPATH:+:$CPATH} NVTE_FRAMEWORK=pytorch install \
-        "${backend[@]}" --excludes <(echo "transformer-engine-cu$((25 - $1))") --editable ".[dev,examples,cuda$1]"
+    CPATH=$headers${CPATH:+:$CPATH} NVTE_FRAMEWORK=pytorch install "${backend[@]}" \
+        --excludes <(echo "transformer-engine-cu$((25 - $1))") --editable ".[dev,examples,cuda$1]"
 }
 
 install_image() {

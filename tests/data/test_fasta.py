@@ -82,7 +82,7 @@ def test_byte_order_mark_and_undecodable_headers(tmp_path):
         (b">a\nAC\n> \t\r\nGT\n", "a record has no name"),
         (b">a\rACGT\r>b\rAC\r", "lone carriage returns"),
         (b">a\nAC\n>a b\nGT\n", "two records are named 'a'"),
-        (gzip.compress(MESSY)[:-20], "damaged or cut off"),
+        (gzip.compress(MESSY, mtime=0)[:-20], "damaged or cut off"),
     ],
 )
 def test_errors(tmp_path, reader, data, message):
