@@ -98,9 +98,7 @@ _TINY = Architecture(
 ARCHITECTURES = {
     # small enough to train on a laptop; not published
     "evo2_tiny": _TINY,
-    "evo2_mini": replace(
-        _TINY, pattern="SDH*SDH*", hidden_size=384, ffn_hidden_size=1024, num_heads=6, num_groups=48
-    ),
+    "evo2_mini": replace(_TINY, pattern="SDH*SDH*", hidden_size=384, ffn_hidden_size=1024, num_heads=6, num_groups=48),
     "striped_hyena_tiny_nv": replace(_TINY, **_NV),
     # Arc Institute's models
     "evo2_1b_base": _1B,

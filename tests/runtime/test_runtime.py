@@ -85,6 +85,6 @@ def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):
     from evo2_megatron.runtime.distributed import process_groups
 
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes do not fit tensor 2 x pipeline 1 x context 1 = 2"):
-        with process_groups(ParallelConfig(tensor=2)):
-            pass
+    message = "3 processes do not fit tensor 2 x pipeline 1 x context 1 = 2"
+    with pytest.raises(UserError, match=message), process_groups(ParallelConfig(tensor=2)):
+        pass

@@ -50,7 +50,6 @@ class UpstreamOptimizer:
         for state in self.optimizer.state.values():
             state["step"] = step
 
-
     def _get_main_param_and_optimizer_states(self, parameter):
         return {"param": parameter, **self.optimizer.state[parameter]}
 

@@ -120,6 +120,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Run], list[list[str]], Path]:
         "tune other model": tune | {"result_dir": root / "other", "model_size": "striped_hyena_tiny_nv"},
         "tune wider model": tune | {"result_dir": root / "other", "ffn_hidden_size": 96},
         "tune other tokenizer": tune | {"result_dir": root / "other", "tokenizer": _tokenizer(512)},
+        "odd pattern": SMALL | {"result_dir": root / "other", "num_layers": 6},
         "tune nothing": tune | {"result_dir": root / "other", "finetune_ckpt_dir": root},
     }
     done, different = train_all(
@@ -201,13 +202,14 @@ def test_fine_tuning_resumes_its_own_run(runs):
         ),
         ("tune wider model", "has ffn_hidden_size 96, but"),
         ("tune other tokenizer", "has 512 tokens, the model in"),
+        ("odd pattern", "has 4 symbols for 6 layers"),
         ("tune nothing", "is no checkpoint"),
     ],
 )
-def test_checkpoint_that_does_not_fit(runs, name, message):
+def test_what_does_not_fit_leaves_nothing_behind(runs, name, message):
     error = runs[0][name].text.strip()
     assert error.startswith("ERROR ") and "\n" not in error and message in error
-    assert not (runs[2] / "other" / "evo2" / "checkpoints").exists()
+    assert not (runs[2] / "other").exists()
 
 
 @pytest.mark.slow

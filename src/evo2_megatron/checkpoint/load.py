@@ -8,9 +8,11 @@ the weights are read against lists of known classes, and the rest holds tensors 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,6 +94,8 @@ def load_model(
             model or this machine cannot have.
     """
     megatron.enter()
+    from evo2_megatron.model.torch_modules import lay_out_for_decoding
+
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
     check_loadable(run_config)
@@ -102,8 +106,12 @@ def load_model(
     settings.setup(provider)
     provider.finalize()
     # in 16 bits Bridge wraps it: inputs are cast, outputs are float32
-    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda())
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its size, where a command's results belong
+        (model,) = provider.provide_distributed_model(
+            wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda()
+        )
     _load_weights(model, checkpoint, stored, dropped_layers=range(provider.num_layers, run_config.num_layers))
+    lay_out_for_decoding(model)
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, run_config, checkpoint)
 

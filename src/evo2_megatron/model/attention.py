@@ -54,9 +54,7 @@ class CachedSelfAttention(SelfAttention):
             Output [L, B, H] and its bias [H] or None, not yet added.
         """
         if inference_context is None:
-            return super().forward(
-                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
-            )
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         query_LBNC, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
         query_LBNC, key_LBNC = (
             apply_rotary_pos_emb(x_LBNC, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)

@@ -43,7 +43,7 @@ class DepthwiseFilter(ShardedParameters):
     """Taps of a short causal filter in correlation order: the last tap meets the current token."""
 
     def __init__(self, config: StripedHyenaProvider, *shape: int) -> None:
-        """``shape`` is [G, K] for the input convolution, [G, 1, K] for the short operator, as checkpoints have them."""
+        """``shape`` as in checkpoints: [G, K] for the input convolution, [G, 1, K] for the short operator."""
         super().__init__(config)
         # sic: the bound of a 3-tap filter, for the 7 taps of the short operator too
         self.short_conv_weight = self.new_parameter(

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron.core.tensor_parallel import RowParallelLinear
-
-from evo2_megatron.model.torch_modules import RMSNorm, RMSNormColumnParallelLinear, TorchCoreAttention
+from evo2_megatron.model.torch_modules import RMSNorm, RMSNormColumnLinear, RowLinear, TorchCoreAttention
 from evo2_megatron.runtime.megatron import have_transformer_engine
 
 
@@ -34,4 +32,4 @@ def layer_modules() -> LayerModules:
         return LayerModules(
             te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention
         )
-    return LayerModules(RMSNorm, RMSNormColumnParallelLinear, RowParallelLinear, TorchCoreAttention)
+    return LayerModules(RMSNorm, RMSNormColumnLinear, RowLinear, TorchCoreAttention)

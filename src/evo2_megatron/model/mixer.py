@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hyena mixer: projection, input convolution, gates around an operator, projection back.
 
-``y = W_o (post_gate * Op(pre_gate * value)) + b_o``, where projection rows 3c, 3c+1 and 3c+2 are channel c's post-gate,
-pre-gate and value. Shape legend: L tokens, B batch, H hidden channels, D this process's channels, E = 3D projection rows.
+``y = W_o (post_gate * Op(pre_gate * value)) + b_o``, where projection rows 3c, 3c + 1 and 3c + 2 are channel c's
+post-gate, pre-gate and value.
+Shape legend: L tokens, B batch, H hidden channels, D this process's channels, E = 3D projection rows.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from evo2_megatron.architectures import LAYER_SYMBOLS, architecture
 from evo2_megatron.config import UserError
+from evo2_megatron.model.flops import training_flops
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
 
@@ -153,9 +154,20 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
         self.use_cpu_initialization = not on_cuda()
         if self.vortex_style_fp8:
             raise UserError(
-                "FP8 input projections are not available yet: leave --vortex-style-fp8 out, or choose a checkpoint that "
-                "was not made with it"
+                "FP8 input projections are not available yet: leave --vortex-style-fp8 out, or choose a checkpoint "
+                "that was not made with it"
             )
+
+    def _get_num_floating_point_operations(self, batch_size: int) -> float:
+        """Megatron Bridge's hook: operations of one optimizer step, for the TFLOP/s that it logs."""
+        return training_flops(
+            self.hybrid_override_pattern,
+            batch_size=batch_size,
+            seq_length=self.seq_length,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            vocab_size=self.vocab_size,
+        )
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -20,6 +19,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.model.inference_state import InferenceState
 from evo2_megatron.model.loss import loss_weights
 from evo2_megatron.model.stack import HyenaStack
+from evo2_megatron.model.torch_modules import ColumnLinear
 from evo2_megatron.ops.casing import to_upper
 
 
@@ -52,7 +52,7 @@ class StripedHyenaModel(LanguageModule):
         )
         self.decoder = HyenaStack(config, pre_process=pre_process, post_process=post_process)
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = ColumnLinear(
                 config.hidden_size,
                 vocab_size,
                 config=config,

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+_MASKED_QUERIES = 512
+"""Queries that attend together where some keys came before them all."""
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
@@ -26,8 +29,20 @@ def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     return weight
 
 
+def rms_norm(x_LBH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """``y = w * x / sqrt(mean(x^2) + eps)`` as in Transformer Engine: statistics in float32, y in the dtype of x."""
+    if x_LBH.is_cuda:
+        return F.rms_norm(x_LBH, (x_LBH.shape[-1],), weight_H, eps)
+    # torch has no fused kernel for the CPU: its own four steps take up to 14 times as long as these
+    norm_LB1 = torch.linalg.vector_norm(
+        x_LBH, dim=-1, keepdim=True, dtype=torch.promote_types(x_LBH.dtype, torch.float)
+    )
+    scale_LB1 = torch.rsqrt(norm_LB1.square() / x_LBH.shape[-1] + eps)
+    return (x_LBH * scale_LB1 * weight_H).to(x_LBH.dtype)
+
+
 class RMSNorm(torch.nn.Module):
-    """``y = w * x / sqrt(mean(x^2) + eps)``, statistics in float32 (the form of Transformer Engine)."""
+    """``rms_norm`` with its weight."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -35,10 +50,53 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x_LBH: Tensor) -> Tensor:
-        return F.rms_norm(x_LBH, (x_LBH.shape[-1],), self.weight, self.eps)
+        return rms_norm(x_LBH, self.weight, self.eps)
 
 
-class RMSNormColumnParallelLinear(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
+    """Core's column-parallel layer; one process without gradients takes just the product.
+
+    Core's autograd functions around it cost a third of the time of decoding one token on a CPU.
+    """
+
+    def forward(
+        self, x_LBH: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or self.tp_group.size() > 1:
+            return super().forward(x_LBH, weight, runtime_gather_output)
+        return _product(self, x_LBH, self.weight if weight is None else weight)
+
+
+class RowLinear(RowParallelLinear):
+    """Core's row-parallel layer, with the same short cut."""
+
+    def forward(self, x_LBH: Tensor) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or self.tp_group.size() > 1:
+            return super().forward(x_LBH)
+        return _product(self, x_LBH, self.weight)
+
+
+def _product(layer: ColumnLinear | RowLinear, x_LBH: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    if layer.skip_bias_add:
+        return F.linear(x_LBH, weight), layer.bias
+    return F.linear(x_LBH, weight, layer.bias), None
+
+
+@torch.no_grad()
+def lay_out_for_decoding(model: torch.nn.Module) -> None:
+    """Keep the weights of a model that will not be trained column by column; names, shapes and values stay.
+
+    The product of one token with a matrix stored so reads memory 1.8 times as fast on a CPU (a sum of columns instead
+    of a dot product per row); products with many tokens take the same time. Does nothing to weights on a GPU.
+    """
+    for module in model.modules():
+        # an output layer that shares the embedding's table has no weight of its own
+        if isinstance(module, (ColumnLinear, RowLinear)) and module.weight is not None:
+            if module.weight.device.type == "cpu":
+                module.weight.data = module.weight.data.mT.contiguous().mT
+
+
+class RMSNormColumnLinear(ColumnLinear):
     """RMSNorm of the input, then a column-parallel linear layer."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
@@ -46,7 +104,7 @@ class RMSNormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = _norm_weight(config, input_size)
 
     def forward(self, x_LBH: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        norm_LBH = F.rms_norm(x_LBH, (x_LBH.shape[-1],), self.layer_norm_weight, self.config.layernorm_epsilon)
+        norm_LBH = rms_norm(x_LBH, self.layer_norm_weight, self.config.layernorm_epsilon)
         return super().forward(norm_LBH, *args, **kwargs)
 
 
@@ -63,15 +121,26 @@ def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, d
         context_BNLC, in the dtype of the query.
     """
     L, S = query_BNLC.shape[2], key_BNSC.shape[2]
+    if L == 1:  # sees everything
+        return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout)
     if L == S:
         return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout, is_causal=True)
-    # one query sees everything; several need the mask's diagonal to end in the lower right corner
-    mask = None if L == 1 else causal_lower_right(L, S)
-    return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, attn_mask=mask, dropout_p=dropout)
+    parts = []
+    # the mask's diagonal ends in its lower right corner; on a CPU it becomes a tensor, so not for all queries at once
+    for start in range(0, L, _MASKED_QUERIES):
+        part_BNLC = query_BNLC[:, :, start : start + _MASKED_QUERIES]
+        seen = S - L + start + part_BNLC.shape[2]
+        mask = causal_lower_right(part_BNLC.shape[2], seen)
+        parts.append(
+            F.scaled_dot_product_attention(
+                part_BNLC, key_BNSC[:, :, :seen], value_BNSC[:, :, :seen], attn_mask=mask, dropout_p=dropout
+            )
+        )
+    return torch.cat(parts, dim=2)
 
 
 class TorchCoreAttention(MegatronModule):
-    """The ``core_attention`` of a Megatron attention layer on torch's own attention, which never holds L x L scores."""
+    """The ``core_attention`` of a Megatron layer on torch's own attention, which never holds L x L scores."""
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 """Let Megatron's CUDA call sites run on a machine without a GPU. Installed by ``runtime.megatron.enter`` only there.
 
 Megatron asks ``torch.cuda`` for devices, streams, events, random states and memory in some 360 places, and allocates
-with ``device="cuda"``. Here the device is the CPU, streams and events are ordered by program order, the random state is
-the CPU generator's, and memory figures are the process's own. ``torch.cuda.is_available()`` stays False.
+with ``device="cuda"``. Here the device is the CPU, streams and events are ordered by program order, the random state
+is the CPU generator's, and memory figures are the process's own. ``torch.cuda.is_available()`` stays False.
 
 The factory functions are wrapped one by one: a ``TorchFunctionMode`` would do the same in ten lines but costs a Python
 call for every tensor operation, a third of the time of decoding one token.
@@ -16,7 +16,8 @@ import functools
 import os
 import resource
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -145,7 +146,8 @@ def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 def install() -> None:
     """Put the stand-ins in place, for the rest of the process and its forked children."""
-    # first, because importing Megatron imports Dynamo, which catalogues torch's functions and refuses to find one twice
+    # first, because importing Megatron imports Dynamo, which catalogues torch's functions and refuses to find one
+    # twice
     _install_megatron_rng()
     _install_torch_cuda()
     _install_factories()

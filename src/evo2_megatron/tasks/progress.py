@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,11 @@ class TrainingProgress(Callback):
         self._first_step_end: tuple[int, float] | None = None
         logger.info("%s parameters", f"{_num_parameters(context.model):,}")
         if self._wants_bar:
-            self._bar = tqdm(total=train.train_iters, initial=self.step, unit="step", dynamic_ncols=True)
+            # tqdm by itself shows nothing on a terminal that does not tell its size
+            size = shutil.get_terminal_size(fallback=(120, 24))
+            self._bar = tqdm(
+                total=train.train_iters, initial=self.step, unit="step", ncols=size.columns, nrows=size.lines
+            )
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Called by Bridge before each step."""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
+import signal
 import socket
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -74,18 +76,19 @@ def train(**given: Any) -> None:
     if start.step >= end:
         logger.info("Nothing to do: %s has done step %s of %s", options.checkpoint_dir, start.step, end)
         return
-    _make_run_dir(options.run_dir)
     megatron.enter()
     training_repairs.install()
 
     from evo2_megatron.recipes.pretrain import pretrain_config
 
     config = pretrain_config(options)
+    _check_model(config)
     if not start.resumes:
         # the tracker may name a first checkpoint that was never finished
         config.checkpoint.load = None
     if start.checkpoint is not None:
         _begin_from(start, config, options)
+    _make_run_dir(options.run_dir)
     _run(config, options, start)
 
 
@@ -156,6 +159,13 @@ def _without_flags(precision: MixedPrecisionConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(precision).items() if name not in flags}
 
 
+def _check_model(config: ConfigContainer) -> None:
+    """Let the provider raise what it has to say about pattern and layout before anything is written."""
+    model = copy.deepcopy(config.model)
+    config.mixed_precision.setup(model)
+    model.finalize()
+
+
 def _make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -214,8 +224,11 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     callbacks = CallbackManager()
     callbacks.add(progress)
     callbacks.register("on_train_start", functools.partial(_record_origin, options))
+    if options.enable_preemption:
+        callbacks.register("on_train_start", _listen_for_preemption)
     _be_alone_without_torchrun()
     _log_plan(options, start)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with nullcontext() if options.debug else quiet_console(progress):
         try:
             pretrain(config, forward_step, callbacks)
@@ -227,6 +240,8 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
         except UserError:
             _clean_up()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
     _log_result(options, progress)
 
 
@@ -234,6 +249,11 @@ def _record_origin(options: TrainingOptions, context: CallbackContext) -> None:
     """Keep in run_config.yaml what was fine-tuned; earlier, Bridge would load it, with a looser loader than ours."""
     if options.finetune_ckpt_dir is not None:
         context.state.cfg.checkpoint.pretrained_checkpoint = str(options.finetune_ckpt_dir.absolute())
+
+
+def _listen_for_preemption(context: CallbackContext) -> None:
+    """Bridge 0.3.1 asks its handler after every step whether SIGTERM came, but never installs it."""
+    context.state.signal_handler.__enter__()
 
 
 def _be_alone_without_torchrun() -> None:

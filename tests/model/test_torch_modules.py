@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain-torch stand-ins for Transformer Engine's modules against their formulas."""
+
+import pytest
+import torch
+
+from helpers import tiny_model
+
+
+@pytest.mark.parametrize("num_queries, num_keys", [(1, 1), (1, 9), (7, 7), (3, 8), (600, 1300), (1025, 1030)])
+def test_causal_attention(megatron, num_queries, num_keys):
+    from evo2_megatron.model.torch_modules import causal_attention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8).double() for n in (num_queries, num_keys, num_keys))
+    future = torch.arange(num_keys) > torch.arange(num_queries)[:, None] + num_keys - num_queries
+    score = (query @ key.mT / 8**0.5).masked_fill(future, float("-inf"))
+
+    torch.testing.assert_close(causal_attention(query, key, value), score.softmax(-1) @ value)
+
+
+def test_the_layout_for_decoding_changes_no_value(one_process):
+    from evo2_megatron.model.torch_modules import lay_out_for_decoding
+
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    ids = torch.randint(0, 512, (2, 20))
+    with torch.inference_mode():
+        logits = model(ids)
+        lay_out_for_decoding(model)
+        torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-6)
+    assert not model.decoder.layers[0].mlp.linear_fc1.weight.is_contiguous()
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_without_gradients_the_linear_layers_give_the_same(one_process):
+    model = tiny_model("evo2_tiny", add_bias_output=True)
+    ids = torch.randint(0, 512, (2, 20))
+    with torch.no_grad():
+        short_cut = model(ids)
+    torch.testing.assert_close(short_cut, model(ids).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(megatron, dtype):
+    from evo2_megatron.model.torch_modules import rms_norm
+
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(5, 2, 64).to(dtype), torch.rand(64).to(dtype), torch.randn(5, 2, 64).to(dtype)
+    x[0, 0] = 0
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    narrow = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+
+    got = rms_norm(*narrow, 1e-6)
+    want = torch.nn.functional.rms_norm(wide[0], (64,), wide[1], 1e-6)
+
+    assert got.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    # where x is 0 its gradient is w * 1000 * grad: compare relatively
+    for mine, theirs in zip(torch.autograd.grad(got, narrow, grad), torch.autograd.grad(want, wide, grad.double())):
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance["rtol"], atol=10 * tolerance["atol"])
