@@ -91,9 +91,9 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         # an output layer that shares the embedding's table has no weight of its own
-        if isinstance(module, (ColumnLinear, RowLinear)) and module.weight is not None:
-            if module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.mT.contiguous().mT
+        weight = module.weight if isinstance(module, (ColumnLinear, RowLinear)) else None
+        if weight is not None and weight.device.type == "cpu":
+            weight.data = weight.data.mT.contiguous().mT
 
 
 class RMSNormColumnLinear(ColumnLinear):
