@@ -208,6 +208,8 @@ def _logger(options: TrainingOptions) -> LoggerConfig:
         wandb_entity=options.wandb_entity,
         wandb_exp_name=options.wandb_run_name or _wandb_name(options),
         wandb_save_dir=str(options.run_dir / "wandb"),
+        # everything that was decided, before the first checkpoint has it; not named like a checkpoint's own
+        save_config_filepath=str(options.run_dir / "config.yaml"),
         log_params_norm=True,
         log_throughput=True,
         log_throughput_to_tensorboard=True,
