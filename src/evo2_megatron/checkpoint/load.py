@@ -25,6 +25,7 @@ from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.data.tokenizer import tokenizer_dir as bundled_tokenizer_dir
 from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.precision import precision_settings
 
 if TYPE_CHECKING:
     from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
@@ -110,7 +111,7 @@ def load_model(
         (model,) = provider.provide_distributed_model(
             wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda()
         )
-    _load_weights(model, checkpoint, stored, dropped_layers=range(provider.num_layers, run_config.num_layers))
+    load_weights(model, checkpoint, stored, dropped_layers=range(provider.num_layers, run_config.num_layers))
     lay_out_for_decoding(model)
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, run_config, checkpoint)
@@ -187,15 +188,6 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def precision_settings(name: str) -> MixedPrecisionConfig:
-    """Megatron Bridge's settings for a recipe of ``config.PRECISION_RECIPES``; ``fp32`` is ours."""
-    from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
-
-    if name == "fp32":
-        return MixedPrecisionConfig(fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32)
-    return get_mixed_precision_config(name)
-
-
 def _precision(run_config: RunConfig, asked: str | None) -> tuple[str, MixedPrecisionConfig]:
     values = run_config.precision_values() if asked is None else None
     if values is not None:
@@ -258,9 +250,20 @@ def _provider(
     return provider
 
 
-def _load_weights(
+def load_weights(
     wrapped: MegatronModule, checkpoint: Path, stored: Mapping[str, tuple[int, ...]], *, dropped_layers: Iterable[int]
 ) -> None:
+    """Fill a model with a checkpoint's weights, on all processes together.
+
+    Args:
+        wrapped: The model, or its wrapper for 16 bits.
+        checkpoint: Folder of the iteration.
+        stored: What ``stored_shapes`` gives for it.
+        dropped_layers: Layers that the checkpoint has and the model, by intention, has not; counted from 0.
+
+    Raises:
+        UserError: Tensors that are missing, not understood, or of another shape.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor

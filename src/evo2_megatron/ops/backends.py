@@ -37,6 +37,6 @@ def subquadratic_ops() -> SubquadraticOps:
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"subquadratic kernels were asked for but cannot be loaded ({error}): "
-            f"install {PACKAGE}, or switch use_subquadratic_ops off"
+            "install subquadratic-ops-torch-cu12 or -cu13, or switch use_subquadratic_ops off"
         ) from error
     return SubquadraticOps(*kernels)

@@ -29,7 +29,7 @@ from megatron.bridge.training.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 from evo2_megatron.config import uses_fp8
 from evo2_megatron.data.providers import Evo2DatasetProvider, MockEvo2DatasetProvider
@@ -37,6 +37,7 @@ from evo2_megatron.model.param_groups import HyenaWeightDecay
 from evo2_megatron.model.provider import StripedHyenaProvider, provider_for
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe, schedule
 from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.precision import precision_settings
 
 
 def pretrain_config(options: TrainingOptions) -> ConfigContainer:
@@ -291,10 +292,7 @@ def _comm_overlap(options: TrainingOptions) -> Any:
 
 
 def _mixed_precision(options: TrainingOptions) -> MixedPrecisionConfig:
-    name = precision_recipe(options)
-    if name == "fp32":
-        return MixedPrecisionConfig(fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32)
-    precision = get_mixed_precision_config(name)
+    precision = precision_settings(precision_recipe(options))
     override(precision, fp8_wgrad=precision.fp8_wgrad and options.fp8_wgrad)
     if options.fp8_param_gather is not None:
         override(precision, fp8_param_gather=options.fp8_param_gather)

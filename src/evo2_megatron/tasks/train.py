@@ -20,6 +20,7 @@ from evo2_megatron.config import PRECISION_RECIPES, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
 from evo2_megatron.runtime import distributed, megatron, training_repairs
+from evo2_megatron.runtime.precision import precision_settings
 from evo2_megatron.tasks import train_checks
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _recipe_of_values(checkpoint: Path) -> str | None:
     if values is None:
         return None
     for name in PRECISION_RECIPES:
-        if _without_flags(load.precision_settings(name)) == _without_flags(values):
+        if _without_flags(precision_settings(name)) == _without_flags(values):
             return name
     raise UserError(f"{checkpoint} was trained with changed precision settings; choose a --mixed-precision-recipe")
 
@@ -193,7 +194,7 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
 
     def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
         (stage,) = model
-        load._load_weights(stage, start.checkpoint, stored, dropped_layers=())
+        load.load_weights(stage, start.checkpoint, stored, dropped_layers=())
         return model
 
     config.model.register_pre_wrap_hook(load_weights)
