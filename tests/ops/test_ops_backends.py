@@ -14,7 +14,8 @@ LENGTHS = (129, 1024)
 
 def test_missing_package_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGE, None)
-    with pytest.raises(ImportError, match="install subquadratic-ops-torch-cu12 or -cu13, or switch use_subquadratic_ops off") as info:
+    remedy = "install subquadratic-ops-torch-cu12 or -cu13, or switch use_subquadratic_ops off"
+    with pytest.raises(ImportError, match=remedy) as info:
         subquadratic_ops()
     assert "\n" not in str(info.value)
 
