@@ -106,6 +106,11 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_eight(one_process):
     assert tiny_model(vocab_size=500).vocab_size == 500
 
 
+def test_kernels_that_are_not_called_are_named(one_process, caplog):
+    tiny_model(use_subquadratic_ops=True)
+    assert "the model does not call these kernels yet" in caplog.text
+
+
 def test_weights_start_as_published(one_process):
     torch.manual_seed(0)
     model = tiny_model("evo2_mini")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,6 +22,8 @@ from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -152,6 +155,10 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
         self.masked_softmax_fusion = with_te
         self.gradient_accumulation_fusion = with_te and can_enable_gradient_accumulation_fusion()
         self.use_cpu_initialization = not on_cuda()
+        if self.use_subquadratic_ops:
+            logger.warning(
+                "use_subquadratic_ops: the model does not call these kernels yet; plain ones give the same results"
+            )
         if self.vortex_style_fp8:
             raise UserError(
                 "FP8 input projections are not available yet: leave --vortex-style-fp8 out, or choose a checkpoint "
