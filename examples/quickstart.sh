@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Train, score and generate on a real genome with the documented commands: phage lambda, 48,502 bases. About four minutes
+# Train, score and generate on a real genome with the documented commands: phage lambda, 48,502 bases. About five minutes
 # on two CPU cores. Run it by `make quickstart`, which builds the environment first; all results go to ./quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
