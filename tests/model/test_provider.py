@@ -6,26 +6,7 @@ import torch
 
 from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.config import UserError
-from helpers import tiny_model
-
-# published figures, embedding of 512 rows, decay buffers not counted
-PARAMETERS = {
-    "evo2_tiny": 884_192,
-    "evo2_mini": 14_434_080,
-    "striped_hyena_tiny_nv": 884_096,
-    "evo2_1b_base": 1_108_204_800,
-    "evo2_7b_base": 6_481_649_408,
-    "evo2_7b": 6_582_312_704,
-    "evo2_20b": 19_739_697_664,
-    "evo2_40b_base": 40_332_977_152,
-    "evo2_40b": 41_119_409_152,
-    "striped_hyena_1b_nv": 1_108_198_016,
-    "striped_hyena_7b_nv": 6_582_294_528,
-    "striped_hyena_40b_nv": 41_119_350_784,
-    "striped_hyena_1b_nv_parallel": 1_209_332_736,
-    "striped_hyena_test": 812_001_024,
-    "striped_hyena_test_nv": 811_997_184,
-}
+from helpers import PARAMETERS, tiny_model
 
 EVERY_LAYER = {
     "mlp.linear_fc1.layer_norm_weight": "H",

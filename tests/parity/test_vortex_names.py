@@ -11,22 +11,8 @@ from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint.names import check_shapes, is_trained, parameter_shapes, rows
 from evo2_megatron.checkpoint.vortex import TRANSFORMS, to_vortex, vortex_config
 from evo2_megatron.config import UserError
+from helpers import PARAMETERS
 from parity.vortex_model import random_weights
-
-PARAMETERS = {
-    "evo2_1b_base": 1_108_204_800,
-    "evo2_7b_base": 6_481_649_408,
-    "evo2_7b": 6_582_312_704,
-    "evo2_20b": 19_739_697_664,
-    "evo2_40b_base": 40_332_977_152,
-    "evo2_40b": 41_119_409_152,
-    "striped_hyena_1b_nv": 1_108_198_016,
-    "striped_hyena_7b_nv": 6_582_294_528,
-    "striped_hyena_40b_nv": 41_119_350_784,
-    "striped_hyena_1b_nv_parallel": 1_209_332_736,
-    "striped_hyena_test": 812_001_024,
-    "striped_hyena_test_nv": 811_997_184,
-}
 
 
 @pytest.mark.parametrize("key", PARAMETERS)
