@@ -54,6 +54,9 @@ class Architecture:
     tied_embeddings: bool = True
     """The output projection reuses the embedding table."""
 
+    output_bias: bool = False
+    """The output projection has a bias; no published model has."""
+
     embedding_init_std: float | None = None
     """Standard deviation of the embedding at initialisation; None: Megatron's default of 0.02."""
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from evo2_megatron.architectures import architecture
-from evo2_megatron.checkpoint.names import check_shapes, is_trained, parameter_shapes, rows
-from evo2_megatron.checkpoint.vortex import TRANSFORMS, to_vortex, vortex_config
+from evo2_megatron.checkpoint.names import check_tensors, is_trained, parameter_shapes, rows, unfused
+from evo2_megatron.checkpoint.translate import FORMS
+from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import UserError
 from helpers import PARAMETERS
 from parity.vortex_model import random_weights
@@ -24,24 +25,38 @@ def test_parameter_shapes(key):
 def test_rows_name_every_tensor_once():
     for key in ("evo2_tiny", "striped_hyena_1b_nv_parallel"):
         table = rows(architecture(key))
-        for side in ([n for row in table for n in row.megatron], [n for row in table for n in row.vortex]):
-            assert len(side) == len(set(side))
-        assert {row.to_vortex for row in table} <= TRANSFORMS.keys()
+        for column in ("megatron", "vortex", "savanna"):
+            names = [name for row in table for name in getattr(row, column)]
+            assert len(names) == len(set(names))
+        assert {form for row in table for form in (row.vortex_form, row.savanna_form)} <= FORMS.keys()
+
+
+def test_names_without_fused_layers():
+    names = parameter_shapes(architecture("evo2_tiny"), vocab_size=512)
+    changed = {name: unfused(name) for name in names if unfused(name) != name}
+    assert len(changed) == 8 and len(set(changed.values()) | names.keys()) == len(names) + 8
+    assert (
+        changed["decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"]
+        == "decoder.layers.3.input_layernorm.weight"
+    )
+    assert unfused("decoder.final_norm.weight") == "decoder.final_norm.weight"
 
 
 @pytest.mark.parametrize(
     "found, message",
     [
-        ({"a": (2, 3)}, "1 tensors missing and 0 not understood; e.g. b"),
-        ({"a": (2, 3), "b": (4,), "c": (5,)}, "0 tensors missing and 1 not understood; e.g. c"),
-        ({"a": (3, 2), "b": (4,)}, r"a has shape \(3, 2\) where \(2, 3\) is expected"),
+        ({"a": (2, 3)}, "the file: 1 missing (b); do this"),
+        ({"a": (2, 3), "b": (4,), "c": (5,)}, "the file: 1 not understood (c); do this"),
+        ({"a": (3, 2), "b": (4,)}, "the file: 1 of another shape (a (3, 2) instead of (2, 3)); do this"),
+        ({"c": ()}, "the file: 2 missing (a, b); 1 not understood (c); do this"),
     ],
 )
-def test_check_shapes(found, message):
+def test_check_tensors(found, message):
     expected = {"a": (2, 3), "b": (4,)}
-    check_shapes(expected, expected)
-    with pytest.raises(UserError, match=message):
-        check_shapes(found, expected)
+    check_tensors(expected, expected, source="the file", remedy="do this")
+    with pytest.raises(UserError) as error:
+        check_tensors(found, expected, source="the file", remedy="do this")
+    assert str(error.value) == message
 
 
 def test_to_vortex_values():
@@ -74,11 +89,11 @@ def test_to_vortex_keeps_dtypes_but_poles():
 def test_to_vortex_is_all_or_nothing():
     tiny = architecture("evo2_tiny")
     ours = random_weights(tiny)
-    with pytest.raises(UserError, match="1 tensors missing"):
+    with pytest.raises(UserError, match=r"1 missing \(decoder.layers.1.mixer.mixer.filter.decay\)"):
         to_vortex({n: w for n, w in ours.items() if n != "decoder.layers.1.mixer.mixer.filter.decay"}, tiny)
     with pytest.raises(UserError, match="1 not understood"):
         to_vortex(ours | {"decoder.layers.0.mixer.mixer.conv_bias": torch.zeros(32)}, tiny)
-    with pytest.raises(UserError, match="weight has shape"):
+    with pytest.raises(UserError, match="of another shape"):
         to_vortex(ours, replace(tiny, ffn_hidden_size=176))
 
 

@@ -29,6 +29,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 LATEST_TRAIN_STATE = "latest_train_state.pt"
 RUN_CONFIG = "run_config.yaml"
 TRAIN_STATE = "train_state.pt"
+COMMON = "common.pt"
 WEIGHTS_INDEX = ".metadata"
 WEIGHTS_FORMAT = "metadata.json"
 TOKENIZER = "tokenizer"
@@ -39,6 +40,18 @@ _ITERATION = re.compile(r"iter_(\d+)")
 def iteration_name(iteration: int) -> str:
     """Folder name of one iteration: ``iter_0000001``."""
     return f"iter_{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Number of training steps in the name of a checkpoint's folder.
+
+    Raises:
+        UserError: The folder has another kind of name.
+    """
+    match = _ITERATION.fullmatch(checkpoint.resolve().name)
+    if match is None:
+        raise UserError(f"{checkpoint} is not named iter_<number>; rename it to iter_ and its number of steps")
+    return int(match[1])
 
 
 def resolve_checkpoint_path(path: Path) -> Path:
@@ -56,7 +69,7 @@ def resolve_checkpoint_path(path: Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"Checkpoint {path} does not exist; check --ckpt-dir")
+        raise UserError(f"Checkpoint {path} does not exist; check the path")
     if not path.is_dir():
         raise UserError(f"Checkpoint {path} is a file; give the checkpoint's folder")
     if (path / RUN_CONFIG).is_file():

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT, WEIGHTS_INDEX, resolve_checkpoint_path, tokenizer_dir
+from evo2_megatron.checkpoint.distcp import read_index, tensor_entries
+from evo2_megatron.checkpoint.layout import resolve_checkpoint_path, tokenizer_dir
+from evo2_megatron.checkpoint.names import EMBEDDING, check_tensors, is_weight, unfused
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
@@ -34,23 +34,6 @@ if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 logger = logging.getLogger(__name__)
-
-EMBEDDING = "embedding.word_embeddings.weight"
-
-_NOT_WEIGHTS = re.compile(r"optimizer\.|rng_state|rerun_state_machine|.*_extra_state")
-_INDEX_MODULES = {
-    f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner", "storage")
-} | {"torch.distributed._shard.sharded_tensor.metadata", "torch.distributed._shard.metadata"}
-_INDEX_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("builtins", "set"),
-}
 
 
 class LoadedModel(NamedTuple):
@@ -145,44 +128,13 @@ def find_tokenizer(checkpoint: Path) -> Path:
     return folder
 
 
-class _IndexReader(pickle.Unpickler):
-    """Unpickle the index of torch.distributed.checkpoint and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = None
-        if module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
-            found = super().find_class(module, name)
-        elif module == "torch":
-            found = getattr(torch, name, None)
-            found = found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else None
-        if found is None or (module in _INDEX_MODULES and not isinstance(found, type)):
-            raise UserError(
-                f"the checkpoint's index of weights names {module}.{name}, which does not belong there; "
-                "the file is damaged or was tampered with, and nothing was loaded"
-            )
-        return found
-
-
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Name and global shape of every tensor in a checkpoint, optimizer state included. Reads no tensor.
 
     Raises:
-        UserError: The folder holds no weights in this format.
+        UserError: The folder holds no weights in this format, or those of another model.
     """
-    index = Path(checkpoint) / WEIGHTS_INDEX
-    for path in (index, Path(checkpoint) / WEIGHTS_FORMAT):
-        if not path.is_file():
-            raise UserError(
-                f"{checkpoint} has no {path.name}, so it holds no weights in Megatron's torch_dist format; "
-                "the copy is incomplete, or the checkpoint needs converting"
-            )
-    with open(index, "rb") as file:
-        try:
-            metadata = _IndexReader(file).load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{index} cannot be read ({error}); copy the checkpoint again") from None
-    entries = metadata.state_dict_metadata
-    shapes = {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+    shapes = {name: tuple(entry.size) for name, entry in tensor_entries(read_index(checkpoint)).items()}
     if EMBEDDING not in shapes:
         raise UserError(f"{checkpoint} has no tensor {EMBEDDING}; it is not a checkpoint of an Evo 2 model")
     return shapes
@@ -276,9 +228,19 @@ def load_weights(
     sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(content))
     # FP8 scaling history: not part of the weights, and the only entries that would be unpickled
     sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
+    for entry in sharded.values():
+        # written without Transformer Engine's fused layers
+        if isinstance(entry, ShardedTensor) and entry.key not in stored and unfused(entry.key) in stored:
+            entry.key = unfused(entry.key)
     tensors = [entry for entry in nested_values(load_preprocess(sharded)[0]) if isinstance(entry, ShardedTensor)]
     wanted = _of_all_processes({tensor.key: tuple(tensor.global_shape) for tensor in tensors})
-    check_keys(checkpoint, stored, wanted, dropped_layers=dropped_layers)
+    dropped = tuple(f"decoder.layers.{i}." for i in dropped_layers)
+    check_tensors(
+        {name: shape for name, shape in stored.items() if is_weight(name) and not name.startswith(dropped or "\0")},
+        wanted,
+        source=f"the weights in {checkpoint} are not those of the model that its run_config.yaml describes",
+        remedy="check that the two files belong together",
+    )
     loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint))["model"]
     result = model.load_state_dict(loaded, strict=False)
     forgotten = [name for name in result.missing_keys if "_extra_state" not in name]
@@ -290,44 +252,3 @@ def _of_all_processes(mine: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, 
     of_each: list[dict[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_each, mine)
     return {name: shape for of_one in of_each for name, shape in of_one.items()}
-
-
-def check_keys(
-    checkpoint: Path,
-    stored: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    *,
-    dropped_layers: Iterable[int] = (),
-) -> None:
-    """Compare a checkpoint's tensors with a model's.
-
-    Args:
-        checkpoint: For the message.
-        stored: Global shapes in the checkpoint; optimizer, random and FP8 state may be among them.
-        wanted: Global shapes in the model.
-        dropped_layers: Layers that the checkpoint has and the model, by intention, has not; counted from 0.
-
-    Raises:
-        UserError: Names the tensors that are missing, not understood, or of another shape.
-    """
-    dropped = tuple(f"decoder.layers.{i}." for i in dropped_layers)
-    weights = {name for name in stored if not _NOT_WEIGHTS.match(name) and not name.startswith(dropped or "\0")}
-    problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "not understood": sorted(weights - wanted.keys()),
-        "of another shape": sorted(
-            f"{name} {stored[name]} instead of {wanted[name]}"
-            for name in wanted.keys() & stored.keys()
-            if stored[name] != wanted[name]
-        ),
-    }
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(
-            f"The weights in {checkpoint} are not those of the model that its run_config.yaml describes: "
-            f"{'; '.join(found)}; check that the two files belong together"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -3,85 +3,191 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from evo2_megatron.architectures import Architecture
-from evo2_megatron.checkpoint.names import check_shapes, parameter_shapes, rows, without_extra_state
+from evo2_megatron.checkpoint.names import is_weight
+from evo2_megatron.checkpoint.tensors import StoredTensor, in_memory
+from evo2_megatron.checkpoint.translate import Weights, to_ours, to_theirs
 from evo2_megatron.config import UserError
 
-TRANSFORMS = {
-    "same": lambda x: (x,),
-    "float32": lambda x: (x.float(),),
-    "duplicate": lambda x: (x, x),
-    "halves": lambda x: x.chunk(2),
-    "middle_axis": lambda x: (x[:, None],),
-    "decayed_filter": lambda h, decay: ((h * decay)[:, None],),
-    # Vortex evaluates exp(log_pole * t) in float32 whatever the other weights are
-    "log_poles": lambda p, gamma: (-(p.float().exp() * gamma.float().exp())[..., None],),
-}
-"""What the table in ``checkpoint/names.py`` names: our tensors in, Vortex's out, in the order of the table."""
+_EMBEDDING, _HEAD = "embedding_layer.weight", "unembed.weight"
 
 
-def _check_representable(architecture: Architecture) -> None:
+def check_representable(architecture: Architecture) -> None:
+    """Raise UserError for models that Vortex has no place for."""
     if architecture.gelu_in_every_layer or architecture.short_conv_bias:
         raise UserError(
             "Vortex has no bias in its short convolution and no tanh GELU, so NVIDIA's variants (keys with _nv) "
             "cannot be written in its format; choose one of the evo2_* model sizes"
         )
+    if architecture.output_bias:
+        raise UserError(
+            "Vortex has no bias in its output projection, so this model (add_bias_output) cannot be written in its "
+            "format"
+        )
 
 
 def to_vortex(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """``vortex_tensors`` for weights that are in memory; FP8 state is left out."""
+    ours = {name: in_memory(tensor) for name, tensor in state.items() if is_weight(name)}
+    return {name: tensor.read() for name, tensor in vortex_tensors(ours, architecture).items()}
+
+
+def vortex_tensors(
+    ours: Mapping[str, StoredTensor], architecture: Architecture, *, bf16_frequencies: bool = False
+) -> dict[str, StoredTensor]:
     """Rename and reshape our weights for Vortex, all or nothing.
 
     Args:
-        state: Our whole model (global shapes, any float dtype); ``_extra_state`` entries are left out.
-        architecture: Row of the size table that the weights belong to.
+        ours: Our whole model (global shapes, any float dtype).
+        architecture: Describes the model.
+        bf16_frequencies: Round the rotary frequencies to bfloat16, as Arc's own files have them, and not as our
+            model computes them: positions far apart then differ by up to a turn.
 
     Returns:
         Vortex's names; dtypes are kept, except that poles, residues and ``inv_freq`` are float32.
-        ``inv_freq`` is exact, where Arc's own files hold it rounded to bfloat16.
 
     Raises:
         UserError: A tensor is missing, unknown or of another shape, or Vortex cannot express the model.
     """
-    _check_representable(architecture)
-    state = without_extra_state(state)
-    embedding = state.get("embedding.word_embeddings.weight")
-    vocab_size = 0 if embedding is None else embedding.shape[0]
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    check_shapes(shapes, parameter_shapes(architecture, vocab_size=vocab_size))
+    check_representable(architecture)
+    theirs = to_theirs(ours, architecture, "vortex")
+    frequencies = rotary_frequencies(architecture)
+    if bf16_frequencies:
+        frequencies = frequencies.bfloat16().float()
+    for i in _layers(architecture, "*"):
+        theirs[f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq"] = in_memory(frequencies)
+    return theirs
 
-    vortex = {}
-    for row in rows(architecture):
-        tensors = TRANSFORMS[row.to_vortex](*(state[name] for name in row.megatron))
-        vortex.update(zip(row.vortex, tensors, strict=True))
+
+def from_vortex(state: Mapping[str, Any], architecture: Architecture, *, source: str) -> Weights:
+    """Rename and reshape Vortex's weights for us, all or nothing.
+
+    Medium filters become h with a decay of one, long filters p + gamma with the same poles. Both compute what Vortex
+    computes; how they were split in training is not in the file.
+
+    Args:
+        state: The file's state dict; FP8 state may be among it.
+        architecture: Row of the size table.
+        source: The file, for messages.
+
+    Raises:
+        UserError: A tensor is missing, unknown or of another shape, or its values are not those of such a model.
+    """
+    check_representable(architecture)
+    theirs = {name: tensor for name, tensor in state.items() if is_weight(name)}
+    for name in [name for name in theirs if name.endswith(".rotary_emb.inv_freq")]:
+        check_frequencies(theirs.pop(name), architecture, source=f"{source}: {name}")
+    for name, poles in theirs.items():
+        if name.endswith(".log_poles"):
+            # the values decide, and they are few: 16 per channel
+            values = poles.read()
+            if not (values.isfinite() & (values < 0)).all():
+                raise UserError(f"{source}: {name} has values that are not below 0, so its filters would grow forever")
+    embedding = theirs.get(_EMBEDDING)
+    head = theirs.setdefault(_HEAD, embedding) if embedding is not None else None
+    if head is not None and head.shape == embedding.shape:
+        tied = head is embedding or torch.equal(head.read(), embedding.read())
+        architecture = replace(architecture, tied_embeddings=tied)
+    return Weights(architecture, theirs, to_ours(theirs, architecture, "vortex", source=source))
+
+
+def rotary_frequencies(architecture: Architecture) -> Tensor:
+    """Angle per position of each pair of channels of a head, before ``position_scale``; exact, float32."""
     head_size = architecture.hidden_size // architecture.num_heads
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    for i in _layers(architecture, "*"):
-        vortex[f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq"] = 1.0 / architecture.rotary_base**exponent
-    return vortex
+    return 1.0 / architecture.rotary_base**exponent
 
 
-def vortex_config(architecture: Architecture, *, vocab_size: int) -> dict[str, Any]:
+def check_frequencies(stored: StoredTensor, architecture: Architecture, *, source: str) -> None:
+    """Raise UserError unless a file's ``inv_freq`` is that of the architecture, rounded to bfloat16 or not.
+
+    Files carry it because torch saves buffers. Its values follow from the base, which is what this checks.
+    """
+    found, expected = stored.read().double(), rotary_frequencies(architecture).double()
+    if found.shape == expected.shape and ((found - expected).abs() <= 2**-8 * expected).all():
+        return
+    detail = ""
+    if found.shape == expected.shape and len(found) > 1 and 0 < found[-1] < 1:
+        base = math.exp(-math.log(found[-1]) * len(found) / (len(found) - 1))
+        detail = f" (it seems to be about {base:.3g})"
+    raise UserError(
+        f"{source} does not belong to a rotary base of {architecture.rotary_base}{detail}; check that --model-size is "
+        "the one the file was made with"
+    )
+
+
+_FREE_FIELDS = {
+    "vocab_size", "max_batch_size", "make_vocab_size_divisible_by", "inner_size_multiple_of", "model_parallel_size",
+    "pipe_parallel_size", "use_flash_attn", "use_fp8_input_projections", "use_flash_rmsnorm", "use_flash_depthwise",
+    "use_flashfft", "use_laughing_hyena", "inference_mode", "prefill_style", "print_activations", "tokenizer_type",
+    "mlp_init_method", "mlp_output_init_method", "tie_embeddings",
+}  # fmt: skip
+"""Fields of the YAML file that do not fix the function computed, or that the weights themselves tell."""
+
+
+def check_config(path: Path, architecture: Architecture) -> Architecture:
+    """Compare Vortex's YAML file with a model.
+
+    Returns:
+        The architecture with the file's rotary base, position scale and longest sequence.
+
+    Raises:
+        UserError: Not such a file, or it describes another model; names the fields.
+    """
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict) or "hidden_size" not in given:
+        raise UserError(f"{path} is not the configuration of a Vortex model")
+    interpolated = given.get("use_interpolated_rotary_pos_emb", False)
+    architecture = replace(
+        architecture,
+        rotary_base=given.get("rotary_emb_base", 10_000),
+        position_scale=float(given.get("rotary_emb_scaling_factor", 1.0)) if interpolated else None,
+        max_tokens=given.get("max_seqlen", architecture.max_tokens),
+    )
+    expected = vortex_config(architecture, vocab_size=512)
+    different = [
+        f"{name} {given[name]} instead of {value}"
+        for name, value in expected.items()
+        if name in given and name not in _FREE_FIELDS and given[name] != value
+    ]
+    if different:
+        raise UserError(
+            f"{path} describes another model than --model-size: {'; '.join(different[:4])}; check both, or leave "
+            "--vortex-config out"
+        )
+    return architecture
+
+
+def vortex_config(architecture: Architecture, *, vocab_size: int, fp8_projections: bool = False) -> dict[str, Any]:
     """Fields of the YAML file that Vortex builds a model from.
 
     Args:
-        architecture: Row of the size table.
+        architecture: Describes the model.
         vocab_size: Rows of the embedding table.
+        fp8_projections: Compute the input projections in 8 bits, which needs Transformer Engine; for models that
+            were trained so.
 
     Returns:
-        Plain numbers, strings, booleans and lists. Attention and projections are set to run without
-        flash-attn and without FP8; whoever has them may switch ``use_flash_attn`` and
-        ``use_fp8_input_projections`` on.
+        Plain numbers, strings, booleans and lists. Attention is set to run without flash-attn; whoever has it may
+        switch ``use_flash_attn`` on.
 
     Raises:
         UserError: Vortex cannot express the model.
     """
-    _check_representable(architecture)
+    check_representable(architecture)
     hidden = architecture.hidden_size
     config = {
         "vocab_size": vocab_size,
@@ -127,7 +233,7 @@ def vortex_config(architecture: Architecture, *, vocab_size: int) -> dict[str, A
         "model_parallel_size": 1,
         "pipe_parallel_size": 1,
         "use_flash_attn": False,
-        "use_fp8_input_projections": False,
+        "use_fp8_input_projections": fp8_projections,
         "use_flash_rmsnorm": False,
         "use_flash_depthwise": False,
         "use_flashfft": False,

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write weights as a Megatron Bridge checkpoint: no optimizer, no random state. For converters and tests.
 
-Training saves through Megatron Bridge itself; this is for one process that holds all tensors.
+Training saves through Megatron Bridge itself; this is for one process that has, or reads, all tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from evo2_megatron.checkpoint import layout
+from evo2_megatron.checkpoint.distcp import write_tensors
+from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
@@ -50,50 +53,73 @@ def write_checkpoint(
     recipe: str,
     iteration: int = 1,
 ) -> Path:
-    """Write ``directory/iter_<iteration>`` and make it the newest of the folder; all of it or nothing.
+    """Write weights that are in memory; see ``new_checkpoint``."""
+    tensors = {name: in_memory(tensor.detach().cpu()) for name, tensor in weights.items()}
+    with new_checkpoint(directory, iteration) as folder:
+        write_tensors(tensors, folder)
+        describe(folder, provider, tokenizer=tokenizer, recipe=recipe, iteration=iteration)
+    return Path(directory) / layout.iteration_name(iteration)
 
-    Args:
-        weights: Whole tensors under the names of checkpoints, in any dtype and on any device.
-        provider: Describes the model; its ``vocab_size`` must be the number of embedding rows.
-        directory: Folder of checkpoints; made if need be.
-        tokenizer: Folder of the Hugging Face tokenizer; copied into the checkpoint.
-        recipe: Precision that the model is meant to run in (``config.PRECISION_RECIPES``).
-        iteration: Number of training steps behind the weights.
 
-    Returns:
-        The folder of the checkpoint.
+@contextlib.contextmanager
+def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
+    """An empty folder that becomes ``directory/iter_<iteration>``, the newest, when the block ends without error.
+
+    Until then it has a hidden name beside it; on an error or an interruption it is removed.
 
     Raises:
         UserError: The checkpoint exists already.
     """
-    megatron.enter()
     directory = Path(directory)
     target = directory / layout.iteration_name(iteration)
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another folder or remove it")
-    read_vocab_size(tokenizer)
+    check_new(directory, iteration)
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     partial = directory / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
-        _write_weights(weights, partial)
-        _write_common(partial, iteration)
-        shutil.copytree(tokenizer, partial / layout.TOKENIZER)
-        _write_run_config(provider, recipe, directory, partial)
+        yield partial
         os.replace(partial, target)
+        _make_newest(directory, target, iteration)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _make_newest(directory, target, iteration)
-    return target
+        with contextlib.suppress(OSError):  # not empty: the checkpoint, or somebody else's file, is in it
+            for folder in made:
+                folder.rmdir()
 
 
-def _write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from torch.distributed import checkpoint as dcp
+def check_new(directory: Path, iteration: int = 1) -> None:
+    """Raise UserError if the checkpoint to be written exists already, or something else is in its way."""
+    target = Path(directory) / layout.iteration_name(iteration)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another folder or remove it")
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise UserError(f"{directory} is a file; give a folder for the checkpoint")
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.save(dict(weights), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+def describe(
+    folder: Path,
+    provider: StripedHyenaProvider,
+    *,
+    tokenizer: Path,
+    recipe: str,
+    iteration: int = 1,
+    converted_from: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what belongs to a checkpoint beside its weights.
+
+    Args:
+        folder: Of one iteration.
+        provider: Describes the model; its ``vocab_size`` must be the number of embedding rows.
+        tokenizer: Folder of the Hugging Face tokenizer; copied into the checkpoint.
+        recipe: Precision that the model is meant to run in (``config.PRECISION_RECIPES``).
+        iteration: Number of training steps behind the weights.
+        converted_from: Plain values for ``run_config.yaml`` that say where the weights are from.
+    """
+    megatron.enter()
+    read_vocab_size(tokenizer)
+    _write_common(folder, iteration)
+    shutil.copytree(tokenizer, folder / layout.TOKENIZER)
+    _write_run_config(provider, recipe, folder, converted_from)
 
 
 def _write_common(folder: Path, iteration: int) -> None:
@@ -106,12 +132,14 @@ def _write_common(folder: Path, iteration: int) -> None:
         "opt_param_scheduler": {},
         "content_metadata": _CONTENT,
     }
-    torch.save(common, folder / "common.pt")
+    torch.save(common, folder / layout.COMMON)
     state = TrainState(step=iteration, do_train=True, do_valid=True, do_test=True)
     torch.save(state.state_dict(), folder / layout.TRAIN_STATE)
 
 
-def _write_run_config(provider: StripedHyenaProvider, recipe: str, directory: Path, folder: Path) -> None:
+def _write_run_config(
+    provider: StripedHyenaProvider, recipe: str, folder: Path, converted_from: Mapping[str, Any] | None
+) -> None:
     from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
     from megatron.core.optimizer import OptimizerConfig
@@ -129,16 +157,21 @@ def _write_run_config(provider: StripedHyenaProvider, recipe: str, directory: Pa
             # beside the weights, wherever they are moved
             tokenizer_model=None,
         ),
-        checkpoint=CheckpointConfig(save=str(directory), save_optim=False, save_rng=False),
+        checkpoint=CheckpointConfig(save=None, save_optim=False, save_rng=False),
         dist=None,
         mixed_precision=recipe,
     )
-    config.to_yaml(str(folder / layout.RUN_CONFIG))
+    path = folder / layout.RUN_CONFIG
+    config.to_yaml(str(path))
+    if converted_from is not None:
+        with open(path, "a") as file:
+            yaml.safe_dump({"converted_from": dict(converted_from)}, file, sort_keys=False)
 
 
 def _make_newest(directory: Path, target: Path, iteration: int) -> None:
     partial = directory / f".tracker.{os.getpid()}.partial"
-    shutil.copyfile(target / layout.TRAIN_STATE, partial)
-    os.replace(partial, directory / layout.LATEST_TRAIN_STATE)
+    if (target / layout.TRAIN_STATE).is_file():  # old checkpoints may lack it
+        shutil.copyfile(target / layout.TRAIN_STATE, partial)
+        os.replace(partial, directory / layout.LATEST_TRAIN_STATE)
     partial.write_text(f"{iteration}\n")
     os.replace(partial, directory / layout.TRACKER)

@@ -6,11 +6,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
@@ -38,6 +42,9 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
     """
     try:
         main(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         speaker = f"{prog}: error"
         if _rank() != 0:
@@ -45,6 +52,11 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
             speaker += f" on rank {_rank()}"
         sys.stderr.write(f"{speaker}: {error}\n")
         sys.exit(2)
+
+
+def clean_up_when_terminated() -> None:
+    """Make SIGTERM end the program as Ctrl-C does, so that what it was writing is removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def set_up_logging(*, debug: bool = False) -> None:
@@ -141,6 +153,64 @@ def add_vortex_style_fp8(parser: argparse._ActionsContainer) -> None:
 def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
     """True if asked for, else None: the checkpoint decides."""
     return args.vortex_style_fp8
+
+
+def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> None:
+    """Add the flags that ``conversion`` reads, ``--verify`` and ``--verbose``: commands that make a checkpoint."""
+    parser.add_argument(
+        "--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder to write iter_0000001 to"
+    )
+    parser.add_argument("--model-size", choices=sorted(ARCHITECTURES), required=True, metavar="KEY")
+    parser.add_argument(
+        "--tokenizer-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face tokenizer with as many tokens as the weights have embedding rows",
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=positive_int,
+        required=needs_seq_length,
+        metavar="N",
+        help="longest sequence in tokens" + ("" if needs_seq_length else " (default: that of the model size)"),
+    )
+    parser.add_argument(
+        "--mixed-precision-recipe",
+        choices=PRECISION_RECIPES,
+        default="bf16_mixed",
+        metavar="NAME",
+        help="number formats to run the model in (default: bf16_mixed); with fp32, weights are stored in float32",
+    )
+    add_vortex_style_fp8(parser)
+    add_verify(parser)
+    add_verbose(parser)
+
+
+def conversion(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``tasks.convert.Result``."""
+    return {
+        "directory": args.mbridge_ckpt_dir,
+        "tokenizer": args.tokenizer_path,
+        "model_size": args.model_size,
+        "recipe": precision(args),
+        "seq_length": args.seq_length,
+        "vortex_style_fp8": bool(vortex_style_fp8(args)),
+    }
+
+
+def add_verify(parser: argparse._ActionsContainer) -> None:
+    """Add ``--verify``."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run source and result on the same sequences in float32 and refuse a result whose logits differ",
+    )
+
+
+def add_verbose(parser: argparse._ActionsContainer) -> None:
+    """Add ``-v`` and ``--verbose``."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="log everything")
 
 
 def positive_int(text: str) -> int:

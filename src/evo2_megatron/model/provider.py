@@ -17,7 +17,7 @@ from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
-from evo2_megatron.architectures import LAYER_SYMBOLS, architecture
+from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture, architecture
 from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -222,6 +222,7 @@ def provider_for(model_size: str, **overrides: Any) -> StripedHyenaProvider:
         "add_attn_proj_bias": arch.attention_output_bias,
         "use_short_conv_bias": arch.short_conv_bias,
         "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "add_bias_output": arch.output_bias,
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": arch.recompute_num_layers,
@@ -229,3 +230,27 @@ def provider_for(model_size: str, **overrides: Any) -> StripedHyenaProvider:
     if arch.embedding_init_std is not None:
         values["embedding_init_method_std"] = arch.embedding_init_std
     return StripedHyenaProvider(**(values | overrides))
+
+
+def architecture_of(provider: StripedHyenaProvider) -> Architecture:
+    """The sizes and variants of the model that a provider describes; the inverse of ``provider_for``."""
+    if provider.num_groups_hyena != provider.hidden_size:
+        raise UserError(f"{provider.num_groups_hyena} long filters for {provider.hidden_size} channels; need one each")
+    if provider.num_groups_hyena_medium != provider.num_groups_hyena_short:
+        raise UserError("different numbers of groups for short and medium filters are not supported")
+    return Architecture(
+        pattern=provider.hybrid_override_pattern,
+        hidden_size=provider.hidden_size,
+        ffn_hidden_size=provider.ffn_hidden_size,
+        num_heads=provider.num_attention_heads,
+        num_groups=provider.num_groups_hyena_medium,
+        max_tokens=provider.seq_length,
+        rotary_base=provider.rotary_base,
+        position_scale=provider.seq_len_interpolation_factor,
+        recompute_num_layers=provider.recompute_num_layers or 1,
+        gelu_in_every_layer=not provider.remove_activation_post_first_layer,
+        attention_output_bias=provider.add_attn_proj_bias,
+        short_conv_bias=provider.use_short_conv_bias,
+        tied_embeddings=provider.share_embeddings_and_output_weights,
+        output_bias=provider.add_bias_output,
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the weights of Savanna, the framework that Evo 2 was trained with, under our names.
+
+A file of ``torch.save`` holds either the state dict itself or, beside bookkeeping, the state dict in ``module``. Keys
+may begin with ``module.``. A model that was split over processes has one such file for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from evo2_megatron.architectures import Architecture
+from evo2_megatron.checkpoint.names import is_weight
+from evo2_megatron.checkpoint.savanna_files import SavannaFiles
+from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, one_below_another, side_by_side
+from evo2_megatron.checkpoint.torch_file import JoinedFile, read_torch_file, whole_files
+from evo2_megatron.checkpoint.translate import Weights, to_ours
+from evo2_megatron.checkpoint.vortex import check_frequencies
+from evo2_megatron.config import UserError
+
+logger = logging.getLogger(__name__)
+
+_FILTER_LENGTH = 128
+_UNUSED = re.compile(r".*\.(mixer\.filter\.t|post_attention_layernorm\.weight|outer_mlp_layernorm\.weight)")
+_FREQUENCIES = ".rotary_emb.inv_freq"
+_SPLIT_BY_ROWS = re.compile(
+    r".*\.(word_embeddings\.weight|final_linear\.weight|mixer\.dense_projection\.weight|mlp\.w[12]\.weight"
+    r"|hyena_proj_conv\.short_conv_weight|short_conv\.short_conv_weight|mixer\.conv_bias"
+    r"|filter\.(decay|gamma|h|p|R))"
+)
+_SPLIT_BY_COLUMNS = re.compile(r".*\.(mixer\.dense\.weight|mlp\.w3\.weight)")
+
+
+def read_savanna(files: SavannaFiles, architecture: Architecture) -> Weights:
+    """Find a model's weights; their values are read when they are needed.
+
+    Args:
+        files: Where they are.
+        architecture: Row of the size table.
+
+    Raises:
+        UserError: A file is damaged or holds something else; tensors are missing, unknown or of another shape.
+    """
+    source = str(files.ranks[0][0])
+    states = [_state(whole_files(parts), str(parts[0])) for parts in files.ranks]
+    state = states[0] if len(states) == 1 else _merged(states, source)
+    weights = _without_unused(state, architecture, source)
+    has_head = any(name.endswith(".final_linear.weight") for name in weights)
+    architecture = replace(architecture, tied_embeddings=not has_head)
+    return Weights(architecture, weights, to_ours(weights, architecture, "savanna", source=source))
+
+
+def _state(file: JoinedFile, name: str) -> dict[str, StoredTensor]:
+    loaded = read_torch_file(file, name)
+    state = loaded.get("module", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{name} holds no state dict, by itself or in 'module'; give a Savanna checkpoint of a model")
+    strange = [key for key, value in state.items() if not isinstance(value, StoredTensor) and is_weight(str(key))]
+    if strange:
+        raise UserError(f"{name}: {strange[0]!r} is not a tensor; give a Savanna checkpoint of a model")
+    return {key.removeprefix("module."): value for key, value in state.items() if is_weight(key)}
+
+
+def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[str, StoredTensor]:
+    """Join what model parallelism split; the files are in the order of the ranks."""
+    for rank, state in enumerate(states):
+        different = sorted(state.keys() ^ states[0].keys())
+        if different:
+            raise UserError(
+                f"rank {rank} and rank 0 of {source} do not hold the same tensors, e.g. {different[0]}; "
+                "check that the files belong to one checkpoint"
+            )
+    merged = {}
+    for name in states[0]:
+        parts = [state[name] for state in states]
+        if _SPLIT_BY_ROWS.fullmatch(name):
+            join, axis = one_below_another, 0
+        elif _SPLIT_BY_COLUMNS.fullmatch(name):
+            join, axis = side_by_side, 1
+        else:
+            merged[name] = _same_on_all_ranks(parts, f"{source}: {name}")
+            continue
+        if len({(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}) > 1:
+            raise UserError(f"the parts of {name} do not fit together; check that the files belong to one checkpoint")
+        merged[name] = join(parts)
+    return merged
+
+
+def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor:
+    """Norms and biases are kept by every rank; training may let their last bits drift apart."""
+    first = parts[0].read().double()
+    for part in parts[1:]:
+        if part.shape != parts[0].shape:
+            raise UserError(f"{name} has another shape on another rank; check that the files belong to one checkpoint")
+        distance = (part.read().double() - first).abs().max().item()
+        if distance > 0.01 * first.abs().max().item():
+            raise UserError(f"{name} differs between ranks by {distance:.2g}; the files are not of one checkpoint")
+        if distance > 0:
+            logger.warning("%s differs between ranks by %.2g; taking that of rank 0", name, distance)
+    return parts[0]
+
+
+def _without_unused(
+    state: Mapping[str, StoredTensor], architecture: Architecture, source: str
+) -> dict[str, StoredTensor]:
+    """Leave out buffers and norms that the model does not use, and cut filters to the columns that it does."""
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith(_FREQUENCIES):
+            check_frequencies(tensor, architecture, source=f"{source}: {name}")
+        elif name.endswith((".filter.h", ".filter.decay")) and len(tensor.shape) == 2:
+            weights[name] = each_row(lambda rows: rows[:, :_FILTER_LENGTH], tensor)
+        elif not _UNUSED.fullmatch(name):
+            weights[name] = tensor
+    # the file of the 20B model has one pipeline step less before its last norm
+    norm, usual = (f"sequential.{architecture.num_layers + step}.norm.weight" for step in (2, 3))
+    if norm in weights and usual not in weights:
+        weights[usual] = weights.pop(norm)
+    return weights

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a Savanna checkpoint, from a file or from Hugging Face, to a Megatron Bridge checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from evo2_megatron.cli import groups
+
+_PROG = "evo2_convert_savanna_to_mbridge"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = groups.Parser(_PROG, __doc__)
+    parser.add_argument(
+        "--savanna-ckpt-path",
+        required=True,
+        metavar="PATH",
+        help="file, its first part (.pt.part0), folder of mp_rank_* files, or Hugging Face repository owner/name",
+    )
+    parser.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag of the repository (default: main)")
+    groups.add_conversion(parser)
+    parser.add_argument(
+        "--no-te",
+        action="store_true",
+        help="name the norms as models without Transformer Engine do; all commands here read both",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console script."""
+    groups.run(_PROG, _convert, argv)
+
+
+def _convert(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging(debug=args.verbose)
+    groups.clean_up_when_terminated()
+
+    from evo2_megatron.tasks.convert import Result, savanna_to_mbridge  # torch loads here, not for --help
+
+    result = Result(**groups.conversion(args))
+    print(
+        savanna_to_mbridge(
+            args.savanna_ckpt_path,
+            result,
+            revision=args.revision,
+            unfused_names=args.no_te,
+            verify=args.verify,
+        )
+    )

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a file of Arc's Vortex to a Megatron Bridge checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evo2_megatron.cli import groups
+
+_PROG = "evo2_convert_vortex_to_mbridge"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = groups.Parser(_PROG, __doc__)
+    parser.add_argument("--vortex-ckpt-path", type=Path, required=True, metavar="FILE", help="the model's .pt file")
+    parser.add_argument(
+        "--vortex-config",
+        type=Path,
+        metavar="FILE",
+        help="the model's .yml file: checked against --model-size, and its rotary base and scaling are taken",
+    )
+    groups.add_conversion(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console script."""
+    groups.run(_PROG, _convert, argv)
+
+
+def _convert(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging(debug=args.verbose)
+    groups.clean_up_when_terminated()
+
+    from evo2_megatron.tasks.convert import Result, vortex_to_mbridge  # torch loads here, not for --help
+
+    result = Result(**groups.conversion(args))
+    print(vortex_to_mbridge(args.vortex_ckpt_path, result, config=args.vortex_config, verify=args.verify))

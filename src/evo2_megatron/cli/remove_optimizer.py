@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy the newest checkpoint of a training run without its optimizer state: a third of the size, the same weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evo2_megatron.cli import groups
+
+_PROG = "evo2_remove_optimizer"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = groups.Parser(_PROG, __doc__)
+    parser.add_argument(
+        "--src-ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
+    )
+    parser.add_argument(
+        "--dst-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder to make; it must not exist"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare every weight, bit by bit")
+    groups.add_verbose(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console script."""
+    groups.run(_PROG, _remove, argv)
+
+
+def _remove(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging(debug=args.verbose)
+    groups.clean_up_when_terminated()
+
+    from evo2_megatron.tasks.export import remove_optimizer  # torch loads here, not for --help
+
+    print(remove_optimizer(args.src_ckpt_dir, args.dst_ckpt_dir, verify=args.verify))

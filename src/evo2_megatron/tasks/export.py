@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a Megatron Bridge checkpoint as a file for Arc's Vortex, or again without its optimizer state."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from evo2_megatron.architectures import Architecture, architecture
+from evo2_megatron.checkpoint import distcp, layout, names
+from evo2_megatron.checkpoint.load import check_loadable
+from evo2_megatron.checkpoint.run_config import read_run_config
+from evo2_megatron.checkpoint.strip_optimizer import kept_tensors, strip_optimizer
+from evo2_megatron.checkpoint.tensors import WholeTensors
+from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files, write_torch_file
+from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
+from evo2_megatron.checkpoint.write import new_checkpoint
+from evo2_megatron.config import UserError
+from evo2_megatron.runtime import megatron
+from evo2_megatron.tasks.transfer import check_space, disk_errors, new_files, progress
+from evo2_megatron.tasks.verify_logits import check_memory, verify_checkpoint
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.provider import StripedHyenaProvider
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_JSON = "config.json"
+
+
+def mbridge_to_vortex(
+    ckpt_dir: Path,
+    output: Path,
+    *,
+    model_size: str | None = None,
+    unfused_names: bool = False,
+    bf16_frequencies: bool = False,
+    verify: bool = False,
+) -> list[Path]:
+    """Write ``output``, the YAML file that Vortex builds the model from, and ``config.json`` beside them.
+
+    Args:
+        ckpt_dir: A checkpoint, or the folder of a run's checkpoints (the newest is taken).
+        output: The ``.pt`` file.
+        model_size: Checked against the checkpoint; None: not checked.
+        unfused_names: Expect the norms under the names of models without Transformer Engine's fused layers. Both are
+            understood anyway; this makes the usual ones an error.
+        bf16_frequencies: See ``vortex_tensors``.
+        verify: Compare the logits of the checkpoint's model with those that the file's weights give.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: No such checkpoint, Vortex cannot express it, or a file is in the way.
+    """
+    files = [output, output.with_suffix(".yml"), output.parent / _CONFIG_JSON]
+    _check_free(files)
+    checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
+    run_config = read_run_config(checkpoint)
+    check_loadable(run_config)
+    megatron.enter()
+    from evo2_megatron.model.provider import architecture_of
+
+    index = distcp.read_index(checkpoint)
+    weights = {name for name in distcp.tensor_entries(index) if names.is_weight(name)}
+    if names.EMBEDDING not in weights:
+        raise UserError(f"{checkpoint} has no tensor {names.EMBEDDING}; it is not a checkpoint of an Evo 2 model")
+    rows = distcp.tensor_entries(index)[names.EMBEDDING].size[0]
+    provider = run_config.provider(vocab_size=rows)
+    model = architecture_of(provider)
+    if model_size is not None:
+        _check_size(model, model_size, checkpoint)
+    ours = distcp.stored_tensors(checkpoint, index, _usual_names(model, weights, checkpoint, unfused_names))
+    theirs = vortex_tensors(ours, model, bf16_frequencies=bf16_frequencies)
+    config = vortex_config(model, vocab_size=rows, fp8_projections=provider.vortex_style_fp8)
+    if verify:
+        check_memory(model, rows)
+    total = sum({id(tensor): tensor.nbytes for tensor in theirs.values()}.values())
+    with disk_errors(), new_files(files) as (weights_file, config_file, summary_file):
+        check_space(weights_file.parent, total)
+        start = time.perf_counter()
+        with progress(total, "weights") as on_bytes:
+            write_torch_file(theirs, weights_file, on_bytes=on_bytes)
+        seconds = time.perf_counter() - start
+        config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+        summary_file.write_text(json.dumps(_summary(provider, rows), indent=2) + "\n")
+        if verify:
+            _verify(checkpoint, weights_file, model)
+    logger.info("%d tensors, %.2f GB in %.1f s", len(theirs), total / 1e9, seconds)
+    return files
+
+
+def _verify(checkpoint: Path, file: Path, model: Architecture) -> None:
+    written = WholeTensors(read_torch_file(whole_files([file]), str(file)))
+    verify_checkpoint(checkpoint, written, model, names="vortex")
+
+
+def _check_free(files: list[Path]) -> None:
+    for path in files:
+        if path.name == _CONFIG_JSON and path.is_file() and '"hybrid_override_pattern"' in path.read_text():
+            continue  # of an earlier export
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another --output-path or remove it")
+
+
+def _check_size(model: Architecture, model_size: str, checkpoint: Path) -> None:
+    """What the size table and the checkpoint must agree in; a run may have set the rest."""
+    expected = architecture(model_size)
+    fields = (
+        "pattern", "hidden_size", "ffn_hidden_size", "num_heads", "num_groups", "gelu_in_every_layer",
+        "attention_output_bias", "short_conv_bias",
+    )  # fmt: skip
+    different = [
+        f"{name} {getattr(model, name)} instead of {getattr(expected, name)}"
+        for name in fields
+        if getattr(model, name) != getattr(expected, name)
+    ]
+    if different:
+        raise UserError(
+            f"{checkpoint} is not a model of size {model_size}: {'; '.join(different)}; leave --model-size out to "
+            "export what the checkpoint says it is"
+        )
+
+
+def _usual_names(model: Architecture, stored: set[str], checkpoint: Path, unfused_names: bool) -> dict[str, str]:
+    usual = {names.unfused(name): name for name in names.parameter_shapes(model, vocab_size=1)}
+    renamed = {name: usual.get(name, name) for name in stored}
+    if unfused_names and not any(old != new for old, new in renamed.items()):
+        raise UserError(
+            f"--no-te: {checkpoint} has the names of models with Transformer Engine's fused layers; leave it out"
+        )
+    return renamed
+
+
+def _summary(provider: StripedHyenaProvider, rows: int) -> dict[str, Any]:
+    fields = (
+        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length",
+        "hybrid_override_pattern", "num_groups_hyena",
+    )  # fmt: skip
+    return {name: getattr(provider, name) for name in fields} | {"vocab_size": rows}
+
+
+def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Path:
+    """Copy the newest checkpoint of a folder without optimizer, scheduler and random state.
+
+    Args:
+        source: A checkpoint, or the folder of a run's checkpoints (the newest is taken).
+        target: Folder to make; the checkpoint keeps its name in it.
+        verify: Compare every weight, bit by bit, before the result gets its name.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        UserError: No such checkpoint, or the target exists.
+    """
+    if target.exists():
+        raise UserError(f"--dst-ckpt-dir {target} exists already; choose another or remove it")
+    checkpoint = layout.resolve_checkpoint_path(source)
+    iteration = layout.iteration_of(checkpoint)
+    megatron.enter()
+    total = sum(kept_tensors(checkpoint).values())
+    with disk_errors(), new_checkpoint(target, iteration) as partial:
+        check_space(partial, total)
+        with progress(total, "weights") as on_bytes:
+            sizes = strip_optimizer(checkpoint, partial, on_bytes=on_bytes)
+        if verify:
+            _check_equal(checkpoint, partial)
+            logger.info("verified: all %d tensors are equal", sizes.num_tensors)
+    logger.info("%s: %.3f GB before, %.3f GB after", checkpoint, sizes.before / 1e9, sizes.after / 1e9)
+    return target / checkpoint.name
+
+
+def _check_equal(checkpoint: Path, copy: Path) -> None:
+    indices = [(folder, distcp.read_index(folder)) for folder in (checkpoint, copy)]
+    kept = {name: name for name in distcp.tensor_entries(indices[1][1])}
+    before, after = (distcp.stored_tensors(folder, index, kept) for folder, index in indices)
+    for name, tensor in before.items():
+        for start, stop in tensor.pieces():
+            rows = [t.read_rows(start, stop).view(torch.uint8) for t in (tensor, after[name])]
+            if not torch.equal(*rows):
+                raise UserError(f"{name} was not copied exactly; check the disk, nothing was written")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tasks that write large files share: a progress bar, room on the disk, and files that appear when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from evo2_megatron.config import UserError
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[int], Any]]:
+    """On a terminal, a bar with bytes and the time left; yields what to call with each number of bytes done."""
+    with tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Show what the operating system says against reading or writing a file as one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}; no result was written") from error
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise UserError unless the disk of an existing folder has room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free and the result needs {num_bytes / 1e9:.1f} GB; make "
+            "room, or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def new_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Hidden names, beside the files' own, to write to; they become the files when the block ends without error.
+
+    The first path gets its name last: whoever waits for it finds the others.
+    """
+    partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        for old, new in reversed(list(zip(partial, paths))):
+            os.replace(old, new)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
