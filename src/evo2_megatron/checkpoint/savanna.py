@@ -24,7 +24,7 @@ from evo2_megatron.config import UserError
 logger = logging.getLogger(__name__)
 
 _FILTER_LENGTH = 128
-_UNUSED = re.compile(r".*\.(mixer\.filter\.t|post_attention_layernorm\.weight|outer_mlp_layernorm\.weight)")
+_UNUSED = (".filter.t", ".post_attention_layernorm.weight", ".outer_mlp_layernorm.weight")
 _FREQUENCIES = ".rotary_emb.inv_freq"
 _SPLIT_BY_ROWS = re.compile(
     r".*\.(word_embeddings\.weight|final_linear\.weight|mixer\.dense_projection\.weight|mlp\.w[12]\.weight"
@@ -47,10 +47,14 @@ def read_savanna(files: SavannaFiles, architecture: Architecture) -> Weights:
     source = str(files.ranks[0][0])
     states = [_state(whole_files(parts), str(parts[0])) for parts in files.ranks]
     state = states[0] if len(states) == 1 else _merged(states, source)
-    weights = _without_unused(state, architecture, source)
+    weights = _without_unused(state, architecture.num_layers)
     has_head = any(name.endswith(".final_linear.weight") for name in weights)
     architecture = replace(architecture, tied_embeddings=not has_head)
-    return Weights(architecture, weights, to_ours(weights, architecture, "savanna", source=source))
+    ours = to_ours(weights, architecture, "savanna", source=source)
+    for name, tensor in state.items():
+        if name.endswith(_FREQUENCIES):
+            check_frequencies(tensor, architecture, source=f"{source}: {name}")
+    return Weights(architecture, weights, ours)
 
 
 def _state(file: JoinedFile, name: str) -> dict[str, StoredTensor]:
@@ -103,20 +107,16 @@ def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor
     return parts[0]
 
 
-def _without_unused(
-    state: Mapping[str, StoredTensor], architecture: Architecture, source: str
-) -> dict[str, StoredTensor]:
+def _without_unused(state: Mapping[str, StoredTensor], num_layers: int) -> dict[str, StoredTensor]:
     """Leave out buffers and norms that the model does not use, and cut filters to the columns that it does."""
     weights = {}
     for name, tensor in state.items():
-        if name.endswith(_FREQUENCIES):
-            check_frequencies(tensor, architecture, source=f"{source}: {name}")
-        elif name.endswith((".filter.h", ".filter.decay")) and len(tensor.shape) == 2:
+        if name.endswith((".filter.h", ".filter.decay")) and len(tensor.shape) == 2:
             weights[name] = each_row(lambda rows: rows[:, :_FILTER_LENGTH], tensor)
-        elif not _UNUSED.fullmatch(name):
+        elif not name.endswith((_FREQUENCIES, *_UNUSED)):
             weights[name] = tensor
     # the file of the 20B model has one pipeline step less before its last norm
-    norm, usual = (f"sequential.{architecture.num_layers + step}.norm.weight" for step in (2, 3))
+    norm, usual = (f"sequential.{num_layers + step}.norm.weight" for step in (2, 3))
     if norm in weights and usual not in weights:
         weights[usual] = weights.pop(norm)
     return weights

@@ -85,20 +85,21 @@ def from_vortex(state: Mapping[str, Any], architecture: Architecture, *, source:
     """
     check_representable(architecture)
     theirs = {name: tensor for name, tensor in state.items() if is_weight(name)}
-    for name in [name for name in theirs if name.endswith(".rotary_emb.inv_freq")]:
-        check_frequencies(theirs.pop(name), architecture, source=f"{source}: {name}")
-    for name, poles in theirs.items():
-        if name.endswith(".log_poles"):
-            # the values decide, and they are few: 16 per channel
-            values = poles.read()
-            if not (values.isfinite() & (values < 0)).all():
-                raise UserError(f"{source}: {name} has values that are not below 0, so its filters would grow forever")
+    frequencies = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".rotary_emb.inv_freq")}
     embedding = theirs.get(_EMBEDDING)
     head = theirs.setdefault(_HEAD, embedding) if embedding is not None else None
     if head is not None and head.shape == embedding.shape:
         tied = head is embedding or torch.equal(head.read(), embedding.read())
         architecture = replace(architecture, tied_embeddings=tied)
-    return Weights(architecture, theirs, to_ours(theirs, architecture, "vortex", source=source))
+    ours = to_ours(theirs, architecture, "vortex", source=source)
+    for name, tensor in frequencies.items():
+        check_frequencies(tensor, architecture, source=f"{source}: {name}")
+    for name, tensor in theirs.items():
+        if name.endswith(".log_poles"):
+            values = tensor.read()
+            if not (values.isfinite() & (values < 0)).all():
+                raise UserError(f"{source}: {name} has values that are not below 0, so its filters would grow forever")
+    return Weights(architecture, theirs, ours)
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:

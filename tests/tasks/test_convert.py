@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Savanna, NeMo 2 and Vortex to Megatron Bridge: every form of a source, and refusal of everything doubtful."""
+
+import json
+import logging
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from torch.distributed import checkpoint as dcp
+
+from checkpoint.savanna_model import savanna_state, save_ranks
+from evo2_megatron.architectures import architecture
+from evo2_megatron.checkpoint import distcp, translate
+from evo2_megatron.checkpoint.names import is_kept_in_float32, rows, unfused
+from evo2_megatron.checkpoint.tensors import in_memory
+from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.data.tokenizer import tokenizer_dir
+from evo2_megatron.tasks.convert import Result, nemo2_to_mbridge, savanna_to_mbridge, vortex_to_mbridge
+from parity.vortex_model import random_weights
+
+TINY = architecture("evo2_tiny")
+WEIGHTS = {name: value.bfloat16() for name, value in random_weights(TINY).items()}
+ONE = ParallelConfig()
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture
+def result(tmp_path):
+    return Result(directory=tmp_path / "mbridge", tokenizer=tokenizer_dir(512), model_size="evo2_tiny")
+
+
+@pytest.fixture
+def state():
+    return savanna_state(WEIGHTS, TINY)
+
+
+def save(value, path):
+    torch.save(value, path)
+    return str(path)
+
+
+def stored(folder):
+    index = distcp.read_index(folder)
+    names = {name: name for name in distcp.tensor_entries(index)}
+    return {name: tensor.read() for name, tensor in distcp.stored_tensors(folder, index, names).items()}
+
+
+def assert_weights(folder, expected=WEIGHTS):
+    found = stored(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype is (torch.float32 if is_kept_in_float32(name) else torch.bfloat16), name
+        assert torch.equal(found[name].float(), value.float()), name
+
+
+def left_behind(result):
+    return list(result.directory.parent.glob("mbridge*"))
+
+
+def in_parts(state, folder):
+    data = Path(save(state, folder / "whole")).read_bytes()
+    step = -(-len(data) // 11)
+    for i in range(11):
+        (folder / f"model.pt.part{i}").write_bytes(data[i * step : (i + 1) * step])
+    return str(folder / "model.pt")
+
+
+def in_ranks(num_ranks):
+    def write(state, folder):
+        (folder / "global_step10").mkdir()
+        (folder / "latest").write_text("global_step10")
+        save_ranks(state, num_ranks, folder / "global_step10")
+        return str(folder)
+
+    return write
+
+
+def like_the_20b(state, folder):
+    last = TINY.num_layers + 3
+    state = {name.replace(f"sequential.{last}.", f"sequential.{last - 1}."): value for name, value in state.items()}
+    return save(state, folder / "model.pt")
+
+
+FORMS = {
+    "state dict": lambda state, folder: save(state, folder / "model.pt"),
+    "nested": lambda state, folder: save({"module": state, "iteration": 7, "args": {"lr": 0.1}}, folder / "model.pt"),
+    "prefix": lambda state, folder: save({f"module.{name}": x for name, x in state.items()}, folder / "model.pt"),
+    "nested with prefix": lambda state, folder: save(
+        {"module": {f"module.{name}": x for name, x in state.items()}}, folder / "model.pt"
+    ),
+    "folder": lambda state, folder: str(Path(save(state, folder / "model.pt")).parent),
+    "parts": in_parts,
+    "first part": lambda state, folder: in_parts(state, folder) + ".part0",
+    "2 ranks": in_ranks(2),
+    "4 ranks": in_ranks(4),
+    "like the 20B": like_the_20b,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_savanna(state, result, tmp_path, form):
+    (tmp_path / "source").mkdir()
+    folder = savanna_to_mbridge(FORMS[form](state, tmp_path / "source"), result)
+    assert folder == tmp_path / "mbridge/iter_0000001"
+    assert_weights(folder)
+
+
+def test_back_to_savanna_is_bit_exact(state, result, tmp_path):
+    folder = savanna_to_mbridge(save(state, tmp_path / "model.pt"), result)
+    back = translate.to_theirs({name: in_memory(x) for name, x in stored(folder).items()}, TINY, "savanna")
+    unused = re.compile(r".*(_extra_state|filter\.t|inv_freq|(post_attention|outer_mlp)_layernorm\.weight)")
+    used = {name: value for name, value in state.items() if not unused.fullmatch(name)}
+    assert back.keys() == used.keys()
+    for name, value in used.items():
+        value = value[:, :128] if name.endswith((".filter.h", ".filter.decay")) else value
+        assert torch.equal(back[name].read().to(value.dtype), value), name
+
+
+def test_the_checkpoint_is_complete(state, result, tmp_path):
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.checkpoint.run_config import read_run_config
+    from evo2_megatron.runtime.distributed import process_groups
+
+    source = save(state, tmp_path / "model.pt")
+    folder = savanna_to_mbridge(source, replace(result, seq_length=4096, recipe="fp16_mixed"))
+
+    config = read_run_config(folder)
+    assert (config.seq_length, config.recipe(), config.pattern) == (4096, "fp16_mixed", TINY.pattern)
+    origin = {"format": "savanna", "source": source, "revision": None, "model_size": "evo2_tiny"}
+    assert config.sections["converted_from"] == origin
+    assert not any(config.sections[name] for name in ("dataset", "train", "scheduler"))  # no made-up training run
+    assert (folder.parent / "latest_checkpointed_iteration.txt").read_text() == "1\n"
+    assert torch.load(folder.parent / "latest_train_state.pt", weights_only=True)["step"] == 1
+    with process_groups(ONE):
+        loaded = load_model(folder.parent, parallel=ONE, precision="fp32")
+        for name, value in loaded.model.state_dict().items():
+            assert "_extra_state" in name or torch.equal(value, WEIGHTS[name].float()), name
+    assert loaded.tokenizer_dir == folder / "tokenizer"
+
+
+def test_bridge_itself_reads_the_run_config(state, result, tmp_path):
+    from megatron.bridge.training.config import ConfigContainer
+
+    folder = savanna_to_mbridge(save(state, tmp_path / "model.pt"), result)
+    config = ConfigContainer.from_yaml(str(folder / "run_config.yaml"))
+    assert config.model.hidden_size == 128 and config.mixed_precision == "bf16_mixed"
+
+
+def test_fp8_is_written_down(state, result, tmp_path):
+    folder = savanna_to_mbridge(
+        save(state, tmp_path / "model.pt"), replace(result, vortex_style_fp8=True), verify=True
+    )
+    assert yaml.safe_load((folder / "run_config.yaml").read_text())["model"]["vortex_style_fp8"] is True
+
+
+def test_float32_weights(state, result, tmp_path, caplog):
+    state = savanna_state(random_weights(TINY), TINY)
+    source = save(state, tmp_path / "model.pt")
+    with caplog.at_level(logging.WARNING):
+        assert_weights(
+            savanna_to_mbridge(source, result),
+            {name: x if is_kept_in_float32(name) else x.bfloat16() for name, x in random_weights(TINY).items()},
+        )
+    assert "rounded to bfloat16" in caplog.text
+    kept = savanna_to_mbridge(source, replace(result, directory=tmp_path / "fp32", recipe="fp32"))
+    assert all(torch.equal(value, random_weights(TINY)[name]) for name, value in stored(kept).items())
+
+
+def test_unfused_names(state, result, tmp_path):
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.runtime.distributed import process_groups
+
+    folder = savanna_to_mbridge(save(state, tmp_path / "model.pt"), result, unfused_names=True, verify=True)
+    assert stored(folder).keys() == {unfused(name) for name in WEIGHTS} != WEIGHTS.keys()
+    with process_groups(ONE):
+        model = load_model(folder, parallel=ONE, precision="fp32").model
+        assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in WEIGHTS.items())
+
+
+def without(*names):
+    return lambda state: [state.pop(name) for name in names]
+
+
+BROKEN = {
+    "missing": (
+        without("sequential.2.mlp.w1.weight", "sequential.4.mixer.mixer.filter.R"), "2 missing (sequential.2.mlp.w1",
+    ),
+    "unknown": (
+        lambda s: s.update({"sequential.3.extra.weight": torch.ones(3)}), "1 not understood (sequential.3.extra",
+    ),
+    "a layer too many": (
+        lambda s: s.update({n.replace("l.5.", "l.9."): x for n, x in s.items() if ".5." in n}), "not understood",
+    ),
+    "shape": (
+        lambda s: s.update({"sequential.2.mlp.w3.weight": torch.ones(128, 9)}),
+        "sequential.2.mlp.w3.weight (128, 9) instead of (128, 352)",
+    ),
+    "short filter": (
+        lambda s: s.update({"sequential.3.mixer.mixer.filter.h": torch.ones(32, 64)}), "(32, 64) instead of (32, 128)",
+    ),
+    "no embedding": (without("sequential.0.word_embeddings.weight"), "1 missing"),
+    "no norm": (without("sequential.7.norm.weight"), "1 missing (sequential.7.norm.weight)"),
+    "other rotary base": (
+        lambda s: s.update({"sequential.5.mixer.rotary_emb.inv_freq": 1e6 ** -(torch.arange(16) / 16)}),
+        "does not belong to a rotary base of 10000 (it seems to be about 1e+06)",
+    ),
+    "not a tensor": (lambda s: s.update({"sequential.2.note": "text"}), "'sequential.2.note' is not a tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_state(state, result, tmp_path, case):
+    breaks, message = BROKEN[case]
+    breaks(state)
+    with pytest.raises(UserError, match=re.escape(message)):
+        savanna_to_mbridge(save(state, tmp_path / "model.pt"), result)
+    assert not left_behind(result)
+
+
+def test_wrong_model_size_names_the_right_one(state, result, tmp_path):
+    source = save(state, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="they are those of --model-size evo2_tiny"):
+        savanna_to_mbridge(source, replace(result, model_size="evo2_mini"))
+    with pytest.raises(UserError, match="Unknown model size"):
+        savanna_to_mbridge(source, replace(result, model_size="evo2_2b"))
+
+
+def test_wrong_tokenizer(state, result, tmp_path):
+    with pytest.raises(UserError, match="has 256 tokens but the weights have 512 .*/nucleotide_fast_tokenizer_512"):
+        savanna_to_mbridge(save(state, tmp_path / "model.pt"), replace(result, tokenizer=tokenizer_dir(256)))
+    with pytest.raises(UserError, match="tokenizer"):
+        savanna_to_mbridge(str(tmp_path / "model.pt"), replace(result, tokenizer=tmp_path))
+    assert not left_behind(result)
+
+
+def test_what_is_there_is_never_touched(state, result, tmp_path):
+    source = save(state, tmp_path / "model.pt")
+    folder = savanna_to_mbridge(source, result)
+    before = {path: path.read_bytes() for path in result.directory.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="exists already"):
+        savanna_to_mbridge(source, result)
+    assert {path: path.read_bytes() for path in result.directory.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match="is a file"):
+        savanna_to_mbridge(source, replace(result, directory=folder / "common.pt"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interruption_leaves_nothing(state, result, tmp_path, error):
+    source = save(state, tmp_path / "model.pt")
+    with mock.patch.object(distcp.torch, "save", side_effect=error), pytest.raises((KeyboardInterrupt, UserError)):
+        savanna_to_mbridge(source, replace(result, directory=tmp_path / "mbridge/a/b"))
+    assert not left_behind(result)
+
+
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_hostile_files(state, result, tmp_path):
+    for value in (Hostile(tmp_path / "trap"), {"module": state, "args": Hostile(tmp_path / "trap")}):
+        with pytest.raises(UserError, match="nothing of it was run"):
+            savanna_to_mbridge(save(value, tmp_path / "model.pt"), result)
+        with pytest.raises(UserError, match="nothing of it was run"):
+            vortex_to_mbridge(tmp_path / "model.pt", result)
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "trap")))
+    with pytest.raises(UserError, match="not a file of torch.save"):
+        savanna_to_mbridge(str(tmp_path / "model.pt"), result)
+    assert not (tmp_path / "trap").exists() and not left_behind(result)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {}, {"module": None}, torch.ones(3)])
+def test_no_state_dict(result, tmp_path, value):
+    with pytest.raises(UserError, match="no state dict|is not a tensor"):
+        savanna_to_mbridge(save(value, tmp_path / "model.pt"), result)
+
+
+def test_ranks_that_do_not_belong_together(state, result, tmp_path, caplog):
+    def ranks(name, value):
+        save_ranks(state, 2, tmp_path)
+        path = tmp_path / "mp_rank_01_model_states.pt"
+        saved = torch.load(path, weights_only=False)
+        if value is None:
+            del saved["module"][name]
+        else:
+            saved["module"][name] = value(saved["module"][name])
+        torch.save(saved, path)
+        return savanna_to_mbridge(str(tmp_path), result)
+
+    with pytest.raises(UserError, match="do not hold the same tensors, e.g. sequential.2.mlp.w1.weight"):
+        ranks("sequential.2.mlp.w1.weight", None)
+    with pytest.raises(UserError, match="do not fit together"):
+        ranks("sequential.2.mlp.w1.weight", lambda x: x[:, :5])
+    with pytest.raises(UserError, match="differs between ranks by"):
+        ranks("sequential.2.input_layernorm.weight", lambda x: x * 1.5)
+    with caplog.at_level(logging.WARNING):
+        ranks("sequential.2.input_layernorm.weight", lambda x: x * 1.004)
+    assert "taking that of rank 0" in caplog.text
+
+
+def test_verification_notices_a_wrong_conversion(state, result, tmp_path):
+    source = save(state, tmp_path / "model.pt")
+    halves = translate.FORMS["halves"]
+    swapped = halves._replace(to_ours=lambda w1, w2: halves.to_ours(w2, w1))
+    with mock.patch.dict(translate.FORMS, {"halves": swapped}):
+        savanna_to_mbridge(source, replace(result, directory=tmp_path / "wrong"))
+        with pytest.raises(UserError, match="verification failed: largest difference of the logits"):
+            savanna_to_mbridge(source, result, verify=True)
+    assert not left_behind(result)
+
+
+# --- NeMo 2
+
+
+@pytest.fixture
+def nemo2(tmp_path):
+    """A folder as NeMo 2 leaves it after training."""
+    tensors = {f"module.{name}": value for name, value in WEIGHTS.items()}
+    tensors["optimizer.state.exp_avg.module.decoder.final_norm.weight"] = torch.ones(128)
+    tensors["module.decoder.layers.0.mixer.dense._extra_state/shard_0_1"] = "bytes"
+    dcp.save(tensors, checkpoint_id=tmp_path / "nemo2/weights", no_dist=True)
+    (tmp_path / "nemo2/weights/metadata.json").write_text(json.dumps(distcp.FORMAT))
+    (tmp_path / "nemo2/context").mkdir()
+    return tmp_path / "nemo2"
+
+
+def test_nemo2(nemo2, result):
+    folder = nemo2_to_mbridge(nemo2, replace(result, seq_length=1024, vortex_style_fp8=True), verify=True)
+    found = stored(folder)
+    assert found.keys() == WEIGHTS.keys()
+    assert all(x.dtype is WEIGHTS[name].dtype and torch.equal(x, WEIGHTS[name]) for name, x in found.items())
+    config = yaml.safe_load((folder / "run_config.yaml").read_text())
+    assert config["model"]["seq_length"] == 1024 and config["model"]["vortex_style_fp8"] is True
+    assert config["converted_from"]["format"] == "nemo2"
+
+
+def test_nemo2_that_does_not_fit(nemo2, result, tmp_path):
+    def refuse(message, source=nemo2, **changes):
+        with pytest.raises(UserError, match=message):
+            nemo2_to_mbridge(source, replace(result, **changes))
+
+    refuse("not understood|missing", model_size="evo2_mini")
+    refuse("has 256 tokens", tokenizer=tokenizer_dir(256))
+    refuse("has no folder 'weights'", source=tmp_path)
+    refuse("exists already", directory=tmp_path)
+    for content, message in (('{"sharded_backend": "zarr"}', "format 'zarr'"), ("{", "is not JSON")):
+        (nemo2 / "weights/metadata.json").write_text(content)
+        refuse(message)
+    (nemo2 / "weights/metadata.json").unlink()
+    refuse("has no metadata.json")
+    assert not left_behind(result)
+
+
+# --- Vortex
+
+
+def vortex_file(folder, model=TINY, weights=WEIGHTS, **changes):
+    """A file as Arc publishes it, and its configuration."""
+    state = to_vortex(weights, model)
+    for name, value in state.items():
+        if name.endswith("inv_freq"):
+            state[name] = value.bfloat16()
+    state["blocks.0.projections._extra_state"] = None
+    torch.save(state | changes, folder / "model.pt")
+    (folder / "model.yml").write_text(yaml.safe_dump(vortex_config(model, vocab_size=512)))
+    return folder / "model.pt"
+
+
+def test_vortex_and_back(result, tmp_path):
+    folder = vortex_to_mbridge(vortex_file(tmp_path), result, config=tmp_path / "model.yml", verify=True)
+    found, expected = stored(folder), to_vortex(WEIGHTS, TINY)
+    back = to_vortex(found, TINY)
+    assert back.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("log_poles"):
+            torch.testing.assert_close(back[name], value, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(back[name].float(), value.float()), name
+    for row in (row for row in rows(TINY) if row.vortex_form == "log_poles"):
+        p, gamma = (found[name] for name in row.megatron)
+        assert torch.equal(p, p.bfloat16().float())  # a model in bfloat16 keeps its poles
+        poles = -(p + gamma.bfloat16().float()).exp()
+        torch.testing.assert_close(poles, expected[row.vortex[0]][..., 0], rtol=5e-5, atol=0)
+
+
+def test_vortex_models_of_other_kinds(result, tmp_path):
+    untied = replace(TINY, tied_embeddings=False, position_scale=8.0)
+    weights = {name: value.bfloat16() for name, value in random_weights(untied).items()}
+    source = vortex_file(tmp_path, untied, weights)
+    folder = vortex_to_mbridge(source, result, config=tmp_path / "model.yml", verify=True)
+    model = yaml.safe_load((folder / "run_config.yaml").read_text())["model"]
+    assert model["share_embeddings_and_output_weights"] is False and model["seq_len_interpolation_factor"] == 8.0
+    assert torch.equal(stored(folder)["output_layer.weight"], weights["output_layer.weight"])
+
+
+def test_vortex_file_without_a_head_of_its_own(result, tmp_path):
+    state = torch.load(vortex_file(tmp_path), weights_only=True)
+    del state["unembed.weight"]
+    assert "output_layer.weight" not in stored(vortex_to_mbridge(Path(save(state, tmp_path / "model.pt")), result))
+
+
+def test_vortex_that_does_not_fit(result, tmp_path):
+    def refuse(message, changes=None, config=None, **other):
+        source, path = vortex_file(tmp_path, **(changes or {})), None
+        if config is not None:
+            path = tmp_path / "model.yml"
+            path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | config) if config else "[")
+        with pytest.raises(UserError, match=message):
+            vortex_to_mbridge(source, replace(result, **other), config=path)
+
+    refuse("they are those of --model-size evo2_tiny", model_size="evo2_mini")
+    refuse("_nv", model_size="striped_hyena_tiny_nv")
+    refuse("not below 0", {"blocks.2.filter.log_poles": torch.ones(128, 16, 1)})
+    refuse("1 not understood", {"blocks.9.filter.D": torch.ones(128)})
+    refuse("of another shape", {"blocks.1.filter.D": torch.ones(64)})
+    refuse("rotary base", {"blocks.3.inner_mha_cls.rotary_emb.inv_freq": torch.ones(16)})
+    refuse("num_layers 5 instead of 4", config={"num_layers": 5})
+    refuse("no plain YAML", config={})
+    with pytest.raises(UserError, match="is no file"):
+        vortex_to_mbridge(tmp_path / "none.pt", result)
+    assert not left_behind(result)
