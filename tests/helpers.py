@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 # published figures, embedding of 512 rows, decay buffers not counted
@@ -35,3 +36,13 @@ def tiny_model(model_size: str = "evo2_tiny", **overrides: Any):
     provider = provider_for(model_size, **settings)
     provider.finalize()
     return provider.provide().eval()
+
+
+class Hostile:
+    """Pickles to instructions that, followed without care, make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))

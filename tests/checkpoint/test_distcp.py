@@ -2,7 +2,6 @@
 """Folders of torch.distributed.checkpoint, written and read without it, against torch itself."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from evo2_megatron.checkpoint import distcp, tensors
 from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.config import UserError
+from helpers import Hostile
 
 _GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {
@@ -103,16 +103,6 @@ def test_copy_some_under_other_names(tmp_path, monkeypatch, piece_bytes):
     assert_equal(load_with_torch(target), {"a": TENSORS["one.weight"], "b": TENSORS["two.weight"]})
     assert sum(done) == distcp.entry_bytes(index, "one.weight") + distcp.entry_bytes(index, "two.weight")
     assert (target / "__0_0.distcp").stat().st_size == sum(done)
-
-
-class Hostile:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def test_hostile_index(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
+from helpers import Hostile
 
 ONE = ParallelConfig()
 
@@ -286,3 +287,24 @@ def test_what_bridge_saves_is_loaded(tmp_path, groups_free):
         loaded = load_model(tmp_path, parallel=ONE, precision="fp32")
         for name, value in whole_weights(model).items():
             assert torch.equal(whole_weights(loaded.model)[name], value), name
+
+
+@pytest.mark.parametrize("where", ["common.pt", "tensor"])
+def test_hostile_pickles(copy, tmp_path, groups, where):
+    from evo2_megatron.checkpoint import distcp
+    from evo2_megatron.checkpoint.load import load_model
+
+    trap = Hostile(tmp_path / "trap")
+    if where == "common.pt":
+        torch.save({"content_metadata": trap}, copy / where)
+    else:
+        index = distcp.read_index(copy)
+        place = next(iter(index.storage_data.values()))
+        torch.save({"w": trap}, copy / "evil.distcp")
+        place.relative_path, place.offset, place.length = "evil.distcp", 0, (copy / "evil.distcp").stat().st_size
+        (copy / ".metadata").unlink()
+        distcp.write_index(copy, index)
+    with pytest.raises(UserError, match="more than") as error:
+        load_model(copy, parallel=ONE)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "trap").exists()

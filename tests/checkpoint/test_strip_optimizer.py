@@ -53,7 +53,7 @@ def test_weights_keep_every_bit(trained, tmp_path):
         assert torch.equal(stripped[name].view(torch.uint8), value.view(torch.uint8)), name
     assert list(distcp.read_index(tmp_path).state_dict_metadata) == sorted(weights)  # no byte blob either
     assert (sizes.before, sizes.after) == (folder_bytes(folder), folder_bytes(tmp_path))
-    assert sizes.num_tensors == len(weights) and sizes.after < sizes.before - 4 * 512 * 128
+    assert sizes.after < sizes.before - 4 * 512 * 128
     assert sum(done) == sum(kept_tensors(folder).values())
 
 

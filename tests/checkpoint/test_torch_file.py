@@ -3,7 +3,6 @@
 
 import io
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from evo2_megatron.checkpoint import tensors
 from evo2_megatron.checkpoint.tensors import StoredTensor, in_memory
 from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, whole_files, write_torch_file
 from evo2_megatron.config import UserError
+from helpers import Hostile
 
 _GENERATOR = torch.Generator().manual_seed(0)
 BIG = torch.randn(6, 10, generator=_GENERATOR)
@@ -94,16 +94,6 @@ def test_writing(tmp_path, monkeypatch, piece_bytes):
             assert torch.equal(loaded[name], tensor.read()) and loaded[name].dtype is tensor.dtype
         assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
     assert sum(done) == sum(stored[name].nbytes for name in "acd")
-
-
-class Hostile:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("where", ["value", "extra_state"])

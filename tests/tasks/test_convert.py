@@ -23,6 +23,7 @@ from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.tasks.convert import Result, nemo2_to_mbridge, savanna_to_mbridge, vortex_to_mbridge
+from helpers import Hostile
 from parity.vortex_model import random_weights
 
 TINY = architecture("evo2_tiny")
@@ -258,16 +259,6 @@ def test_an_interruption_leaves_nothing(state, result, tmp_path, error):
     with mock.patch.object(distcp.torch, "save", side_effect=error), pytest.raises((KeyboardInterrupt, UserError)):
         savanna_to_mbridge(source, replace(result, directory=tmp_path / "mbridge/a/b"))
     assert not left_behind(result)
-
-
-class Hostile:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def test_hostile_files(state, result, tmp_path):

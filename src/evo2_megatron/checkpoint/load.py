@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,7 +225,8 @@ def load_weights(
     from megatron.core.utils import unwrap_model
 
     model = unwrap_model(wrapped)
-    content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
+    with _in_one_line(checkpoint):
+        content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
     sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(content))
     # FP8 scaling history: not part of the weights, and the only entries that would be unpickled
     sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
@@ -241,10 +243,34 @@ def load_weights(
         source=f"the weights in {checkpoint} are not those of the model that its run_config.yaml describes",
         remedy="check that the two files belong together",
     )
-    loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint))["model"]
+    with _in_one_line(checkpoint):
+        loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint))["model"]
     result = model.load_state_dict(loaded, strict=False)
     forgotten = [name for name in result.missing_keys if "_extra_state" not in name]
     assert not forgotten and not result.unexpected_keys, f"{forgotten} {result.unexpected_keys}"
+
+
+@contextlib.contextmanager
+def _in_one_line(checkpoint: Path) -> Iterator[None]:
+    """Show torch's refusal of a file that holds more than tensors, and its failure to read one, as a UserError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+        return
+    except CheckpointException as error:
+        cause: BaseException = next(iter(error.failures.values()))[0]
+    except pickle.UnpicklingError as error:
+        cause = error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):  # of a file, and not, say, of a GPU's memory
+            raise
+        cause = error
+    if isinstance(cause, pickle.UnpicklingError):
+        raise UserError(
+            f"a file of {checkpoint} holds more than tensors and plain values; it was not run and nothing was loaded"
+        ) from cause
+    raise UserError(f"{checkpoint} cannot be read ({str(cause).splitlines()[0]}); copy it again") from cause
 
 
 def _of_all_processes(mine: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ class Stripped(NamedTuple):
 
     before: int
     after: int
-    num_tensors: int
 
 
 def kept_tensors(checkpoint: Path) -> dict[str, int]:
@@ -54,7 +53,7 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
         shutil.copytree(checkpoint / layout.TOKENIZER, target / layout.TOKENIZER)
     if (checkpoint / layout.COMMON).is_file():
         torch.save(_without_optimizer(checkpoint / layout.COMMON), target / layout.COMMON)
-    return Stripped(folder_bytes(checkpoint), folder_bytes(target), len(kept))
+    return Stripped(folder_bytes(checkpoint), folder_bytes(target))
 
 
 def _without_optimizer(path: Path) -> dict[str, Any]:

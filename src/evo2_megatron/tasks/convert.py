@@ -8,7 +8,6 @@ name only when it is complete and, with ``verify``, its logits were compared wit
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from evo2_megatron.checkpoint.vortex import check_config, from_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.transfer import check_space, disk_errors, progress
+from evo2_megatron.tasks.transfer import check_space, disk_errors, moving
 from evo2_megatron.tasks.verify_logits import check_memory, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -230,13 +229,10 @@ def _write(
             recipe=result.recipe,
             converted_from=dict(origin, model_size=result.model_size),
         )
-        start = time.perf_counter()
-        with progress(total, "weights") as on_bytes:
+        with moving(len(source), total) as on_bytes:
             fill(partial, on_bytes)
-        seconds = time.perf_counter() - start
         if verify:
             verify_checkpoint(partial, WholeTensors(source), model, names=names_in_source)
-    logger.info("%d tensors, %.2f GB in %.1f s", len(source), total / 1e9, seconds)
     return result.directory / write.layout.iteration_name(1)
 
 

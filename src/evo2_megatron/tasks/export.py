@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
 from evo2_megatron.checkpoint.write import new_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.transfer import check_space, disk_errors, new_files, progress
+from evo2_megatron.tasks.transfer import check_space, disk_errors, moving, new_files
 from evo2_megatron.tasks.verify_logits import check_memory, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -85,15 +84,12 @@ def mbridge_to_vortex(
     total = sum({id(tensor): tensor.nbytes for tensor in theirs.values()}.values())
     with disk_errors(), new_files(files) as (weights_file, config_file, summary_file):
         check_space(weights_file.parent, total)
-        start = time.perf_counter()
-        with progress(total, "weights") as on_bytes:
+        with moving(len(theirs), total) as on_bytes:
             write_torch_file(theirs, weights_file, on_bytes=on_bytes)
-        seconds = time.perf_counter() - start
         config_file.write_text(yaml.safe_dump(config, sort_keys=False))
         summary_file.write_text(json.dumps(_summary(provider, rows), indent=2) + "\n")
         if verify:
             _verify(checkpoint, weights_file, model)
-    logger.info("%d tensors, %.2f GB in %.1f s", len(theirs), total / 1e9, seconds)
     return files
 
 
@@ -166,14 +162,15 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     checkpoint = layout.resolve_checkpoint_path(source)
     iteration = layout.iteration_of(checkpoint)
     megatron.enter()
-    total = sum(kept_tensors(checkpoint).values())
+    kept = kept_tensors(checkpoint)
+    total = sum(kept.values())
     with disk_errors(), new_checkpoint(target, iteration) as partial:
         check_space(partial, total)
-        with progress(total, "weights") as on_bytes:
+        with moving(len(kept), total) as on_bytes:
             sizes = strip_optimizer(checkpoint, partial, on_bytes=on_bytes)
         if verify:
             _check_equal(checkpoint, partial)
-            logger.info("verified: all %d tensors are equal", sizes.num_tensors)
+            logger.info("verified: all %d tensors are equal", len(kept))
     logger.info("%s: %.3f GB before, %.3f GB after", checkpoint, sizes.before / 1e9, sizes.after / 1e9)
     return target / checkpoint.name
 

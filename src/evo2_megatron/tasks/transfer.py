@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,20 @@ from tqdm import tqdm
 
 from evo2_megatron.config import UserError
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def progress(total: int, description: str) -> Iterator[Callable[[int], Any]]:
-    """On a terminal, a bar with bytes and the time left; yields what to call with each number of bytes done."""
-    with tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None) as bar:
+def moving(num_tensors: int, num_bytes: int) -> Iterator[Callable[[int], Any]]:
+    """Show how far tensors have been moved, and afterwards log how long it took.
+
+    On a terminal there is a bar with bytes and the time left. Yields what to call with each number of bytes done.
+    """
+    start = time.perf_counter()
+    with tqdm(total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         yield bar.update
+    seconds = time.perf_counter() - start
+    logger.info("%d tensors, %.2f GB in %.2f s", num_tensors, num_bytes / 1e9, seconds)
 
 
 @contextlib.contextmanager
