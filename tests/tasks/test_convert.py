@@ -5,6 +5,8 @@ import json
 import logging
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -423,3 +425,26 @@ def test_vortex_that_does_not_fit(result, tmp_path):
     with pytest.raises(UserError, match="is no file"):
         vortex_to_mbridge(tmp_path / "none.pt", result)
     assert not left_behind(result)
+
+
+# --- what comes after
+
+
+@pytest.mark.parametrize("unfused_names", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_training_starts_from_a_converted_checkpoint(state, result, tmp_path, unfused_names):
+    folder = savanna_to_mbridge(save(state, tmp_path / "model.pt"), result, unfused_names=unfused_names)
+    flags = {
+        "model-size": "evo2_tiny", "finetune-ckpt-dir": folder.parent, "result-dir": tmp_path / "tuned",
+        "hf-tokenizer-model-path": tokenizer_dir(512), "seq-length": 128, "max-steps": 1, "micro-batch-size": 1,
+        "global-batch-size": 1, "eval-interval": 1, "eval-iters": 1, "lr": 0, "min-lr": 0, "wd": 0,
+        "mixed-precision-recipe": "fp32",
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from evo2_megatron.cli.train import main; main()", "--mock-data"]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = stored(tmp_path / "tuned/evo2/checkpoints/iter_0000001")
+    for name, value in WEIGHTS.items():
+        # with a learning rate of 0 they are still the converted ones
+        assert torch.equal(trained[name].float(), value.float()), name
