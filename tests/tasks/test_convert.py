@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Savanna, NeMo 2 and Vortex to Megatron Bridge: every form of a source, and refusal of everything doubtful."""
+"""Savanna to Megatron Bridge: every form of a source, and refusal of everything doubtful."""
 
-import json
 import logging
 import pickle
 import re
@@ -14,22 +13,18 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from torch.distributed import checkpoint as dcp
 
 from checkpoint.savanna_model import savanna_state, save_ranks
-from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint import distcp, translate
-from evo2_megatron.checkpoint.names import is_kept_in_float32, rows, unfused
+from evo2_megatron.checkpoint.names import is_kept_in_float32, unfused
 from evo2_megatron.checkpoint.tensors import in_memory
-from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
-from evo2_megatron.tasks.convert import Result, nemo2_to_mbridge, savanna_to_mbridge, vortex_to_mbridge
+from evo2_megatron.tasks.convert import savanna_to_mbridge, vortex_to_mbridge
 from helpers import Hostile
 from parity.vortex_model import random_weights
+from tasks.conversions import TINY, WEIGHTS, assert_weights, left_behind, new_result, save, stored
 
-TINY = architecture("evo2_tiny")
-WEIGHTS = {name: value.bfloat16() for name, value in random_weights(TINY).items()}
 ONE = ParallelConfig()
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -37,35 +32,12 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 @pytest.fixture
 def result(tmp_path):
-    return Result(directory=tmp_path / "mbridge", tokenizer=tokenizer_dir(512), model_size="evo2_tiny")
+    return new_result(tmp_path)
 
 
 @pytest.fixture
 def state():
     return savanna_state(WEIGHTS, TINY)
-
-
-def save(value, path):
-    torch.save(value, path)
-    return str(path)
-
-
-def stored(folder):
-    index = distcp.read_index(folder)
-    names = {name: name for name in distcp.tensor_entries(index)}
-    return {name: tensor.read() for name, tensor in distcp.stored_tensors(folder, index, names).items()}
-
-
-def assert_weights(folder, expected=WEIGHTS):
-    found = stored(folder)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype is (torch.float32 if is_kept_in_float32(name) else torch.bfloat16), name
-        assert torch.equal(found[name].float(), value.float()), name
-
-
-def left_behind(result):
-    return list(result.directory.parent.glob("mbridge*"))
 
 
 def in_parts(state, folder):
@@ -313,121 +285,6 @@ def test_verification_notices_a_wrong_conversion(state, result, tmp_path):
         with pytest.raises(UserError, match="verification failed: largest difference of the logits"):
             savanna_to_mbridge(source, result, verify=True)
     assert not left_behind(result)
-
-
-# --- NeMo 2
-
-
-@pytest.fixture
-def nemo2(tmp_path):
-    """A folder as NeMo 2 leaves it after training."""
-    tensors = {f"module.{name}": value for name, value in WEIGHTS.items()}
-    tensors["optimizer.state.exp_avg.module.decoder.final_norm.weight"] = torch.ones(128)
-    tensors["module.decoder.layers.0.mixer.dense._extra_state/shard_0_1"] = "bytes"
-    dcp.save(tensors, checkpoint_id=tmp_path / "nemo2/weights", no_dist=True)
-    (tmp_path / "nemo2/weights/metadata.json").write_text(json.dumps(distcp.FORMAT))
-    (tmp_path / "nemo2/context").mkdir()
-    return tmp_path / "nemo2"
-
-
-def test_nemo2(nemo2, result):
-    folder = nemo2_to_mbridge(nemo2, replace(result, seq_length=1024, vortex_style_fp8=True), verify=True)
-    found = stored(folder)
-    assert found.keys() == WEIGHTS.keys()
-    assert all(x.dtype is WEIGHTS[name].dtype and torch.equal(x, WEIGHTS[name]) for name, x in found.items())
-    config = yaml.safe_load((folder / "run_config.yaml").read_text())
-    assert config["model"]["seq_length"] == 1024 and config["model"]["vortex_style_fp8"] is True
-    assert config["converted_from"]["format"] == "nemo2"
-
-
-def test_nemo2_that_does_not_fit(nemo2, result, tmp_path):
-    def refuse(message, source=nemo2, **changes):
-        with pytest.raises(UserError, match=message):
-            nemo2_to_mbridge(source, replace(result, **changes))
-
-    refuse("not understood|missing", model_size="evo2_mini")
-    refuse("has 256 tokens", tokenizer=tokenizer_dir(256))
-    refuse("has no folder 'weights'", source=tmp_path)
-    refuse("exists already", directory=tmp_path)
-    for content, message in (('{"sharded_backend": "zarr"}', "format 'zarr'"), ("{", "is not JSON")):
-        (nemo2 / "weights/metadata.json").write_text(content)
-        refuse(message)
-    (nemo2 / "weights/metadata.json").unlink()
-    refuse("has no metadata.json")
-    assert not left_behind(result)
-
-
-# --- Vortex
-
-
-def vortex_file(folder, model=TINY, weights=WEIGHTS, **changes):
-    """A file as Arc publishes it, and its configuration."""
-    state = to_vortex(weights, model)
-    for name, value in state.items():
-        if name.endswith("inv_freq"):
-            state[name] = value.bfloat16()
-    state["blocks.0.projections._extra_state"] = None
-    torch.save(state | changes, folder / "model.pt")
-    (folder / "model.yml").write_text(yaml.safe_dump(vortex_config(model, vocab_size=512)))
-    return folder / "model.pt"
-
-
-def test_vortex_and_back(result, tmp_path):
-    folder = vortex_to_mbridge(vortex_file(tmp_path), result, config=tmp_path / "model.yml", verify=True)
-    found, expected = stored(folder), to_vortex(WEIGHTS, TINY)
-    back = to_vortex(found, TINY)
-    assert back.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.endswith("log_poles"):
-            torch.testing.assert_close(back[name], value, rtol=1e-6, atol=0)
-        else:
-            assert torch.equal(back[name].float(), value.float()), name
-    for row in (row for row in rows(TINY) if row.vortex_form == "log_poles"):
-        p, gamma = (found[name] for name in row.megatron)
-        assert torch.equal(p, p.bfloat16().float())  # a model in bfloat16 keeps its poles
-        poles = -(p + gamma.bfloat16().float()).exp()
-        torch.testing.assert_close(poles, expected[row.vortex[0]][..., 0], rtol=5e-5, atol=0)
-
-
-def test_vortex_models_of_other_kinds(result, tmp_path):
-    untied = replace(TINY, tied_embeddings=False, position_scale=8.0)
-    weights = {name: value.bfloat16() for name, value in random_weights(untied).items()}
-    source = vortex_file(tmp_path, untied, weights)
-    folder = vortex_to_mbridge(source, result, config=tmp_path / "model.yml", verify=True)
-    model = yaml.safe_load((folder / "run_config.yaml").read_text())["model"]
-    assert model["share_embeddings_and_output_weights"] is False and model["seq_len_interpolation_factor"] == 8.0
-    assert torch.equal(stored(folder)["output_layer.weight"], weights["output_layer.weight"])
-
-
-def test_vortex_file_without_a_head_of_its_own(result, tmp_path):
-    state = torch.load(vortex_file(tmp_path), weights_only=True)
-    del state["unembed.weight"]
-    assert "output_layer.weight" not in stored(vortex_to_mbridge(Path(save(state, tmp_path / "model.pt")), result))
-
-
-def test_vortex_that_does_not_fit(result, tmp_path):
-    def refuse(message, changes=None, config=None, **other):
-        source, path = vortex_file(tmp_path, **(changes or {})), None
-        if config is not None:
-            path = tmp_path / "model.yml"
-            path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | config) if config else "[")
-        with pytest.raises(UserError, match=message):
-            vortex_to_mbridge(source, replace(result, **other), config=path)
-
-    refuse("they are those of --model-size evo2_tiny", model_size="evo2_mini")
-    refuse("_nv", model_size="striped_hyena_tiny_nv")
-    refuse("not below 0", {"blocks.2.filter.log_poles": torch.ones(128, 16, 1)})
-    refuse("1 not understood", {"blocks.9.filter.D": torch.ones(128)})
-    refuse("of another shape", {"blocks.1.filter.D": torch.ones(64)})
-    refuse("rotary base", {"blocks.3.inner_mha_cls.rotary_emb.inv_freq": torch.ones(16)})
-    refuse("num_layers 5 instead of 4", config={"num_layers": 5})
-    refuse("no plain YAML", config={})
-    with pytest.raises(UserError, match="is no file"):
-        vortex_to_mbridge(tmp_path / "none.pt", result)
-    assert not left_behind(result)
-
-
-# --- what comes after
 
 
 @pytest.mark.parametrize("unfused_names", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -178,6 +178,6 @@ def test_remove_optimizer(tiny, tmp_path, caplog):
     (source / "iter_0000001").rename(source / "mine")
     with pytest.raises(UserError, match="not named iter_<number>"):
         remove_optimizer(source / "mine", tmp_path / "other")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist; check --src-ckpt-dir"):
         remove_optimizer(tmp_path / "nowhere", tmp_path / "other")
     assert not (tmp_path / "other").exists()

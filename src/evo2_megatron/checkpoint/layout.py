@@ -54,7 +54,7 @@ def iteration_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def resolve_checkpoint_path(path: Path) -> Path:
+def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     """Find the one checkpoint that a path means.
 
     A folder with a ``run_config.yaml`` is that checkpoint. In a folder of iterations, the tracker file decides if
@@ -63,13 +63,14 @@ def resolve_checkpoint_path(path: Path) -> Path:
 
     Args:
         path: A checkpoint (``.../iter_0000100``) or the folder of a run's checkpoints.
+        flag: Where the user gave the path, for the error.
 
     Raises:
         UserError: There is no such folder, or no complete checkpoint in it.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"Checkpoint {path} does not exist; check the path")
+        raise UserError(f"Checkpoint {path} does not exist; check {flag}")
     if not path.is_dir():
         raise UserError(f"Checkpoint {path} is a file; give the checkpoint's folder")
     if (path / RUN_CONFIG).is_file():

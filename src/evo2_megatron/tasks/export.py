@@ -61,7 +61,7 @@ def mbridge_to_vortex(
     """
     files = [output, output.with_suffix(".yml"), output.parent / _CONFIG_JSON]
     _check_free(files)
-    checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
+    checkpoint = layout.resolve_checkpoint_path(ckpt_dir, flag="--mbridge-ckpt-dir")
     run_config = read_run_config(checkpoint)
     check_loadable(run_config)
     megatron.enter()
@@ -159,7 +159,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     """
     if target.exists():
         raise UserError(f"--dst-ckpt-dir {target} exists already; choose another or remove it")
-    checkpoint = layout.resolve_checkpoint_path(source)
+    checkpoint = layout.resolve_checkpoint_path(source, flag="--src-ckpt-dir")
     iteration = layout.iteration_of(checkpoint)
     megatron.enter()
     kept = kept_tensors(checkpoint)

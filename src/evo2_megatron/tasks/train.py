@@ -106,9 +106,8 @@ def _find_start(options: TrainingOptions) -> Start:
         return Start(checkpoint, int(checkpoint.name.removeprefix("iter_")), resumes=True)
     if options.finetune_ckpt_dir is None:
         return Start(None, 0, resumes=False)
-    if not options.finetune_ckpt_dir.exists():
-        raise UserError(f"--finetune-ckpt-dir {options.finetune_ckpt_dir} does not exist")
-    return Start(layout.resolve_checkpoint_path(options.finetune_ckpt_dir.absolute()), 0, resumes=False)
+    given = options.finetune_ckpt_dir.absolute()
+    return Start(layout.resolve_checkpoint_path(given, flag="--finetune-ckpt-dir"), 0, resumes=False)
 
 
 def _check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
