@@ -18,10 +18,11 @@ import evo2_megatron
 
 ROOT = Path(evo2_megatron.__file__).parent
 PROJECT = Path(__file__).parents[1]
-FACTS = {"config", "architectures"}
+FACTS = {"config", "architectures", "layouts"}
 MAY_IMPORT = {
     "config": set(),
     "architectures": {"config"},
+    "layouts": {"config"},
     "ops": set(),
     "runtime": FACTS,
     "data": FACTS | {"runtime", "ops"},

@@ -27,6 +27,11 @@ class ParallelConfig:
     """Split activations between tensor-parallel regions along the sequence; None: whenever tensor > 1."""
 
     @property
+    def splits_activations(self) -> bool:
+        """Whether sequence parallelism is on."""
+        return self.tensor > 1 and self.sequence_parallel is not False
+
+    @property
     def model_size(self) -> int:
         """Processes that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context

@@ -6,13 +6,21 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write_tiny_checkpoint(directory: Path, *, seed: int = 1, recipe: str = "fp32", rows: int = 512, **fields) -> Path:
+def write_tiny_checkpoint(
+    directory: Path,
+    *,
+    model_size: str = "evo2_tiny",
+    seed: int = 1,
+    recipe: str = "fp32",
+    rows: int = 512,
+    **fields,
+) -> Path:
     """Write ``iter_0000001`` into a folder and return it; starts and stops its own process group.
 
     Args:
         recipe: Precision that the checkpoint names; bf16_mixed stores 16-bit weights.
         rows: Embedding rows.
-        fields: Of StripedHyenaProvider, beside those of evo2_tiny; ``seq_length`` is 256 unless given.
+        fields: Of StripedHyenaProvider, beside those of the model size; ``seq_length`` is 256 unless given.
     """
     import torch
 
@@ -24,7 +32,7 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 1, recipe: str = "fp32
 
     numbers = {} if recipe == "bf16_mixed" else {"params_dtype": torch.float32, "bf16": False}
     with process_groups(ParallelConfig(), seed=seed):
-        provider = provider_for("evo2_tiny", **({"vocab_size": rows, "seq_length": 256} | numbers | fields))
+        provider = provider_for(model_size, **({"vocab_size": rows, "seq_length": 256} | numbers | fields))
         provider.finalize()
         model = provider.provide()
         with torch.no_grad():

@@ -1,33 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tensor-parallel processes give the loss, gradients and cached logits of one."""
+"""Every parallel layout gives the loss, the logits and the gradients of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.config import ParallelConfig
+from evo2_megatron.ops.zigzag import zigzag_unsplit
+from model.layout_worker import LAYOUTS, PATTERN, run
+from processes import launch
+
 WORKER = Path(__file__).with_name("layout_worker.py")
+STYLES = ("evo2_tiny", pytest.param("striped_hyena_tiny_nv", marks=pytest.mark.slow))
 
 
-@pytest.mark.slow
-def test_tensor_parallel_equals_one_process(tmp_path):
-    results = []
-    for tensor in (1, 2):
-        output = tmp_path / f"{tensor}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tensor)]
-        subprocess.run(
-            [*command, str(WORKER), str(tensor), str(output)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        results.append(torch.load(output))
+@pytest.fixture(scope="module", params=STYLES)
+def answers(request, megatron, tmp_path_factory):
+    """One process's answer, and that of four under every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    checkpoint = write_tiny_checkpoint(
+        folder / "checkpoint", model_size=request.param, hybrid_override_pattern=PATTERN, num_layers=len(PATTERN)
+    )
+    launch(WORKER, checkpoint, folder)
+    return run(checkpoint, ParallelConfig()), {name: torch.load(folder / f"{name}.pt") for name in LAYOUTS}
 
-    one, two = results
-    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(two["decoded"], one["decoded"], rtol=1e-4, atol=1e-5)
-    assert one["gradients"].keys() == two["gradients"].keys()
-    for name, gradient in one["gradients"].items():
-        torch.testing.assert_close(
-            two["gradients"][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name
-        )
+
+def assert_close(got, want, name, rtol=1e-5):
+    """Largest difference relative to the largest value."""
+    assert got.shape == want.shape, name
+    assert (got - want).abs().max() <= rtol * want.abs().max(), (
+        f"{name}: {(got - want).abs().max() / want.abs().max():.2g} relative"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_process(answers, layout):
+    want, got = answers[0], answers[1][layout]
+    for row in range(4):
+        parts = [got["losses"][row, rank] for rank in range(LAYOUTS[layout].context)]
+        loss_BL = parts[0] if len(parts) == 1 else zigzag_unsplit(parts, 1)
+        assert_close(loss_BL, want["losses"][row, 0], f"loss of sequence {row}")
+    assert_close(got["logits"], want["logits"], "logits")
+    assert got["gradients"].keys() == want["gradients"].keys()
+    for name, gradient in want["gradients"].items():
+        assert gradient.abs().max() > 0, name
+        assert_close(got["gradients"][name], gradient, name)
+    if "decoded" in got:
+        assert_close(got["decoded"], want["decoded"], "cached logits")

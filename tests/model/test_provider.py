@@ -65,10 +65,11 @@ def test_parameters_on_the_meta_device(one_process, model_size):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"tensor_model_parallel_size": 3}, "tensor parallel size 3 does not divide the model's 128 hidden size"),
-        ({"pipeline_model_parallel_size": 3}, "pipeline parallel size 3 does not divide the model's 4 layers"),
+        ({"tensor_model_parallel_size": 3}, "size 3 does not divide the model's 128 hidden size .*; use 2 or 4, "),
+        ({"pipeline_model_parallel_size": 5}, "pipeline parallel size 5 for 4 layers; use 4 or less"),
         ({"num_layers": 5}, "has 4 symbols for 5 layers"),
         ({"hybrid_override_pattern": "SDXX"}, "may contain only"),
+        ({"loss_normalization": "batch"}, "choose sequence or micro_batch"),
         ({"to_upper": "none"}, "choose normalized_weighted or weighted"),
     ],
 )

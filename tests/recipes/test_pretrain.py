@@ -56,6 +56,7 @@ LANDS = [
     ("--use-subquadratic-ops", "model.use_subquadratic_ops", True),
     ("--cross-entropy-loss-fusion", "model.cross_entropy_loss_fusion", True),
     ("--no-renormalize-loss", "model.to_upper", "weighted"),
+    ("--renormalize-loss-over micro-batch", "model.loss_normalization", "micro_batch"),
     ("--no-calculate-per-token-loss", "model.calculate_per_token_loss", False),
     ("--tensor-model-parallel-size 2", "model.tensor_model_parallel_size", 2),
     ("--tensor-model-parallel-size 2", "model.sequence_parallel", True),

@@ -180,13 +180,12 @@ def _provider(
         raise UserError(
             f"tensor parallel size {parallel.tensor} does not divide the checkpoint's {rows} embedding rows"
         )
-    split_sequence = parallel.tensor > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
     provider = run_config.provider(
         **{
             "tensor_model_parallel_size": parallel.tensor,
             "pipeline_model_parallel_size": parallel.pipeline,
             "context_parallel_size": parallel.context,
-            "sequence_parallel": split_sequence and parallel.tensor > 1,
+            "sequence_parallel": parallel.splits_activations,
             # not rounded: a tokenizer's size or a layout must not change how many logits there are
             "vocab_size": rows,
             "should_pad_vocab": False,

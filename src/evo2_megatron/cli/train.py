@@ -134,6 +134,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     groups.add_kernels(group)
     _switch(group, "--cross-entropy-loss-fusion", "one fused kernel for the loss")
     _switch(group, "--no-renormalize-loss", "do not rescale the loss to make up for down-weighted lower case")
+    group.add_argument(
+        "--renormalize-loss-over",
+        choices=("sequence", "micro-batch"),
+        help="what that rescaling balances: each sequence, whatever the parallel layout, or what one process has of a "
+        "micro-batch, as the former recipe did (default: sequence)",
+    )
     _switch(group, "--no-calculate-per-token-loss", "average over micro-batches instead of tokens")
 
 
@@ -152,6 +158,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
         "use_subquadratic_ops": groups.use_subquadratic_ops(args),
         "cross_entropy_loss_fusion": args.cross_entropy_loss_fusion,
         "renormalize_loss": _off(args.no_renormalize_loss),
+        "loss_normalization": args.renormalize_loss_over and args.renormalize_loss_over.replace("-", "_"),
         "calculate_per_token_loss": _off(args.no_calculate_per_token_loss),
     }
 

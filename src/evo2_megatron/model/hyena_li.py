@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evo2_megatron.model.filters import NUM_MODES, ModalFilter, uniform_
+from evo2_megatron.model.context_parallel import SplitSequence
+from evo2_megatron.model.filters import INPUT_FILTER_LENGTH, NUM_MODES, ModalFilter, uniform_
 from evo2_megatron.model.inference_state import ModalState
 from evo2_megatron.model.operator import HyenaOperator, streams
 from evo2_megatron.ops.causal_conv import causal_conv
-from evo2_megatron.ops.modal import modal_conv, modal_step
+from evo2_megatron.ops.modal import modal_conv, modal_state, modal_step
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
@@ -33,10 +34,18 @@ class HyenaLI(HyenaOperator):
         log_pole_DM = self.per_channel(self.filter.log_pole_GM())
         return log_pole_DM, self.per_channel(self.filter.residue_GM()), self.conv_bias.float(), log_pole_DM.exp()
 
-    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:
         log_pole_DM, residue_DM, skip_D, _ = self.derived_filter()
-        post_gate, pre_gate, value = streams(causal_conv(u_BEL, input_taps_EK))
-        return post_gate * modal_conv(pre_gate * value, log_pole_DM, residue_DM, skip_D).y_BDL
+
+        def conv(u_BEL: Tensor) -> Tensor:
+            return causal_conv(u_BEL, input_taps_EK)
+
+        f_BEL = conv(u_BEL) if split is None else split.convolve(conv, u_BEL, INPUT_FILTER_LENGTH - 1)
+        post_gate, pre_gate, value = streams(f_BEL)
+        x_BDL, entering_BDM = pre_gate * value, None
+        if split is not None:
+            entering_BDM = split.entering_states(modal_state(x_BDL, log_pole_DM), log_pole_DM, x_BDL.shape[-1])
+        return post_gate * modal_conv(x_BDL, log_pole_DM, residue_DM, skip_D, entering_BDM).y_BDL
 
     def new_state(self, batch_size: int) -> ModalState:
         shape = (batch_size, self.num_channels, NUM_MODES)

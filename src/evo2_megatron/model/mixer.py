@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from evo2_megatron.model.context_parallel import SplitSequence
 from evo2_megatron.model.filters import INPUT_FILTER_LENGTH, DepthwiseFilter
 from evo2_megatron.model.hyena_li import HyenaLI
 from evo2_megatron.model.hyena_mr import HyenaMR
@@ -35,7 +36,9 @@ class HyenaMixer(MegatronModule):
     def __init__(self, config: StripedHyenaProvider, symbol: str) -> None:
         super().__init__(config=config)
         modules = layer_modules()
-        hidden, tp_group = config.hidden_size, config.process_groups().tp
+        groups = config.process_groups()
+        hidden, tp_group = config.hidden_size, groups.tp
+        self._split = SplitSequence(groups.cp) if groups.cp.size() > 1 else None
         linear = {"config": config, "is_expert": False, "tp_group": tp_group}
         self.dense_projection = modules.norm_column_linear(
             hidden,
@@ -71,6 +74,10 @@ class HyenaMixer(MegatronModule):
             Output [L, B, H] and the bias [H], not yet added.
         """
         u_LBE, _ = self.dense_projection(x_LBH)
+        if self._split is not None:
+            assert state is None, "a sequence that is split over processes has no caches"
+            y_CDl = self.mixer(self._split.to_chunks(u_LBE), self.hyena_proj_conv.taps_GK(), self._split)
+            return self.dense(self._split.from_chunks(y_CDl))
         if state is None:
             y_BDL = self.mixer(u_LBE.permute(1, 2, 0), self.hyena_proj_conv.taps_GK())
         elif u_LBE.shape[0] == 1:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evo2_megatron.model.context_parallel import SplitSequence
+from evo2_megatron.model.filters import INPUT_FILTER_LENGTH
 from evo2_megatron.model.inference_state import FirState, ModalState
 from evo2_megatron.model.sharded_parameters import ShardedParameters
 from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
@@ -38,12 +40,13 @@ class HyenaOperator(ShardedParameters):
         return filter_G.repeat_interleave(self.num_channels // filter_G.shape[0], dim=0)
 
     @abstractmethod
-    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:
         """Input convolution, gates and operator on whole sequences; differentiable.
 
         Args:
             u_BEL: Projection rows, three per channel.
             input_taps_EK: Taps of the input convolution.
+            split: Where what came before the L tokens is, if they are chunks of longer sequences.
 
         Returns:
             y_BDL, ready for the output projection.
@@ -86,8 +89,15 @@ class ExplicitOperator(HyenaOperator):
             return taps_DK
         return torch.cat([taps_DK[:, :-1], taps_DK[:, -1:] + skip_D.float()[:, None]], dim=1)
 
-    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
-        return gated_conv(u_BEL, input_taps_EK, self.taps_with_skip_DK())
+    def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:
+        taps_DK = self.taps_with_skip_DK()
+
+        def conv(u_BEL: Tensor) -> Tensor:
+            return gated_conv(u_BEL, input_taps_EK, taps_DK)
+
+        if split is None:
+            return conv(u_BEL)
+        return split.convolve(conv, u_BEL, INPUT_FILTER_LENGTH - 1 + self.num_taps - 1)
 
     def new_state(self, batch_size: int) -> FirState:
         shape = (batch_size, self.num_channels, self.num_taps - 1)

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from megatron.bridge.models.model_provider import ModelProviderMixin
@@ -17,9 +17,11 @@ from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
+from evo2_megatron import layouts
 from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture, architecture
 from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
+from evo2_megatron.model.loss import Normalization
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
 
@@ -68,6 +70,9 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
 
     to_upper: str = "normalized_weighted"
     """How lower-case labels count: ``normalized_weighted`` or ``weighted`` (see ``model.loss``)."""
+
+    loss_normalization: Normalization = "sequence"
+    """Over what ``normalized_weighted`` normalizes: ``sequence`` or ``micro_batch`` (see ``model.loss``)."""
 
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
@@ -121,9 +126,10 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             )
         if self.to_upper not in ("normalized_weighted", "weighted"):
             raise UserError(f"to_upper is {self.to_upper!r}; choose normalized_weighted or weighted")
+        if self.loss_normalization not in get_args(Normalization):
+            raise UserError(f"loss_normalization is {self.loss_normalization!r}; choose sequence or micro_batch")
 
     def _check_layout(self) -> None:
-        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         divided = {
             "hidden size": self.hidden_size,
             "FFN width": self.ffn_hidden_size,
@@ -131,18 +137,10 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             "medium filter groups": self.num_groups_hyena_medium,
             "short filter groups": self.num_groups_hyena_short,
         }
-        for name, size in divided.items():
-            if size % tensor:
-                raise UserError(f"tensor parallel size {tensor} does not divide the model's {size} {name}")
-        if self.num_layers % pipeline:
-            raise UserError(f"pipeline parallel size {pipeline} does not divide the model's {self.num_layers} layers")
+        layouts.check_tensor_parallel(divided, self.tensor_model_parallel_size)
+        layouts.check_pipeline_parallel(self.num_layers, self.pipeline_model_parallel_size)
         if self.virtual_pipeline_model_parallel_size is not None:
             raise UserError("virtual pipeline stages are not supported; leave the setting out")
-        if self.context_parallel_size > 1:
-            raise UserError(
-                f"context parallel size {self.context_parallel_size}: splitting a sequence over processes is not "
-                "supported yet; use --context-parallel-size 1"
-            )
 
     def _fit_to_machine(self) -> None:
         """The only place where the configuration depends on the machine."""

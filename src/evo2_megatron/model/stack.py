@@ -16,6 +16,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 
+def stage_layers(num_layers: int, *, stage: int, num_stages: int) -> range:
+    """Layers of a pipeline stage, counted from 0: contiguous, and of two sizes that differ by one.
+
+    The larger stages are the last ones: an earlier stage holds the activations of more micro-batches.
+    """
+    size, num_larger = divmod(num_layers, num_stages)
+    first_larger = num_stages - num_larger
+    start = stage * size + max(0, stage - first_larger)
+    return range(start, start + size + (stage >= first_larger))
+
+
 class HyenaStack(MegatronModule):
     """This pipeline stage's contiguous share of the layers, and on the last stage the final norm."""
 
@@ -38,22 +50,21 @@ class HyenaStack(MegatronModule):
         self.pre_process = pre_process
         self.tp_group = groups.tp
         self.input_tensor: Tensor | None = None
-        num_local = config.num_layers // groups.pp.size()
-        first = num_local * groups.pp.rank()
         self.layers = nn.ModuleList()
-        for local in range(num_local):
-            symbol = config.hybrid_override_pattern[first + local]
-            with get_fp8_context(config, first + local, is_init=True):
+        for index in stage_layers(config.num_layers, stage=groups.pp.rank(), num_stages=groups.pp.size()):
+            symbol = config.hybrid_override_pattern[index]
+            with get_fp8_context(config, index, is_init=True):
                 if symbol == "*":
-                    # a TransformerLayer adds the stage's first layer to its number itself
+                    # a TransformerLayer adds to its number what the layers before its stage would be if all were equal
+                    added = get_transformer_layer_offset(config, pp_rank=groups.pp.rank())
                     layer = build_module(
                         attention_layer_spec(output_bias=config.add_attn_proj_bias),
                         config=config,
-                        layer_number=local + 1,
+                        layer_number=index + 1 - added,
                         pg_collection=groups,
                     )
                 else:
-                    layer = HyenaLayer(config, symbol, layer_number=first + local + 1)
+                    layer = HyenaLayer(config, symbol, layer_number=index + 1)
             self.layers.append(layer)
         self.final_norm = None
         if post_process:

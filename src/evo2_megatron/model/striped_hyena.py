@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.enums import ModelType
 from megatron.core.utils import WrappedTensor
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from evo2_megatron.config import UserError
 from evo2_megatron.model.inference_state import InferenceState
@@ -21,6 +23,9 @@ from evo2_megatron.model.loss import loss_weights
 from evo2_megatron.model.stack import HyenaStack
 from evo2_megatron.model.torch_modules import ColumnLinear
 from evo2_megatron.ops.casing import to_upper
+
+LOSS_BLOCK_TOKENS = 16_384
+"""Tokens whose logits exist together while the loss is computed: 32 MiB in float32 for 512 rows of vocabulary."""
 
 
 class StripedHyenaModel(LanguageModule):
@@ -139,13 +144,42 @@ class StripedHyenaModel(LanguageModule):
             if inference_context.last_token_logits_only:
                 hidden_states = hidden_states[-1:]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_LBV, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         if labels is None:
+            logits_LBV, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
             return logits_LBV.transpose(0, 1).contiguous()
-        loss_BL = self.compute_language_model_loss(to_upper(labels), logits_LBV)
-        mask_BL = loss_BL.new_ones(loss_BL.shape) if loss_mask is None else loss_mask
-        normalize = self.config.to_upper == "normalized_weighted"
-        return loss_BL.float() * loss_weights(labels, mask_BL, normalize=normalize)
+        loss_BL = self._cross_entropy(hidden_states, weight, to_upper(labels))
+        weight_BL = loss_weights(
+            labels,
+            loss_BL.new_ones(loss_BL.shape) if loss_mask is None else loss_mask,
+            normalize=self.config.loss_normalization if self.config.to_upper == "normalized_weighted" else None,
+            split_group=self.pg_collection.cp,
+        )
+        return loss_BL * weight_BL
+
+    def _cross_entropy(self, hidden_LBH: Tensor, weight: Tensor | None, labels_BL: Tensor) -> Tensor:
+        """Loss in nat per token, float32 [B, L]; of long sequences the logits of a block of tokens exist at a time.
+
+        The backward pass computes them again, which costs a thousandth of the step.
+        """
+
+        def of_block(hidden_LBH: Tensor, labels_BL: Tensor) -> Tensor:
+            logits_LBV, _ = self.output_layer(hidden_LBH, weight)
+            return self.compute_language_model_loss(labels_BL, logits_LBV).float()
+
+        # under sequence parallelism the output layer puts the parts of T processes one after the other
+        num_parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        length = max(1, LOSS_BLOCK_TOKENS // (num_parts * hidden_LBH.shape[1]))
+        if length >= hidden_LBH.shape[0]:
+            return of_block(hidden_LBH, labels_BL)
+        blocks = [
+            checkpoint(of_block, hidden, labels.flatten(1), use_reentrant=False, preserve_rng_state=False).unflatten(
+                1, (num_parts, -1)
+            )
+            for hidden, labels in zip(
+                hidden_LBH.split(length), labels_BL.unflatten(1, (num_parts, -1)).split(length, dim=2)
+            )
+        ]
+        return torch.cat(blocks, dim=2).flatten(1)
 
     def new_inference_state(
         self, batch_size: int, max_tokens: int, *, last_token_logits_only: bool = False

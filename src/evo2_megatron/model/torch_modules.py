@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from evo2_megatron.model.context_parallel import SplitSequence
+
 _MASKED_QUERIES = 512
 """Queries that attend together where some keys came before them all."""
 
@@ -152,8 +154,10 @@ class TorchCoreAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        assert attention_type == "self" and softmax_scale is None and config.context_parallel_size == 1
+        assert attention_type == "self" and softmax_scale is None
         self.attn_mask_type = attn_mask_type
+        group = config.process_groups().cp
+        self._split = SplitSequence(group) if group.size() > 1 else None
 
     def forward(
         self,
@@ -170,10 +174,15 @@ class TorchCoreAttention(MegatronModule):
         """Attend causally; returns context [L, B, N*C]."""
         assert (attn_mask_type or self.attn_mask_type) is AttnMaskType.causal
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        context_BNLC = causal_attention(
-            query_LBNC.permute(1, 2, 0, 3),
-            key_SBNC.permute(1, 2, 0, 3),
-            value_SBNC.permute(1, 2, 0, 3),
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        ends = (key_SBNC.shape[0],)
+        if self._split is not None:
+            ends = self._split.ends(query_LBNC.shape[0] // 2)
+            key_SBNC, value_SBNC = self._split.gather(key_SBNC), self._split.gather(value_SBNC)
+        query_BNLC, key_BNSC, value_BNSC = (x.permute(1, 2, 0, 3) for x in (query_LBNC, key_SBNC, value_SBNC))
+        contexts = [
+            causal_attention(part_BNLC, key_BNSC[:, :, :end], value_BNSC[:, :, :end], dropout)
+            for part_BNLC, end in zip(query_BNLC.chunk(len(ends), dim=2), ends)
+        ]
+        context_BNLC = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
         return context_BNLC.permute(2, 0, 1, 3).flatten(2)

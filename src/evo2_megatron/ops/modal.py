@@ -102,20 +102,15 @@ def modal_state(x_BDL: Tensor, log_pole_DN: Tensor, state_BDN: Tensor | None = N
         state_BDN: State before the first token (not changed); None means zeros.
 
     Returns:
-        state_BDN, float32 (float64 if the input is).
+        state_BDN, float32 (float64 if the input is). Differentiable once in every argument; for the backward pass only
+        the arguments are kept.
     """
-    L = x_BDL.shape[-1]
     dtype = torch.promote_types(x_BDL.dtype, torch.float32)
-    log_pole_DN, x_BDL = log_pole_DN.to(dtype), x_BDL.to(dtype)
-    T = min(L, STATE_BLOCK_TOKENS)
-    num_first, M = L % T, L // T
-    write_DTN = _powers(log_pole_DN, T).flip(-1).mT
-    first_BDN = torch.einsum("bdt,dtn->bdn", x_BDL[..., :num_first], write_DTN[:, T - num_first :])
-    if state_BDN is not None:
-        first_BDN = first_BDN + state_BDN.to(dtype) * torch.exp(log_pole_DN * num_first)
-    blocks_BDMN = x_BDL[..., num_first:].unflatten(-1, (M, T)) @ write_DTN
-    powers_DNM = _powers(log_pole_DN * T, M + 1)
-    return torch.einsum("bdmn,dnm->bdn", blocks_BDMN, powers_DNM[..., :M].flip(-1)) + first_BDN * powers_DNM[..., M]
+    log_pole_DN = log_pole_DN.to(dtype)
+    written_BDN = _ModalState.apply(x_BDL, log_pole_DN)
+    if state_BDN is None:
+        return written_BDN
+    return written_BDN + state_BDN.to(dtype) * torch.exp(log_pole_DN * x_BDL.shape[-1])
 
 
 def modal_step(x_BD: Tensor, pole_DN: Tensor, residue_DN: Tensor, skip_D: Tensor, state_BDN: Tensor) -> Tensor:
@@ -203,6 +198,52 @@ class _ModalConv(torch.autograd.Function):
                     total[part] = value
         grad_echo_BDT = grad_y_BDL[..., : layout.num_first].to(log_pole_DN.dtype) if need_echo else None
         return grad_x_BDL, *grad_modes, grad_left_BDN, grad_echo_BDT
+
+
+class _ModalState(torch.autograd.Function):
+    """``s_n = sum_t exp(log_pole_n * (L - 1 - t)) * x[t]``, slice of channels by slice, block of tokens by block.
+
+    With blocks counted from the end, token i of block m has the age ``T * m + (T - 1 - i)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BDL: Tensor, log_pole_DN: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BDL, log_pole_DN)
+        state_BDN = log_pole_DN.new_empty(x_BDL.shape[0], *log_pole_DN.shape)
+        for part in channel_slices(x_BDL):
+            x_BDMT, write_DTN, age_DMN = _aged_blocks(x_BDL[:, part], log_pole_DN[part])
+            state_BDN[:, part] = torch.einsum("bdmn,dmn->bdn", x_BDMT @ write_DTN, age_DMN)
+        return state_BDN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BDN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_BDL, log_pole_DN = ctx.saved_tensors
+        need_x, need_log_pole = ctx.needs_input_grad
+        grad_x_BDL = torch.empty(x_BDL.shape, dtype=x_BDL.dtype, device=x_BDL.device) if need_x else None
+        grad_log_pole_DN = torch.empty_like(log_pole_DN) if need_log_pole else None
+        for part in channel_slices(x_BDL):
+            x_BDMT, write_DTN, age_DMN = _aged_blocks(x_BDL[:, part], log_pole_DN[part])
+            M, T = x_BDMT.shape[-2:]
+            aged_BDMN = grad_BDN[:, part, None] * age_DMN
+            if need_x:
+                grad_x_BDL[:, part] = (aged_BDMN @ write_DTN.mT).flatten(2)[..., M * T - x_BDL.shape[-1] :]
+            if need_log_pole:
+                from_end_M = torch.arange(M - 1, -1, -1, device=x_BDMT.device, dtype=x_BDMT.dtype) * T
+                from_end_T = torch.arange(T - 1, -1, -1, device=x_BDMT.device, dtype=x_BDMT.dtype)
+                moment_BDMN = from_end_M[:, None] * (x_BDMT @ write_DTN)
+                moment_BDMN += x_BDMT @ (from_end_T[:, None] * write_DTN)
+                grad_log_pole_DN[part] = (aged_BDMN * moment_BDMN).sum((0, 2))
+        return grad_x_BDL, grad_log_pole_DN
+
+
+def _aged_blocks(x_BDL: Tensor, log_pole_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of a signal with zeros in front, how they write the state [D, T, N], and how it decays until the end."""
+    T = min(x_BDL.shape[-1], STATE_BLOCK_TOKENS)
+    x_BDL = x_BDL.to(log_pole_DN.dtype)
+    x_BDMT = F.pad(x_BDL, (-x_BDL.shape[-1] % T, 0)).unflatten(-1, (-1, T))
+    age_DMN = _powers(log_pole_DN * T, x_BDMT.shape[-2]).flip(-1).mT
+    return x_BDMT, _powers(log_pole_DN, T).flip(-1).mT, age_DMN
 
 
 class _Tables:

@@ -46,6 +46,7 @@ class TrainingOptions:
     use_subquadratic_ops: bool = False
     cross_entropy_loss_fusion: bool = False
     renormalize_loss: bool = True
+    loss_normalization: Literal["sequence", "micro_batch"] = "sequence"
     calculate_per_token_loss: bool = True
 
     # layout, batch and duration

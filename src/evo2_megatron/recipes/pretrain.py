@@ -123,11 +123,12 @@ def _model(options: TrainingOptions) -> StripedHyenaProvider:
         use_subquadratic_ops=options.use_subquadratic_ops,
         cross_entropy_loss_fusion=options.cross_entropy_loss_fusion,
         to_upper="normalized_weighted" if options.renormalize_loss else "weighted",
+        loss_normalization=options.loss_normalization,
         calculate_per_token_loss=options.calculate_per_token_loss,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
-        sequence_parallel=layout.tensor > 1 if layout.sequence_parallel is None else layout.sequence_parallel,
+        sequence_parallel=layout.splits_activations,
         **values,
     )
 

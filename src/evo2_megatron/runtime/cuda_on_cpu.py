@@ -39,12 +39,14 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _on_cpu(function: Callable) -> Callable:
-    """Wrap a tensor factory or method: a CUDA device among its arguments becomes the CPU."""
+    """Wrap a tensor factory or method: a CUDA device among its arguments becomes the CPU, pinned memory plain."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _to_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # there is nothing to copy to
         # Tensor.to(device) and Module.to(device) take it by position
         if len(args) > 1 and isinstance(args[1], (str, torch.device)):
             args = (args[0], _to_cpu(args[1]), *args[2:])

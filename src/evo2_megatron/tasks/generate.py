@@ -264,23 +264,15 @@ def forward_last(model: StripedHyenaModel, token_BT: Tensor, state: InferenceSta
     Returns:
         Logits after the last token, logits_BV, on every process.
     """
-    from megatron.core import parallel_state
+    from evo2_megatron.model.pipeline import forward_through_stages
 
-    group = parallel_state.get_pipeline_model_parallel_group()
+    output = forward_through_stages(model, token_BT, inference_context=state)
+    group = model.pg_collection.pp
     if group.size() == 1:
-        return model(token_BT, inference_context=state)[:, -1]
-    config, stage = model.config, group.rank()
-    if stage > 0:
-        shape = (token_BT.shape[1], token_BT.shape[0], config.hidden_size)
-        hidden_LBH = torch.empty(shape, dtype=config.pipeline_dtype, device=token_BT.device)
-        torch.distributed.recv(hidden_LBH, group=group, group_src=stage - 1)
-        model.set_input_tensor(hidden_LBH)
-    output = model(token_BT, inference_context=state)
-    last = group.size() - 1
-    if stage < last:
-        torch.distributed.send(output.to(config.pipeline_dtype), group=group, group_dst=stage + 1)
-        logits_BV = output.new_empty((token_BT.shape[0], model.vocab_size), dtype=torch.float32)
+        return output[:, -1]
+    if output is None:
+        logits_BV = torch.empty((token_BT.shape[0], model.vocab_size), device=token_BT.device)
     else:
         logits_BV = output[:, -1].float().contiguous()
-    torch.distributed.broadcast(logits_BV, group=group, group_src=last)
+    torch.distributed.broadcast(logits_BV, group=group, group_src=group.size() - 1)
     return logits_BV

@@ -140,13 +140,13 @@ def predict(
         files: What to write.
         sequences: How to batch.
         changes: Settings of the model that replace the checkpoint's.
-        parallel: Tensor size; the rest of the processes are copies of the model.
+        parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
 
     Raises:
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
     """
-    _check_layout(parallel)
+    parallel.check_world_size(distributed.world_size())
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
     check_loadable(run_config)
@@ -176,14 +176,6 @@ def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
     for flag, asked, found in (("--num-nodes", num_nodes, nodes), ("--devices", devices, per_node)):
         if asked not in (None, found):
             raise UserError(f"{flag} is {asked}, but torchrun started {found}; leave it out, torchrun decides")
-
-
-def _check_layout(parallel: ParallelConfig) -> None:
-    parallel.check_world_size(distributed.world_size())
-    if parallel.pipeline > 1:
-        raise UserError("prediction does not split the stack of layers; use --pipeline-model-parallel-size 1")
-    if parallel.context > 1:
-        raise UserError("prediction does not split sequences over processes; use --context-parallel-size 1")
 
 
 def _layers_needed(output: Output, num_layers: int) -> int:
@@ -240,7 +232,7 @@ def _run(runner: Runner, dataset: FastaDataset, files: Files, micro_batch_size: 
     progress = _Progress(dataset)
     for batch in shard(len(dataset), micro_batch_size, rank=copy, size=num_copies):
         result = runner([dataset[index] for index in batch])
-        if writer is not None:
+        if writer is not None and result is not None:
             writer.add(result)
             if runner.output.log_probs in _SCORE_COLUMNS:
                 scores.update(zip(result["seq_idx"].tolist(), result["log_probs_seqs"].tolist()))

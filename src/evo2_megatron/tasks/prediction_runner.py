@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evo2_megatron import layouts
 from evo2_megatron.checkpoint.load import LoadedModel
-from evo2_megatron.config import UserError, uses_fp8
+from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.data.tokenizer import PAD
+from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
 from evo2_megatron.runtime import megatron
 from evo2_megatron.tasks.scoring import Collapse, collapse_log_probs, next_token_log_probs
 
@@ -56,86 +58,124 @@ class Runner:
             min_length: Tokens that every batch is padded to, at least.
             chunk_length: Longer sequences go through the model in pieces of this many tokens.
         """
-        from megatron.core import parallel_state
         from megatron.core.utils import unwrap_model
 
         self.model, self.output = loaded.model, output
         self._inner = unwrap_model(loaded.model)
-        self._tp_group = parallel_state.get_tensor_model_parallel_group()
-        self._min_length = min_length
-        self._multiple = _length_multiple(loaded)
-        self._splits_sequence = loaded.provider.sequence_parallel
+        self._groups = self._inner.pg_collection
+        layout = ParallelConfig(
+            tensor=self._groups.tp.size(),
+            context=self._groups.cp.size(),
+            sequence_parallel=loaded.provider.sequence_parallel,
+        )
+        self._splits_activations = layout.splits_activations
+        self._multiple = math.lcm(layouts.sequence_multiple(layout), _precision_multiple(loaded) * layout.context)
+        # results are padded to the length asked for; what the layout wants beyond it is cut off again
+        self._shown_length = min_length
+        self._min_length = max(min_length, layouts.min_sequence_length(layout))
         self._chunk = math.ceil(chunk_length / self._multiple) * self._multiple
 
     @torch.no_grad()
-    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """Results of one batch, on the CPU; their names and shapes are those of ``predict_evo2``'s files.
 
         ``token_logits`` [B, L, V] or ``hidden_embeddings`` [B, L, H], float32, with ``tokens`` and ``pad_mask`` (1 for
         a token that counts), int64 [B, L]; or ``log_probs_seqs``, float32 [B], or [B, L - 1] with a boolean
-        ``loss_mask``. And ``seq_idx``, int64 [B].
+        ``loss_mask``. And ``seq_idx``, int64 [B]. None on all pipeline stages but the last.
         """
         batch = collate(items, self._min_length, self._multiple)
-        longest = max(self._min_length, *(len(item["tokens"]) for item in items))
+        longest = max(self._shown_length, *(len(item["tokens"]) for item in items))
         tokens_BS = batch["tokens"].to(megatron.device())
-        if self.output.log_probs is not None:
-            return self._log_probs(tokens_BS, batch, longest)
-        values = [values_BCX[:, : longest - start].cpu() for start, values_BCX in self._pieces(tokens_BS)]
+        with_log_probs = self.output.log_probs is not None
+        values_BSX = self._log_probs(tokens_BS) if with_log_probs else self._values(tokens_BS)
+        if values_BSX is None:
+            return None
+        if with_log_probs:
+            return self._collapsed(values_BSX[:, : longest - 1], batch, longest)
         name = "token_logits" if self.output.embedding_layer is None else "hidden_embeddings"
         return {
-            name: torch.cat(values, dim=1).float(),
+            name: values_BSX[:, :longest].float(),
             "pad_mask": batch["loss_mask"][:, :longest],
             "seq_idx": batch["seq_idx"],
             "tokens": batch["tokens"][:, :longest],
         }
 
-    def _log_probs(self, tokens_BS: Tensor, batch: dict[str, Tensor], longest: int) -> dict[str, Tensor]:
-        # the last position has no next token; what stands here is cut off below
-        next_BS = tokens_BS.roll(-1, dims=1)
+    def _values(self, tokens_BS: Tensor) -> Tensor | None:
+        pieces = [values_BCX.cpu() for _, values_BCX in self._pieces(tokens_BS)]
+        return torch.cat(pieces, dim=1) if pieces else None
+
+    def _log_probs(self, tokens_BS: Tensor) -> Tensor | None:
+        """Log-probability of the next token; at the last position of something that is no token."""
+        next_BS = self._my_part(tokens_BS.roll(-1, dims=1))
         pieces = []
-        for start, logits_BCV in self._pieces(tokens_BS):
+        for start, logits_BCV in self._pieces(tokens_BS, gather=False):
             is_whole = logits_BCV.shape[-1] == self._inner.vocab_size
-            group = None if is_whole else self._tp_group
+            group = None if is_whole else self._groups.tp
             next_BC = next_BS[:, start : start + logits_BCV.shape[1]]
-            pieces.append(next_token_log_probs(logits_BCV, next_BC, vocab_group=group).cpu())
-        log_probs_BL = torch.cat(pieces, dim=1)[:, : longest - 1]
+            log_probs_BC = next_token_log_probs(logits_BCV, next_BC, vocab_group=group)
+            pieces.append(self._all_parts(log_probs_BC).cpu())
+        return torch.cat(pieces, dim=1) if pieces else None
+
+    def _collapsed(self, log_probs_BL: Tensor, batch: dict[str, Tensor], longest: int) -> dict[str, Tensor]:
         counts_BL = batch["loss_mask"][:, 1:longest].bool()
         how = self.output.log_probs
         result = {"log_probs_seqs": collapse_log_probs(log_probs_BL, counts_BL, how), "seq_idx": batch["seq_idx"]}
         return result | {"loss_mask": counts_BL} if how == "per_token" else result
 
-    def _pieces(self, tokens_BS: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Run the model, over long sequences piece by piece with its caches; yield (start, logits or hidden state)."""
+    def _pieces(self, tokens_BS: Tensor, *, gather: bool = True) -> Iterator[tuple[int, Tensor]]:
+        """Run the model, over long sequences piece by piece with its caches; yield (start, logits or hidden state).
+
+        Sequences that are split over processes go through in one piece. Only the last pipeline stage yields.
+
+        Args:
+            tokens_BS: Whole sequences.
+            gather: Whether to join what tensor- and context-parallel processes have; else, each yields its own.
+        """
+        from evo2_megatron.model.pipeline import forward_through_stages
+
         num_tokens = tokens_BS.shape[1]
-        state = self._inner.new_inference_state(*tokens_BS.shape) if num_tokens > self._chunk else None
-        hidden_after = None if self.output.embedding_layer is None else self._inner.config.num_layers - 1
-        for start in range(0, num_tokens, self._chunk):
-            values_BCX = self.model(
-                tokens_BS[:, start : start + self._chunk],
+        in_pieces = num_tokens > self._chunk and self._groups.cp.size() == 1
+        length = self._chunk if in_pieces else num_tokens
+        state = self._inner.new_inference_state(*tokens_BS.shape) if in_pieces else None
+        is_last = self._groups.pp.rank() == self._groups.pp.size() - 1
+        wants_hidden = self.output.embedding_layer is not None
+        for start in range(0, num_tokens, length):
+            values_BCX = forward_through_stages(
+                self.model,
+                self._my_part(tokens_BS[:, start : start + length]),
                 inference_context=state,
                 # log-probabilities need three numbers per token from each process instead of its logits
-                runtime_gather_output=self.output.log_probs is None,
-                hidden_after_layer=hidden_after,
+                runtime_gather_output=gather,
+                hidden_after_layer=len(self._inner.decoder.layers) - 1 if wants_hidden and is_last else None,
             )
-            if hidden_after is not None and self._splits_sequence:
-                values_BCX = self._gather_sequence(values_BCX)
-            yield start, values_BCX
+            if values_BCX is None:
+                continue
+            if wants_hidden and self._splits_activations:
+                values_BCX = torch.cat(_of_all(values_BCX, self._groups.tp), dim=1)
+            yield start, self._all_parts(values_BCX) if gather else values_BCX
 
-    def _gather_sequence(self, values_BCX: Tensor) -> Tensor:
-        parts = [torch.empty_like(values_BCX) for _ in range(self._tp_group.size())]
-        torch.distributed.all_gather(parts, values_BCX.contiguous(), group=self._tp_group)
-        return torch.cat(parts, dim=1)
+    def _my_part(self, values_BS: Tensor) -> Tensor:
+        """What this process has of whole sequences."""
+        group = self._groups.cp
+        return zigzag_split(values_BS, 1, num_ranks=group.size(), rank=group.rank()) if group.size() > 1 else values_BS
+
+    def _all_parts(self, values_BCX: Tensor) -> Tensor:
+        """Whole sequences from what each process has of them."""
+        group = self._groups.cp
+        return zigzag_unsplit(_of_all(values_BCX, group), 1) if group.size() > 1 else values_BCX
 
 
-def _length_multiple(loaded: LoadedModel) -> int:
-    """What the number of tokens must be divisible by."""
-    provider = loaded.provider
-    multiple = provider.tensor_model_parallel_size if provider.sequence_parallel else 1
-    if provider.fp8 or provider.fp4 or uses_fp8(loaded.precision):
-        multiple = math.lcm(multiple, 32)  # rows of a block of MXFP8, the largest of all formats
-    elif provider.vortex_style_fp8:
-        multiple = math.lcm(multiple, 8)
-    return multiple
+def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, values.contiguous(), group=group)
+    return parts
+
+
+def _precision_multiple(loaded: LoadedModel) -> int:
+    """What the number of tokens that a process has must be divisible by for 8-bit products."""
+    if loaded.provider.fp8 or loaded.provider.fp4 or uses_fp8(loaded.precision):
+        return 32  # rows of a block of MXFP8, the largest of all formats
+    return 8 if loaded.provider.vortex_style_fp8 else 1
 
 
 def collate(items: Sequence[dict[str, Tensor]], min_length: int = 1, multiple: int = 1) -> dict[str, Tensor]:

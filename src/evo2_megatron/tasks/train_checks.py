@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from evo2_megatron import layouts
 from evo2_megatron.architectures import architecture
 from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.data import blend, tokenizer
@@ -117,7 +118,7 @@ def _check_ranges(options: TrainingOptions) -> None:
 
 
 def _check_layout(options: TrainingOptions) -> None:
-    layout, tokens = options.parallel, options.seq_length
+    layout = options.parallel
     layout.check_world_size(world_size())
     replicas = world_size() // layout.model_size
     per_pass = options.micro_batch_size * replicas
@@ -126,19 +127,9 @@ def _check_layout(options: TrainingOptions) -> None:
             f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size "
             f"{options.micro_batch_size} x {replicas} data-parallel processes; use {per_pass} or a multiple"
         )
-    if layout.context > 1 and tokens % (2 * layout.context):
-        raise UserError(
-            f"--seq-length {tokens} is not a multiple of 2 x context parallel size {layout.context}; "
-            f"use {-(-tokens // (2 * layout.context)) * 2 * layout.context}"
-        )
-    sequence_parallel = layout.tensor > 1 if layout.sequence_parallel is None else layout.sequence_parallel
-    if sequence_parallel and layout.tensor == 1:
+    if layout.sequence_parallel and layout.tensor == 1:
         raise UserError("--sequence-parallel splits between tensor-parallel processes; set --tensor-parallel-size too")
-    if sequence_parallel and (tokens // layout.context) % layout.tensor:
-        raise UserError(
-            f"--seq-length {tokens} cannot be split between {layout.tensor} tensor-parallel processes; "
-            "use a multiple, or --no-sequence-parallel"
-        )
+    layouts.check_sequence_length(options.seq_length, layout)
     _check_position_range(options)
 
 
