@@ -18,10 +18,14 @@ from pathlib import Path
 _TESTS = Path(__file__).parent
 
 
+def environment() -> dict[str, str]:
+    """Of an interpreter that runs a script which calls ``fork``."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS)}
+
+
 def launch(script: Path, *arguments: object, timeout: float = 600) -> None:
-    """Run a script, which calls ``fork`` on its main function, in an interpreter of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS)}
-    subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True, env=environment, timeout=timeout)
+    """Run a script that calls ``fork`` in an interpreter of its own."""
+    subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True, env=environment(), timeout=timeout)
 
 
 def fork(num_processes: int, target: Callable[..., None], *arguments: object) -> None:

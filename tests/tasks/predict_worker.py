@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a layout test: what the runner of predict_evo2 gives for a FASTA file, saved by rank 0.
+"""Four processes of a layout test: what predict_evo2's runner gives for a FASTA file under several layouts.
 
-Run by test_predict_distributed.py under torchrun: ``predict_worker.py CHECKPOINT FASTA OUTPUT``.
+Run by test_predict_distributed.py: ``predict_worker.py CHECKPOINT FASTA FOLDER`` saves a file for each layout.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from evo2_megatron.config import ParallelConfig
-from evo2_megatron.runtime.distributed import process_groups, rank, world_size
+from evo2_megatron.runtime.distributed import process_groups
+from processes import fork
+
+LAYOUTS = {
+    "tensor 2": ParallelConfig(tensor=2),
+    "context 2": ParallelConfig(context=2),
+    "context 4": ParallelConfig(context=4),
+    "pipeline 2": ParallelConfig(pipeline=2),
+    "pipeline 4": ParallelConfig(pipeline=4),
+    "tensor 2 x context 2": ParallelConfig(tensor=2, context=2),
+    "tensor 2 x pipeline 2": ParallelConfig(tensor=2, pipeline=2),
+    "context 2 x pipeline 2": ParallelConfig(context=2, pipeline=2),
+}
 
 
 def predictions(checkpoint, fasta, parallel):
@@ -29,10 +42,19 @@ def predictions(checkpoint, fasta, parallel):
             "logits": Runner(loaded, Output())(items),
             "embeddings": Runner(loaded, Output(embedding_layer=-1))(items),
             "embeddings_in_pieces": Runner(loaded, Output(embedding_layer=-1), chunk_length=15)(items),
+            "padded": Runner(loaded, Output(), min_length=100)(items),
         }
 
 
+def save(checkpoint, fasta, parallel, output):
+    results = predictions(checkpoint, fasta, parallel)
+    # the last pipeline stage has them, and of its processes every one
+    if results["logits"] is not None:
+        partial = output.with_suffix(f".{os.getpid()}")
+        torch.save(results, partial)
+        partial.replace(output)
+
+
 if __name__ == "__main__":
-    results = predictions(Path(sys.argv[1]), Path(sys.argv[2]), ParallelConfig(tensor=world_size()))
-    if rank() == 0:
-        torch.save(results, sys.argv[3])
+    for name, layout in LAYOUTS.items():
+        fork(4, save, Path(sys.argv[1]), Path(sys.argv[2]), layout, Path(sys.argv[3]) / f"{name}.pt")

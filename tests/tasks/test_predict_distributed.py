@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes, as copies of the model or as halves of it, give what one gives."""
+"""Processes that are copies of the model, or parts of it, give what one gives."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig
+from processes import launch
+from tasks.predict_worker import LAYOUTS, predictions
 
 WORKER = Path(__file__).with_name("predict_worker.py")
 # in blocks of two batches of three, the second copy gets nothing of the last block
@@ -28,8 +30,8 @@ def inputs(megatron, tmp_path_factory):
     return write_tiny_checkpoint(folder / "checkpoint"), fasta
 
 
-def torchrun(*command):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*command, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run([*launcher, *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -73,14 +75,32 @@ def test_two_copies(inputs, tmp_path):
     assert json.loads((tmp_path / "two" / "seq_idx_map.json").read_text()) == {f"r{i}": i for i in range(len(LENGTHS))}
 
 
-@pytest.mark.slow
-def test_two_halves(inputs, tmp_path):
-    from tasks.predict_worker import predictions
+@pytest.fixture(scope="module")
+def of_layouts(inputs, tmp_path_factory):
+    """What four processes give under every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    launch(WORKER, *inputs, folder)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in LAYOUTS}
 
-    one = predictions(*inputs, ParallelConfig())
-    torchrun(WORKER, *inputs, tmp_path / "two.pt")
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_what_one_process_gives(inputs, of_layouts, layout):
+    one, split = predictions(*inputs, ParallelConfig()), of_layouts[layout]
     for name, values in one.items():
-        assert values.keys() == two[name].keys()
+        assert values.keys() == split[name].keys()
         for key, value in values.items():
-            torch.testing.assert_close(two[name][key], value, rtol=1e-4, atol=1e-3, msg=f"{name} {key}")
+            torch.testing.assert_close(split[name][key], value, rtol=1e-4, atol=1e-3, msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+def test_more_copies_than_sequences(inputs, tmp_path):
+    """A copy without work, split over two processes, neither waits nor writes."""
+    checkpoint, _ = inputs
+    (tmp_path / "one.fa").write_text(">only\nACGTACGT\n")
+    code = "from evo2_megatron.cli.predict import main; main()"
+    flags = ["--fasta", tmp_path / "one.fa", "--ckpt-dir", checkpoint, "--output-dir", tmp_path / "out"]
+    layout = ["--pipeline-model-parallel-size", "2"]
+    torchrun("--no-python", sys.executable, "-c", code, *flags, *layout, "--output-log-prob-seqs", processes=4)
+    # the last stage of the first copy
+    assert [p.name for p in (tmp_path / "out").glob("*.pt")] == ["predictions__rank_2__dp_rank_0.pt"]

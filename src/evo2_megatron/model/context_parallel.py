@@ -2,9 +2,9 @@
 """Sequences split over processes: what the layers need from each other's parts, with gradients.
 
 A sequence is cut into twice as many chunks as there are processes, and each process holds an early chunk and its
-mirror image (``ops.zigzag``). A finite filter needs the last inputs of the chunk before (the halo), a modal filter the state
-in which that chunk ends, attention all keys and values so far. So what travels for a Hyena layer does not grow with the
-length, and its channels need not be divisible by anything.
+mirror image (``ops.zigzag``). A finite filter needs the last inputs of the chunk before (the halo), a modal filter the
+state in which that chunk ends, attention all keys and values so far. So what travels for a Hyena layer does not grow
+with the length, and its channels need not be divisible by anything.
 
 Shape legend: B batch, L tokens of this process, l = L / 2 tokens of a chunk, C = 2B chunks (the batch's early chunks,
 then its late ones), X channels, P tokens of a halo, N modes, J chunks of the whole sequence, S all tokens.

@@ -19,8 +19,8 @@ LOWERCASE_WEIGHT = 0.1
 
 
 Normalization = Literal["sequence", "micro_batch"]
-"""Over what lower-case weights are made up for: each sequence by itself, which does not depend on how a batch is divided
-over steps and processes; or what one process has of a micro-batch, as in the former recipe."""
+"""Over what lower-case weights are made up for: each sequence by itself, which does not depend on how a batch is
+divided over steps and processes; or what one process has of a micro-batch, as in the former recipe."""
 
 
 def loss_weights(

@@ -24,8 +24,9 @@ from evo2_megatron.model.stack import HyenaStack
 from evo2_megatron.model.torch_modules import ColumnLinear
 from evo2_megatron.ops.casing import to_upper
 
-LOSS_BLOCK_TOKENS = 16_384
-"""Tokens whose logits exist together while the loss is computed: 32 MiB in float32 for 512 rows of vocabulary."""
+LOSS_BLOCK_TOKENS = 4_096
+"""Tokens whose logits exist together while the loss is computed: 8 MiB in float32 for 512 rows of vocabulary, a few
+times as much with what is derived from them."""
 
 
 class StripedHyenaModel(LanguageModule):

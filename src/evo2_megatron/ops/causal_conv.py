@@ -166,7 +166,8 @@ def _block_products(x_BDL: Tensor, taps_DK: Tensor, *, backward: bool) -> Tensor
         start = n if backward else num_back - n
         table_DTT = table_DTT.mT if backward else table_DTT
         y_DGT.baddbmm_(x_DGT[:, start : start + num_rows], table_DTT, beta=1 if n else 0)
-    return y_DGT.view(D, B, -1)[..., :L].transpose(0, 1)
+    # no view: autograd lets nobody write into a view that a custom function returned
+    return y_DGT.view(D, B, -1)[..., :L].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _blocks(x_BDL: Tensor, num_empty: int, *, in_front: bool = False) -> Tensor:
