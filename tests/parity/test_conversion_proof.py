@@ -91,12 +91,6 @@ def theirs(converted, environment):
 def test_logits_equal_those_of_vortex(ours, theirs):
     for x_BL, vortex in zip(SEQUENCES, theirs[0], strict=True):
         difference = ours(x_BL) - vortex
-        print(
-            "FIG",
-            x_BL.shape,
-            difference.abs().max().item(),
-            (difference.pow(2).mean().sqrt() / vortex.pow(2).mean().sqrt()).item(),
-        )
         assert difference.abs().max() < 1e-3, x_BL.shape
         assert difference.pow(2).mean().sqrt() < 1e-4 * vortex.pow(2).mean().sqrt(), x_BL.shape
 
