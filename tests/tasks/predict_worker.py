@@ -10,20 +10,9 @@ from pathlib import Path
 
 import torch
 
-from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
+from model.layout_worker import LAYOUTS
 from processes import fork
-
-LAYOUTS = {
-    "tensor 2": ParallelConfig(tensor=2),
-    "context 2": ParallelConfig(context=2),
-    "context 4": ParallelConfig(context=4),
-    "pipeline 2": ParallelConfig(pipeline=2),
-    "pipeline 4": ParallelConfig(pipeline=4),
-    "tensor 2 x context 2": ParallelConfig(tensor=2, context=2),
-    "tensor 2 x pipeline 2": ParallelConfig(tensor=2, pipeline=2),
-    "context 2 x pipeline 2": ParallelConfig(context=2, pipeline=2),
-}
 
 
 def predictions(checkpoint, fasta, parallel):
@@ -35,7 +24,7 @@ def predictions(checkpoint, fasta, parallel):
     items = list(FastaDataset(fasta, prepend_bos=True))
     with process_groups(parallel):
         loaded = load_model(checkpoint, parallel=parallel)
-        assert loaded.provider.sequence_parallel == (parallel.tensor > 1)
+        assert loaded.provider.sequence_parallel == parallel.splits_activations
         return {
             "log_probs": Runner(loaded, Output(log_probs="per_token"))(items),
             "log_probs_in_pieces": Runner(loaded, Output(log_probs="per_token"), chunk_length=15)(items),

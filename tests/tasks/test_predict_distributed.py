@@ -12,8 +12,9 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig
+from model.layout_worker import LAYOUTS
 from processes import launch
-from tasks.predict_worker import LAYOUTS, predictions
+from tasks.predict_worker import predictions
 
 WORKER = Path(__file__).with_name("predict_worker.py")
 # in blocks of two batches of three, the second copy gets nothing of the last block
