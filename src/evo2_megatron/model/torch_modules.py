@@ -132,10 +132,14 @@ def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, d
     for start in range(0, L, _MASKED_QUERIES):
         part_BNLC = query_BNLC[:, :, start : start + _MASKED_QUERIES]
         seen = S - L + start + part_BNLC.shape[2]
-        mask = causal_lower_right(part_BNLC.shape[2], seen)
+        if query_BNLC.is_meta:
+            # planning watches every operation, which torch's mask object does not allow; memory and shape are the same
+            options = {"is_causal": True}
+        else:
+            options = {"attn_mask": causal_lower_right(part_BNLC.shape[2], seen)}
         parts.append(
             F.scaled_dot_product_attention(
-                part_BNLC, key_BNSC[:, :, :seen], value_BNSC[:, :, :seen], attn_mask=mask, dropout_p=dropout
+                part_BNLC, key_BNSC[:, :, :seen], value_BNSC[:, :, :seen], dropout_p=dropout, **options
             )
         )
     return torch.cat(parts, dim=2)

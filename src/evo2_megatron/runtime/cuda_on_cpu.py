@@ -16,7 +16,7 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,17 @@ def _to_cpu(device: Any) -> Any:
     if isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda":
         return _CPU
     return device
+
+
+@contextlib.contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Let another device than the CPU stand for the GPU meanwhile: ``meta``, to plan."""
+    global _CPU
+    before, _CPU = _CPU, torch.device(name)
+    try:
+        yield
+    finally:
+        _CPU = before
 
 
 def _on_cpu(function: Callable) -> Callable:
@@ -198,7 +209,7 @@ def _install_tensor_type_names() -> None:
     def reported_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return tensor_type(self, dtype, *args, **kwargs)
-        name = tensor_type(self)
+        name = tensor_type(self).replace("meta.", "")
         return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = reported_type

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step needs on every GPU: the project's own model and schedule, run on tensors without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evo2_megatron.config import UserError, uses_fp8
+from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.runtime import megatron
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One process of a pipeline stage; the others of the stage need the same."""
+
+    stage: int
+    parameters: int
+    """Of this process."""
+
+    weight_bytes: int
+    """Weights and the buffers that their gradients are summed in."""
+
+    optimizer_bytes: int
+    """This process's share of main weights and of Adam's moments."""
+
+    activation_bytes: int
+    """Most that a step adds to the two."""
+
+    flops: float
+    """Matrix products, convolutions and attention of one step, recomputed ones included."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Most memory at any time."""
+        return self.weight_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A training step on all processes."""
+
+    stages: list[StagePlan]
+    parameters: int
+    """Of the whole model, weights shared by two stages counted once."""
+
+    model_flops: float
+    """Operations of one step, all processes, as the TFLOP/s of train_evo2 counts them: see ``model.flops``."""
+
+    @property
+    def worst(self) -> StagePlan:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.total_bytes)
+
+
+def plan(num_gpus: int, vocab_size: int = 512, **given: Any) -> Plan:
+    """Plan one step.
+
+    Args:
+        num_gpus: Processes, one a GPU.
+        vocab_size: Rows of the embedding.
+        given: Fields of ``recipes.options.TrainingOptions``.
+
+    Raises:
+        UserError: Options that cannot work, or 8-bit precision, whose memory only a GPU shows.
+    """
+    options = TrainingOptions(**{"mock_data": True, "precision": "bf16_mixed"} | given)
+    if uses_fp8(options.precision):
+        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
+    options.parallel.check_world_size(num_gpus)
+    return _summary(
+        [_plan_stage(options, stage, num_gpus, vocab_size) for stage in range(options.parallel.pipeline)],
+        options,
+        vocab_size,
+    )
+
+
+def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int) -> Plan:
+    whole = replace(options, parallel=type(options.parallel)())
+    megatron.enter()
+    from evo2_megatron.runtime.fake_processes import fake_processes
+    from evo2_megatron.tasks.plan_step import step_config
+
+    with fake_processes(whole.parallel, rank=0, world_size=1):
+        model = step_config(whole, vocab_size).model
+        parameters = sum(p.numel() for p in model.provide().parameters())
+        flops = model._get_num_floating_point_operations(options.global_batch_size)
+    return Plan(stages=stages, parameters=parameters, model_flops=flops)
+
+
+def _plan_stage(options: TrainingOptions, stage: int, num_gpus: int, vocab_size: int) -> StagePlan:
+    from evo2_megatron.runtime.fake_processes import fake_processes
+    from evo2_megatron.tasks import train_checks
+
+    layout = options.parallel
+    # Megatron numbers the stages slowest
+    with fake_processes(layout, rank=stage * (num_gpus // layout.pipeline), world_size=num_gpus):
+        train_checks.check(options)
+        from evo2_megatron.runtime.memory_tracker import MemoryTracker
+        from evo2_megatron.tasks import plan_step
+
+        config = plan_step.step_config(options, vocab_size)
+        replicas = num_gpus // layout.model_size
+        num_microbatches = options.global_batch_size // (options.micro_batch_size * replicas)
+        # more of them than this are never alive together
+        run = min(num_microbatches, layout.pipeline + 1)
+        with MemoryTracker() as tracker:
+            model = plan_step.build_model(config)
+            weights = tracker.live_bytes
+            optimizer = plan_step.build_optimizer(config, model)
+            before = tracker.live_bytes
+            tracker.forget_peak()
+            plan_step.run_step(config, model, run)
+        del optimizer
+        return StagePlan(
+            stage=stage,
+            parameters=sum(p.numel() for p in model.parameters()),
+            weight_bytes=weights,
+            optimizer_bytes=before - weights,
+            activation_bytes=tracker.peak_bytes - before,
+            flops=tracker.flops * num_microbatches / run,
+        )
