@@ -109,6 +109,82 @@ def parallel(args: argparse.Namespace) -> ParallelConfig:
     )
 
 
+def add_sizes(group: argparse._ActionsContainer) -> None:
+    """Add the flags that ``sizes`` reads: which model is trained."""
+    known = ", ".join(sorted(ARCHITECTURES))
+    group.add_argument("--model-size", metavar="KEY", help=f"one of {known} (default: evo2_1b_base)")
+    group.add_argument("--num-layers", type=positive_int, metavar="N", help="layers (default: the model size's)")
+    group.add_argument(
+        "--hybrid-override-pattern",
+        metavar="SYMBOLS",
+        help="S, D, H or * for each layer (default: the model size's)",
+    )
+    group.add_argument(
+        "--ffn-hidden-size",
+        type=positive_int,
+        metavar="N",
+        help="channels of one half of the gated MLP (default: the model size's)",
+    )
+    group.add_argument(
+        "--seq-len-interpolation-factor",
+        type=float,
+        metavar="X",
+        help="positions are divided by this (default: the model size's)",
+    )
+
+
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``TrainingOptions`` that choose the model; None where the user did not speak."""
+    return {
+        "model_size": args.model_size,
+        "num_layers": args.num_layers,
+        "hybrid_override_pattern": args.hybrid_override_pattern,
+        "ffn_hidden_size": args.ffn_hidden_size,
+        "seq_len_interpolation_factor": args.seq_len_interpolation_factor,
+    }
+
+
+def add_batch(group: argparse._ActionsContainer) -> None:
+    """Add the flags that ``batch`` reads."""
+    group.add_argument(
+        "--micro-batch-size", type=positive_int, metavar="N", help="samples at a time in each replica (default: 1)"
+    )
+    group.add_argument(
+        "--global-batch-size", type=positive_int, metavar="N", help="samples of one optimizer step (default: 8)"
+    )
+
+
+def batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``TrainingOptions``; None where the user did not speak."""
+    return {"micro_batch_size": args.micro_batch_size, "global_batch_size": args.global_batch_size}
+
+
+def add_recompute(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``recompute`` reads."""
+    kind = parser.add_argument_group("activation recompute").add_mutually_exclusive_group()
+    kind.add_argument(
+        "--no-activation-checkpointing", action="store_true", help="keep all activations (default: recompute them)"
+    )
+    kind.add_argument(
+        "--selective-activation-checkpointing", action="store_true", help="recompute attention only (default: layers)"
+    )
+    kind.add_argument(
+        "--activation-checkpoint-recompute-num-layers",
+        type=positive_int,
+        metavar="N",
+        help="layers whose input alone is kept (default: the model size's)",
+    )
+
+
+def recompute(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``TrainingOptions``; None where the user did not speak."""
+    kind = "selective" if args.selective_activation_checkpointing else None
+    return {
+        "recompute": "none" if args.no_activation_checkpointing else kind,
+        "recompute_num_layers": args.activation_checkpoint_recompute_num_layers,
+    }
+
+
 def add_precision(parser: argparse._ActionsContainer) -> None:
     """Add ``--mixed-precision-recipe``, read as ``precision(args)``; None means that the user did not say."""
     parser.add_argument(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_optimizer(parser)
     _add_precision(parser)
     _add_communication(parser)
-    _add_memory(parser)
+    groups.add_recompute(parser)
     _add_checkpoint(parser)
     _add_logging(parser)
     _add_unavailable(parser)
@@ -120,15 +119,10 @@ def _data_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    sizes = ", ".join(sorted(ARCHITECTURES))
-    _value(group, "--model-size", str, f"one of {sizes} (default: evo2_1b_base)")
-    _value(group, "--num-layers", _COUNT, "replaces the model size's")
-    _value(group, "--hybrid-override-pattern", str, "S, D, H or * per layer; replaces the model size's")
-    _value(group, "--ffn-hidden-size", _COUNT, "replaces the model size's")
+    groups.add_sizes(group)
     _value(group, "--hidden-dropout", float, "(default: 0.0)")
     _value(group, "--attention-dropout", float, "(default: 0.0)")
     _switch(group, "--add-bias-output", "a bias in the output layer, 0 at the start")
-    _value(group, "--seq-len-interpolation-factor", float, "divides positions (default: the model size's)")
     _switch(group, "--no-fp32-residual-connection", "keep the residual stream in the precision of the weights")
     _switch(group, "--spike-no-more-embedding-init", "embeddings from N(0, 1), not shared with the output layer")
     groups.add_kernels(group)
@@ -145,14 +139,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "model_size": args.model_size,
-        "num_layers": args.num_layers,
-        "hybrid_override_pattern": args.hybrid_override_pattern,
-        "ffn_hidden_size": args.ffn_hidden_size,
+        **groups.sizes(args),
         "hidden_dropout": args.hidden_dropout,
         "attention_dropout": args.attention_dropout,
         "add_bias_output": args.add_bias_output,
-        "seq_len_interpolation_factor": args.seq_len_interpolation_factor,
         "fp32_residual_connection": _off(args.no_fp32_residual_connection),
         "spike_no_more_embedding_init": args.spike_no_more_embedding_init,
         "use_subquadratic_ops": groups.use_subquadratic_ops(args),
@@ -165,8 +155,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_duration(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("batch and duration")
-    _value(group, "--micro-batch-size", _COUNT, "samples at a time (default: 1)")
-    _value(group, "--global-batch-size", _COUNT, "samples per step (default: 8)")
+    groups.add_batch(group)
     _value(group, "--max-steps", _COUNT, "length of the training (default: 100000)")
     _value(group, "--early-stop-on-step", _COUNT, "save and end here, on the schedule of --max-steps")
     _value(group, "--eval-interval", _COUNT, "steps between evaluations and checkpoints (default: 100)")
@@ -181,8 +170,7 @@ def _add_duration(parser: argparse.ArgumentParser) -> None:
 
 def _duration_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "micro_batch_size": args.micro_batch_size,
-        "global_batch_size": args.global_batch_size,
+        **groups.batch(args),
         "max_steps": args.max_steps,
         "early_stop_on_step": args.early_stop_on_step,
         "eval_interval": args.eval_interval,
@@ -275,21 +263,6 @@ def _communication_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("activation recompute")
-    kind = group.add_mutually_exclusive_group()
-    _switch(kind, "--no-activation-checkpointing", "keep all activations")
-    _switch(kind, "--selective-activation-checkpointing", "recompute attention only")
-    _value(kind, "--activation-checkpoint-recompute-num-layers", _COUNT, "in blocks of N (default: by model size)")
-
-
-def _memory_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "recompute": _recompute(args.no_activation_checkpointing, args.selective_activation_checkpointing),
-        "recompute_num_layers": args.activation_checkpoint_recompute_num_layers,
-    }
-
-
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints")
     _value(group, "--result-dir", Path, "(default: ./results)")
@@ -375,7 +348,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         **_optimizer_options(args),
         **_precision_options(args),
         **_communication_options(args),
-        **_memory_options(args),
+        **groups.recompute(args),
         **_checkpoint_options(args),
         **_logging_options(args),
     }
@@ -384,9 +357,3 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _off(given: bool | None) -> bool | None:
     """Value of an option that a ``--no-...`` flag turns off."""
     return False if given else None
-
-
-def _recompute(nothing: bool | None, selective: bool | None) -> str | None:
-    if nothing:
-        return "none"
-    return "selective" if selective else None

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evo2_megatron.config import UserError, uses_fp8
+from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.runtime import megatron
 
@@ -76,8 +78,28 @@ def plan(num_gpus: int, vocab_size: int = 512, **given: Any) -> Plan:
     )
 
 
+def nearest_fit(num_gpus: int, gpu_bytes: float, *, parallel: ParallelConfig, **given: Any) -> ParallelConfig | None:
+    """The first layout within ``gpu_bytes`` with one of the sizes doubled or quadrupled; None: no such one.
+
+    Args:
+        num_gpus: As for ``plan``, like ``given``.
+        gpu_bytes: Memory of a GPU.
+        parallel: The layout that does not fit.
+    """
+    for factor in (2, 4):
+        for name in ("context", "tensor", "pipeline"):
+            layout = replace(parallel, **{name: getattr(parallel, name) * factor})
+            try:
+                planned = plan(num_gpus, parallel=layout, **given)
+            except UserError:
+                continue  # the model, the batch or the number of GPUs does not divide so
+            if planned.worst.total_bytes <= gpu_bytes:
+                return layout
+    return None
+
+
 def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int) -> Plan:
-    whole = replace(options, parallel=type(options.parallel)())
+    whole = replace(options, parallel=ParallelConfig())
     megatron.enter()
     from evo2_megatron.runtime.fake_processes import fake_processes
     from evo2_megatron.tasks.plan_step import step_config
@@ -105,7 +127,8 @@ def _plan_stage(options: TrainingOptions, stage: int, num_gpus: int, vocab_size:
         num_microbatches = options.global_batch_size // (options.micro_batch_size * replicas)
         # more of them than this are never alive together
         run = min(num_microbatches, layout.pipeline + 1)
-        with MemoryTracker() as tracker:
+        # Megatron prints the number of parameters
+        with contextlib.redirect_stdout(io.StringIO()), MemoryTracker() as tracker:
             model = plan_step.build_model(config)
             weights = tracker.live_bytes
             optimizer = plan_step.build_optimizer(config, model)

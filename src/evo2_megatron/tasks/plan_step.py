@@ -28,7 +28,6 @@ def step_config(options: TrainingOptions, vocab_size: int) -> ConfigContainer:
     config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
     config.ddp.check_for_nan_in_grad = False  # a number that meta tensors do not have
     config.model.vocab_size = vocab_size
-    config.model.perform_initialization = False
     config.model.finalize()
     return config
 
