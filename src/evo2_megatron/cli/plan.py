@@ -85,8 +85,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def _show(planned: Plan) -> None:
     print(f"parameters {planned.parameters:,}, model FLOPs per step {planned.model_flops:.3g} on all GPUs together")
-    print("stage   parameters  weights+gradients  optimizer  activations     total  FLOPs per step  (GB, per GPU)")
+    print("stage    parameters  weights+gradients  optimizer  activations     total  FLOPs per step  (GB, per GPU)")
     for stage in planned.stages:
         gigabytes = (stage.weight_bytes, stage.optimizer_bytes, stage.activation_bytes, stage.total_bytes)
         figures = "{:19.2f}{:11.2f}{:13.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
-        print(f"{stage.stage:5}{stage.parameters:13,}{figures}{stage.flops:16.3g}")
+        print(f"{stage.stage:5}{stage.parameters:14,}{figures}{stage.flops:16.3g}")
