@@ -24,10 +24,26 @@ status=0
 for agent in "${agents[@]}"; do wait "$agent" || status=$?; done
 exit $status
 """
-TRAIN = (
-    "--mock-data --model-size evo2_tiny --seq-length 64 --max-steps 2 --eval-iters 0 --eval-interval 2 "
-    "--micro-batch-size 1 --global-batch-size 2 --workers 0 --disable-tensorboard-logger"
-).split()
+TRAIN = [
+    "--mock-data",
+    "--model-size",
+    "evo2_tiny",
+    "--seq-length",
+    "64",
+    "--max-steps",
+    "2",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "2",
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "2",
+    "--workers",
+    "0",
+    "--disable-tensorboard-logger",
+]
 
 
 def submit(folder, num_nodes, *arguments):

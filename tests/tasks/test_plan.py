@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from evo2_megatron.config import ParallelConfig
-from evo2_megatron.tasks.plan import plan
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.tasks.plan import nearest_fit, plan
+from helpers import PARAMETERS
 
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048, "global_batch_size": 1}
 

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What --help shows: every flag in a titled group, with what it means and what happens without it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+from evo2_megatron import cli
+
+COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem not in ("__init__", "groups"))
+
+
+def flags(command):
+    """Title of the group and the flag, of all that are shown; flags in a choice of several belong to its group."""
+    parser = importlib.import_module(f"evo2_megatron.cli.{command}").build_parser()
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+                yield group.title, action
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_in_a_titled_group(command):
+    assert [a.option_strings for title, a in flags(command) if title in ("options", "positional arguments")] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_says_what_it_means_and_its_default(command):
+    for _, action in flags(command):
+        assert action.help, action.option_strings
+        # required flags have no default, and switches are off without a word
+        optional = not action.required and action.nargs != 0
+        if optional and not isinstance(action, argparse.BooleanOptionalAction):
+            assert "default: " in action.help, action.option_strings
