@@ -25,6 +25,10 @@ for agent in "${agents[@]}"; do wait "$agent" || status=$?; done
 exit $status
 """
 TRAIN = [
+    *("--mock-data", "--model-size", "evo2_tiny", "--seq-length", "64", "--micro-batch-size", "1"),
+    *("--global-batch-size", "2", "--max-steps", "2", "--eval-interval", "2", "--eval-iters", "0"),
+    *("--workers", "0", "--disable-tensorboard-logger"),
+]
     "--mock-data",
     "--model-size",
     "evo2_tiny",

@@ -69,14 +69,14 @@ def test_stages_and_the_whole_model(megatron):
 def test_a_nearest_layout_fits(megatron):
     one = plan(2, **SMALL | {"global_batch_size": 2}).worst.total_bytes
     layout = nearest_fit(2, 0.8 * one, parallel=ParallelConfig(), **SMALL | {"global_batch_size": 2})
-    assert layout == ParallelConfig(context=2)
+    assert plan(2, **SMALL | {"global_batch_size": 2, "parallel": layout}).worst.total_bytes <= 0.8 * one
     assert nearest_fit(2, 1000, parallel=ParallelConfig(), **SMALL | {"global_batch_size": 2}) is None
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"parallel": ParallelConfig(tensor=3)}, "tensor parallel size 3 does not divide"),
+        ({"parallel": ParallelConfig(tensor=3), "seq_length": 2046}, "tensor parallel size 3 does not divide"),
         ({"parallel": ParallelConfig(context=4), "seq_length": 2050}, "multiple of 8"),
         ({"precision": "bf16_with_fp8_current_scaling_mixed"}, "cannot be planned without a GPU"),
     ],

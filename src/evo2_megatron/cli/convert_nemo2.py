@@ -15,7 +15,7 @@ _PROG = "evo2_convert_nemo2_to_mbridge"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument(
+    parser.add_argument_group("source").add_argument(
         "--nemo2-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder with the sub-folder 'weights'"
     )
     groups.add_conversion(parser, needs_seq_length=True)

@@ -14,15 +14,15 @@ _PROG = "evo2_convert_savanna_to_mbridge"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument(
+    source = parser.add_argument_group("source")
+    source.add_argument(
         "--savanna-ckpt-path",
         required=True,
         metavar="PATH",
         help="file, its first part (.pt.part0), folder of mp_rank_* files, or Hugging Face repository owner/name",
     )
-    parser.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag of the repository (default: main)")
-    groups.add_conversion(parser)
-    parser.add_argument(
+    source.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag of the repository (default: main)")
+    groups.add_conversion(parser).add_argument(
         "--no-te",
         action="store_true",
         help="name the norms as models without Transformer Engine do; all commands here read both",

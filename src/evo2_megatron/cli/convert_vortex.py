@@ -15,12 +15,13 @@ _PROG = "evo2_convert_vortex_to_mbridge"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument("--vortex-ckpt-path", type=Path, required=True, metavar="FILE", help="the model's .pt file")
-    parser.add_argument(
+    source = parser.add_argument_group("source")
+    source.add_argument("--vortex-ckpt-path", type=Path, required=True, metavar="FILE", help="the model's .pt file")
+    source.add_argument(
         "--vortex-config",
         type=Path,
         metavar="FILE",
-        help="the model's .yml file: checked against --model-size, and its rotary base and scaling are taken",
+        help="the model's .yml file: checked against --model-size, and its rotary base and scaling are taken (default: the model size's)",
     )
     groups.add_conversion(parser)
     return parser

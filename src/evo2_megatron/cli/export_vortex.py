@@ -16,34 +16,35 @@ _PROG = "evo2_export_mbridge_to_vortex"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument(
+    source, result = (parser.add_argument_group(title) for title in ("source", "result"))
+    source.add_argument(
         "--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
     )
-    parser.add_argument(
+    result.add_argument(
         "--output-path",
         type=Path,
         required=True,
         metavar="FILE",
         help="the .pt file to write; the .yml file that Vortex needs, and config.json, come beside it",
     )
-    parser.add_argument(
+    source.add_argument(
         "--model-size",
         choices=sorted(ARCHITECTURES),
         metavar="KEY",
         help="check that the checkpoint is of this size (default: export what its run_config.yaml says)",
     )
-    parser.add_argument(
+    source.add_argument(
         "--no-te",
         action="store_true",
         help="the checkpoint names its norms as models without Transformer Engine do; checked",
     )
-    parser.add_argument(
+    result.add_argument(
         "--bf16-inv-freq",
         action="store_true",
         help="round the rotary frequencies to bfloat16, as Arc's own files have them",
     )
-    groups.add_verify(parser)
-    groups.add_verbose(parser)
+    groups.add_verify(parser.add_argument_group("checks"))
+    groups.add_verbose(parser.add_argument_group("logging"))
     return parser
 
 

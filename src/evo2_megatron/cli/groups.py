@@ -231,36 +231,41 @@ def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
     return args.vortex_style_fp8
 
 
-def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> None:
-    """Add the flags that ``conversion`` reads, ``--verify`` and ``--verbose``: commands that make a checkpoint."""
-    parser.add_argument(
+def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> argparse._ArgumentGroup:
+    """Add the flags that ``conversion`` reads, ``--verify`` and ``--verbose``; returns the group of the result."""
+    result, model = parser.add_argument_group("result"), parser.add_argument_group("model")
+    result.add_argument(
         "--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder to write iter_0000001 to"
     )
-    parser.add_argument("--model-size", choices=sorted(ARCHITECTURES), required=True, metavar="KEY")
-    parser.add_argument(
+    known = ", ".join(sorted(ARCHITECTURES))
+    model.add_argument(
+        "--model-size", choices=sorted(ARCHITECTURES), required=True, metavar="KEY", help=f"one of {known}"
+    )
+    model.add_argument(
         "--tokenizer-path",
         type=Path,
         required=True,
         metavar="DIR",
         help="Hugging Face tokenizer with as many tokens as the weights have embedding rows",
     )
-    parser.add_argument(
+    model.add_argument(
         "--seq-length",
         type=positive_int,
         required=needs_seq_length,
         metavar="N",
         help="longest sequence in tokens" + ("" if needs_seq_length else " (default: that of the model size)"),
     )
-    parser.add_argument(
+    model.add_argument(
         "--mixed-precision-recipe",
         choices=PRECISION_RECIPES,
         default="bf16_mixed",
         metavar="NAME",
         help="number formats to run the model in (default: bf16_mixed); with fp32, weights are stored in float32",
     )
-    add_vortex_style_fp8(parser)
-    add_verify(parser)
-    add_verbose(parser)
+    add_vortex_style_fp8(model)
+    add_verify(parser.add_argument_group("checks"))
+    add_verbose(parser.add_argument_group("logging"))
+    return result
 
 
 def conversion(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,14 +26,16 @@ DEFAULT_PROMPT = (
 def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of sampling and memory are in the help."""
     parser = groups.Parser(PROG, __doc__)
-    parser.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    checkpoint = parser.add_argument_group("checkpoint")
+    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
     _add_prompts(parser)
     _add_sampling(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
-    groups.add_precision(parser)
-    groups.add_vortex_style_fp8(parser)
-    groups.add_kernels(parser)
+    precision = parser.add_argument_group("precision and kernels")
+    groups.add_precision(precision)
+    groups.add_vortex_style_fp8(precision)
+    groups.add_kernels(precision)
     return parser
 
 
@@ -99,7 +101,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="sequence to continue (default: lineage of E. coli)"
     )
     group.add_argument(
-        "--prompt-file", type=Path, metavar="JSONL", help='used instead: one {"id": "...", "prompt": "..."} per line'
+        "--prompt-file",
+        type=Path,
+        metavar="JSONL",
+        help='used instead: one {"id": "...", "prompt": "..."} per line (default: none)',
     )
     group.add_argument("--output-file", type=Path, metavar="JSONL", help="file for the records (default: none)")
     group.add_argument("--return-log-probs", action="store_true", help="add each new base's log-probability in nat")

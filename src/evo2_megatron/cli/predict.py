@@ -16,17 +16,19 @@ PROG = "predict_evo2"
 def build_parser() -> argparse.ArgumentParser:
     """All flags; None stands for "not given"."""
     parser = groups.Parser(PROG, __doc__)
-    parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="sequences, plain or gzip")
-    parser.add_argument(
+    source = parser.add_argument_group("source")
+    source.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="sequences, plain or gzip")
+    source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
     _add_output(parser)
     _add_sequences(parser)
     _add_model(parser)
     groups.add_parallel(parser)
-    groups.add_precision(parser)
-    groups.add_vortex_style_fp8(parser)
-    groups.add_kernels(parser)
+    precision = parser.add_argument_group("precision and kernels")
+    groups.add_precision(precision)
+    groups.add_vortex_style_fp8(precision)
+    groups.add_kernels(precision)
     _add_launch(parser)
     return parser
 
@@ -98,7 +100,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--embedding-layer",
         type=int,
         metavar="N",
-        help="hidden states after this layer instead of logits; 0 is the first layer, -1 the last",
+        help="hidden states after this layer instead of logits; 0 is the first layer, -1 the last (default: logits)",
     )
     group.add_argument(
         "--write-interval",
@@ -110,7 +112,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--files-per-subdir",
         type=groups.positive_int,
         metavar="N",
-        help="with --write-interval batch: N files each in subdir_1, subdir_2, ...",
+        help="with --write-interval batch: N files each in subdir_1, subdir_2, ... (default: all in one folder)",
     )
 
 
@@ -124,7 +126,7 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
         type=groups.positive_int,
         default=1,
         metavar="N",
-        help="pad every batch at least to this many tokens",
+        help="pad every batch at least to this many tokens (default: do not)",
     )
     group.add_argument(
         "--prepend-bos",
@@ -151,9 +153,13 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("changes to the model")
-    group.add_argument("--num-layers", type=groups.positive_int, metavar="N", help="use the first N layers only")
     group.add_argument(
-        "--hybrid-override-pattern", metavar="PATTERN", help="the same, as the pattern of the layers to use: SDH*"
+        "--num-layers", type=groups.positive_int, metavar="N", help="use the first N layers only (default: all)"
+    )
+    group.add_argument(
+        "--hybrid-override-pattern",
+        metavar="PATTERN",
+        help="the same, as the pattern of the layers to use: SDH* (default: all)",
     )
     group.add_argument(
         "--seq-len-interpolation-factor",
@@ -166,6 +172,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launch")
     group.add_argument(
-        "--num-nodes", type=groups.positive_int, metavar="N", help="checked against what torchrun started"
+        "--num-nodes",
+        type=groups.positive_int,
+        metavar="N",
+        help="checked against what torchrun started (default: not checked)",
     )
-    group.add_argument("--devices", type=groups.positive_int, metavar="N", help="processes per node, checked likewise")
+    group.add_argument(
+        "--devices",
+        type=groups.positive_int,
+        metavar="N",
+        help="processes per node, checked likewise (default: not checked)",
+    )

@@ -15,7 +15,7 @@ _PROG = "preprocess_evo2"
 def build_parser() -> groups.Parser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument(
+    parser.add_argument_group("data").add_argument(
         "-c", "--config", type=Path, required=True, metavar="FILE", help="YAML list with one mapping per dataset"
     )
     return parser

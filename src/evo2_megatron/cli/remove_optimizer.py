@@ -15,14 +15,17 @@ _PROG = "evo2_remove_optimizer"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = groups.Parser(_PROG, __doc__)
-    parser.add_argument(
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument(
         "--src-ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
     )
-    parser.add_argument(
+    checkpoints.add_argument(
         "--dst-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder to make; it must not exist"
     )
-    parser.add_argument("--verify", action="store_true", help="compare every weight, bit by bit")
-    groups.add_verbose(parser)
+    parser.add_argument_group("checks").add_argument(
+        "--verify", action="store_true", help="compare every weight, bit by bit"
+    )
+    groups.add_verbose(parser.add_argument_group("logging"))
     return parser
 
 

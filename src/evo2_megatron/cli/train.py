@@ -88,7 +88,9 @@ def _switch(group: argparse._ActionsContainer, flag: str, meaning: str) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("-d", "--dataset-config", type=Path, metavar="YAML", help="blend of .bin/.idx datasets")
+    source.add_argument(
+        "-d", "--dataset-config", type=Path, metavar="YAML", help="blend of .bin/.idx datasets (default: --mock-data)"
+    )
     _switch(source, "--mock-data", "made-up sequences, to try things out")
     for flag in ("--fasta-data", "--sharded-eden-data"):
         source.add_argument(flag, **_UNAVAILABLE_ACTION)
@@ -100,7 +102,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--eod-pad-in-loss-mask", "do not score the first base after an end of document")
     tokenizer = group.add_mutually_exclusive_group()
     _value(tokenizer, "--hf-tokenizer-model-path", Path, "tokenizer (default: the checkpoint's; else 256 entries)")
-    _value(tokenizer, "--hf-tokenizer-model-name", str, "tokenizer on the Hugging Face hub")
+    _value(tokenizer, "--hf-tokenizer-model-name", str, "tokenizer on the Hugging Face hub (default: none)")
 
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,13 +159,15 @@ def _add_duration(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("batch and duration")
     groups.add_batch(group)
     _value(group, "--max-steps", _COUNT, "length of the training (default: 100000)")
-    _value(group, "--early-stop-on-step", _COUNT, "save and end here, on the schedule of --max-steps")
+    _value(
+        group, "--early-stop-on-step", _COUNT, "save and end here, on the schedule of --max-steps (default: do not)"
+    )
     _value(group, "--eval-interval", _COUNT, "steps between evaluations and checkpoints (default: 100)")
     _value(group, "--eval-iters", int, "batches per evaluation; 0: none (default: 32)")
-    _value(group, "--gc-interval", int, "collect garbage in step every N steps; 0: freely")
+    _value(group, "--gc-interval", int, "collect garbage in step every N steps; 0: freely (default: 0)")
     _switch(group, "--garbage-collect-at-inference", "collect garbage in step around evaluations")
     _switch(group, "--enable-preemption", "on SIGTERM, save a checkpoint and end")
-    _value(group, "--debug-ddp-parity-freq", int, "compare the replicas' weights every N steps; 0: never")
+    _value(group, "--debug-ddp-parity-freq", int, "compare the replicas' weights every N steps; 0: never (default: 0)")
     _switch(group, "--no-check-for-nan-in-grad", "do not stop at a gradient that is not a number")
     _switch(group, "--nvidia-fault-tolerance", "report to NVIDIA's ft_launcher, which must have started this")
 
@@ -267,7 +271,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints")
     _value(group, "--result-dir", Path, "(default: ./results)")
     _value(group, "--experiment-name", str, "subfolder of --result-dir (default: evo2)")
-    _value(group, "--finetune-ckpt-dir", Path, "start from these weights: iter_* folder or its parent")
+    _value(
+        group,
+        "--finetune-ckpt-dir",
+        Path,
+        "start from these weights: iter_* folder or its parent (default: random ones)",
+    )
     _switch(group, "--ckpt-async-save", "write checkpoints in the background")
     group.add_argument("--ckpt-format", choices=("torch_dist", "zarr"), help="(default: torch_dist)")
     _value(group, "--most-recent-k", int, "checkpoints to keep; -1: all (default: 5)")
@@ -290,8 +299,8 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("logging and profiling")
     _value(group, "--log-interval", int, "steps between log lines (default: 10)")
     _switch(group, "--disable-tensorboard-logger", "write no TensorBoard files; Weights & Biases needs them")
-    _value(group, "--wandb-project", str, "log to Weights & Biases")
-    _value(group, "--wandb-entity", str, "owner of the project")
+    _value(group, "--wandb-project", str, "log to Weights & Biases (default: do not)")
+    _value(group, "--wandb-entity", str, "owner of the project (default: you)")
     _value(group, "--wandb-run-name", str, "(default: made from the settings)")
     _switch(group, "--debug", "show everything that Megatron prints and logs")
     _switch(group, "--nsys-profiling", "mark the steps to profile for NVIDIA Nsight Systems")
