@@ -29,25 +29,6 @@ TRAIN = [
     *("--global-batch-size", "2", "--max-steps", "2", "--eval-interval", "2", "--eval-iters", "0"),
     *("--workers", "0", "--disable-tensorboard-logger"),
 ]
-    "--mock-data",
-    "--model-size",
-    "evo2_tiny",
-    "--seq-length",
-    "64",
-    "--max-steps",
-    "2",
-    "--eval-iters",
-    "0",
-    "--eval-interval",
-    "2",
-    "--micro-batch-size",
-    "1",
-    "--global-batch-size",
-    "2",
-    "--workers",
-    "0",
-    "--disable-tensorboard-logger",
-]
 
 
 def submit(folder, num_nodes, *arguments):

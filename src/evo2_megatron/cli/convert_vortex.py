@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--vortex-config",
         type=Path,
         metavar="FILE",
-        help="the model's .yml file: checked against --model-size, and its rotary base and scaling are taken (default: the model size's)",
+        help="the model's .yml file: checked against --model-size, and its rotary base and scaling are taken "
+        "(default: the model size's)",
     )
     groups.add_conversion(parser)
     return parser
