@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data import documents as task
 from evo2_megatron.data.lineage import Lineage
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.preprocess_config import PreprocessConfig
 from evo2_megatron.data.tokenizer import tokenizer_dir
-from evo2_megatron.tasks import preprocess as task
-from evo2_megatron.tasks.preprocess import check, preprocess
+from evo2_megatron.tasks.preprocess import check, count, preprocess
 
 LAMBDA = Path(__file__).parents[2] / "examples" / "data" / "lambda_phage.fa"
 ALL_TRAIN = {"train_split": 1.0, "valid_split": 0.0, "test_split": 0.0}
@@ -41,7 +41,9 @@ def run(tmp_path, datapaths, **settings):
     summary = preprocess(config)
     documents = {split: list(map(bytes, read_back(prefix))) for split, prefix in config.output_prefixes.items()}
     assert summary.num_documents == {split: len(texts) for split, texts in documents.items()}
-    assert summary.num_tokens == sum(len(text) for texts in documents.values() for text in texts)
+    assert summary.num_tokens == {split: sum(map(len, texts)) for split, texts in documents.items()}
+    dry = count(config)
+    assert dry._replace(seconds=0) == summary._replace(seconds=0)
     return documents
 
 
