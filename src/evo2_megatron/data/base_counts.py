@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from evo2_megatron.data.tokenizer import encode_sequence
 
-_LOWER = b"abcdefghijklmnopqrstuvwxyz"
-_BASES = b"ACGTUacgtu"
+_LETTERS = b"abcdefghijklmnopqrstuvwxyz"
+_UPPER, _LOWER = b"ACGTU", b"acgtu"
 _UNKNOWN = b"Nn"
 _AMBIGUOUS = b"RYSWKMBDHVryswkmbdhv"
 
@@ -42,10 +42,14 @@ class BaseCounts:
             UserError: They hold a character that has no token.
         """
         self.bases += len(bases)
-        self.soft_masked += len(bases) - len(bases.translate(None, _LOWER))
-        rest = bases.translate(None, _BASES)
+        not_upper = bases.translate(None, _UPPER)
+        if not not_upper:
+            return
+        rest = not_upper.translate(None, _LOWER)
+        self.soft_masked += len(not_upper) - len(rest)
         if not rest:
             return
+        self.soft_masked += len(rest) - len(rest.translate(None, _LETTERS))
         known = rest.translate(None, _UNKNOWN)
         self.unknown += len(rest) - len(known)
         if not known:

@@ -214,7 +214,7 @@ def _find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> in
 
 def _strip_lines(lines: bytes, at_line_start: bool) -> bytes:
     """Join lines, without the white space around each; what a block before has begun keeps its leading space."""
-    if b"\r\n" in lines:
+    if b"\r" in lines:  # looking for one byte is many times faster than looking for two
         lines = lines.replace(b"\r\n", b"\n")
     bases = lines.replace(b"\n", b"")
     if not (b"\r" in bases or b" " in bases or b"\t" in bases):
