@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.sharded_windows import ShardedWindows, open_windows, permute
-from evo2_megatron.data.window_database import SequenceDatabases, WindowPlan, write_window_database
+from evo2_megatron.data.sharded_windows import ShardedWindows, permute
+from evo2_megatron.data.window_database import SequenceDatabases, WindowPlan, open_windows, write_window_database
 
 CONTIGS = {"BCR__EXT-S__a": "ACGTacgtNNAC", "BCR__EXT-S__b": "TTTTTTTT", "BCR__EXT-S__c": "AC@GT"}
 LENGTH = 8

@@ -19,8 +19,8 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.blend import SPLITS, Blend, read_blends
 from evo2_megatron.data.datasets import Evo2Dataset, Evo2DatasetConfig, Evo2DatasetPadEodLossMask
 from evo2_megatron.data.mock import MockEvo2Dataset
-from evo2_megatron.data.sharded_windows import ShardedWindows, open_windows
-from evo2_megatron.data.window_database import SequenceDatabases
+from evo2_megatron.data.sharded_windows import ShardedWindows
+from evo2_megatron.data.window_database import SequenceDatabases, open_windows
 
 Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
 """Training, validation and test; None where no samples are wanted."""

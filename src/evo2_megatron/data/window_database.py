@@ -154,6 +154,24 @@ class WindowDatabase:
         return name, number_in_sequence * self.plan.stride
 
 
+def open_windows(
+    window_db: str | os.PathLike[str], *, stride: int | None = None, min_length: int | None = None
+) -> WindowDatabase:
+    """Open a window database and check it against what the user says about it.
+
+    Raises:
+        UserError: It is none, or was made in another way.
+    """
+    windows = WindowDatabase(window_db)
+    for name, given, stored in (
+        ("--stride", stride, windows.plan.stride),
+        ("--window-min-length-threshold", min_length, windows.plan.min_length),
+    ):
+        if given is not None and given != stored:
+            raise UserError(f"{window_db} was made with {name} {stored}, not {given}; leave the flag out")
+    return windows
+
+
 class SequenceDatabases:
     """Parts of the sequences in a folder of databases, one for each sample."""
 

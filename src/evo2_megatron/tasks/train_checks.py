@@ -201,7 +201,7 @@ def _check_window_databases(options: TrainingOptions) -> None:
     for flag, path in needed.items():
         if flag == "--sequence-db-dir":
             continue
-        plan = window_database.WindowDatabase(path).plan
+        plan = window_database.open_windows(path, stride=options.stride, min_length=options.window_min_length).plan
         if plan.window_size != options.seq_length:
             raise UserError(
                 f"{flag} {path} has windows of {plan.window_size} bases, but --seq-length is {options.seq_length}; "
