@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,6 +101,7 @@ def test_an_interrupted_run_is_completed_by_the_next(tmp_path, config, ending):
     with fasta.open("wb") as pipe:
         pipe.write(text[:12])
         pipe.flush()
+        time.sleep(0.3)  # a signal between two reads is seen, one just before the call that waits is not
         process.send_signal(ending)
         _, err = process.communicate(timeout=30)
     assert process.returncode == (-ending if ending == signal.SIGKILL else 130)

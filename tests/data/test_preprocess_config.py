@@ -78,6 +78,20 @@ def test_defaults(tmp_path):
     assert other.vocab_size() == 512
 
 
+def test_several_documents(tmp_path):
+    configs, _ = load(tmp_path, "---\n- {datapaths: [a]}\n- {datapaths: [b]}\n---\n---\n- datapaths: [c]\n...\n")
+
+    assert [config.datapaths for config in configs] == [["a"], ["b"], ["c"]]
+
+
+def test_what_has_no_effect_is_said(tmp_path):
+    _, notes = load(tmp_path, "- {datapaths: [a], ftfy: true, hf_tokenizer_trust_remote_code: true, chunksize: 1}")
+
+    assert [note.split(", dataset 1: ")[1].split(" has no effect")[0] for note in notes] == [
+        "chunksize", "ftfy", "hf_tokenizer_trust_remote_code",
+    ]  # fmt: skip
+
+
 def test_taxonomy(tmp_path):
     (config,), _ = load(tmp_path, "- {datapaths: [a], taxonomy_data: {NC_: {domain: Bacteria, clazz: null}, 7: {}}}")
 
