@@ -10,7 +10,6 @@ and its memory is the process's peak. A folder in memory (/dev/shm) leaves the d
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile

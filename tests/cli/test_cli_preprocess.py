@@ -136,3 +136,14 @@ sys.exit(" ".join({{"torch", "numpy", "megatron", "pydantic"}} & sys.modules.key
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_terminal_shows_bases_per_second(config):
+    ours, theirs = os.openpty()
+    code = f"from evo2_megatron.cli.preprocess import main; main(['-c', {str(config)!r}])"
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+    assert "x 100% |" in shown and "Mbases/s" in shown

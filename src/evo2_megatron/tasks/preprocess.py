@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,7 +227,10 @@ def progress_bar(config: PreprocessConfig) -> Iterator[Watch | None]:
 
     total = sum(Path(path).stat().st_size for path in config.datapaths)
     start = time.monotonic()
-    with tqdm(total=total, desc=config.label, bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}") as bar:
+    # tqdm by itself shows nothing on a terminal that does not tell its size
+    size = shutil.get_terminal_size(fallback=(120, 24))
+    form = "{desc} {percentage:3.0f}% |{bar}|{postfix}"
+    with tqdm(total=total, desc=config.label, bar_format=form, ncols=size.columns, nrows=size.lines) as bar:
 
         def watch(num_bytes: int, num_bases: int) -> None:
             rate = num_bases / max(time.monotonic() - start, 1e-3)
