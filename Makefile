@@ -24,8 +24,9 @@ test-gpu: setup  ## the tests that need a GPU
 quickstart: setup  ## preprocess, train, score and generate on a real genome, in minutes
 	$(IN_ENV) examples/quickstart.sh
 
-bench: setup  ## speed and memory beside Vortex
+bench: setup  ## speed and memory beside Vortex, and of the data commands
 	$(IN_ENV) python benchmarks/vortex.py
+	$(IN_ENV) python benchmarks/preprocess.py
 
 lint: setup  ## check style
 	$(IN_ENV) ruff check . && ruff format --check .

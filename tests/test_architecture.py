@@ -9,6 +9,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -97,10 +98,19 @@ def test_every_package_that_we_import_is_declared():
     assert {distributions.get(name, name) for name in used - sys.stdlib_module_names} <= declared
 
 
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from actions_of(subparser)
+        elif not isinstance(action, argparse._HelpAction):
+            yield action
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_read(command):
     parser = importlib.import_module(f"evo2_megatron.cli.{command}").build_parser()
-    declared = {a.dest for a in parser._actions if not isinstance(a, argparse._HelpAction)}
+    declared = {action.dest for action in actions_of(parser)}
     source = (ROOT / "cli" / f"{command}.py").read_text() + (ROOT / "cli" / "groups.py").read_text()
     nodes = ast.walk(ast.parse(source))
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "args"}

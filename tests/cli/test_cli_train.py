@@ -112,8 +112,8 @@ def test_wrong_command_line(argv, capsys):
 
 @pytest.mark.parametrize("flag", train._UNAVAILABLE)
 def test_flags_that_cannot_be_honoured(flag, capsys):
-    source = [] if flag in ("--fasta-data", "--sharded-eden-data") else ["--mock-data"]
-    value = [] if flag in ("--fasta-data", "--sharded-eden-data", "--lora-finetune", "--rc-aug") else ["7992"]
+    source = [] if flag == "--fasta-data" else ["--mock-data"]
+    value = [] if flag in ("--fasta-data", "--lora-finetune") else ["7992"]
     with pytest.raises(SystemExit) as ending:
         train.main([*source, flag, *value])
     assert ending.value.code == 2

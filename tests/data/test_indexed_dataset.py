@@ -21,11 +21,13 @@ def write(prefix, dtype, documents=DOCUMENTS):
     return writer
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 14])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_files_equal_megatrons(tmp_path, dtype):
+def test_files_equal_megatrons(tmp_path, monkeypatch, dtype, chunk):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    monkeypatch.setattr("evo2_megatron.data.indexed_dataset._CHUNK", chunk)
     writer = write(tmp_path / "ours", dtype)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=getattr(np, dtype))
     for document in DOCUMENTS:
@@ -36,6 +38,16 @@ def test_files_equal_megatrons(tmp_path, dtype):
         assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
     assert (writer.num_documents, writer.num_tokens) == (4, 33)
     check_indexed_dataset(tmp_path / "ours")
+
+
+def test_megatron_reads_it(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    write(tmp_path / "a", "uint16")
+    dataset = IndexedDataset(str(tmp_path / "a"))
+
+    assert [bytes(dataset[i].astype(np.uint8)) for i in range(len(dataset))] == DOCUMENTS
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nothing_has_its_name_before_publish(tmp_path):

@@ -78,6 +78,20 @@ def test_defaults(tmp_path):
     assert other.vocab_size() == 512
 
 
+def test_several_documents(tmp_path):
+    configs, _ = load(tmp_path, "---\n- {datapaths: [a]}\n- {datapaths: [b]}\n---\n---\n- datapaths: [c]\n...\n")
+
+    assert [config.datapaths for config in configs] == [["a"], ["b"], ["c"]]
+
+
+def test_what_has_no_effect_is_said(tmp_path):
+    _, notes = load(tmp_path, "- {datapaths: [a], ftfy: true, hf_tokenizer_trust_remote_code: true, chunksize: 1}")
+
+    assert [note.split(", dataset 1: ")[1].split(" has no effect")[0] for note in notes] == [
+        "chunksize", "ftfy", "hf_tokenizer_trust_remote_code",
+    ]  # fmt: skip
+
+
 def test_taxonomy(tmp_path):
     (config,), _ = load(tmp_path, "- {datapaths: [a], taxonomy_data: {NC_: {domain: Bacteria, clazz: null}, 7: {}}}")
 
@@ -106,10 +120,12 @@ def test_taxonomy(tmp_path):
         ("- {datapaths: [a], split_window_length: 0}", "split_window_length is 0; it must be 1 or more"),
         ("- {datapaths: [a], transcribe: both}", "transcribe is 'both'"),
         ("- {datapaths: [a], indexed_dataset_dtype: float32}", "use one of uint8"),
-        ("- {datapaths: [a], ftfy: true}", "ftfy is not supported"),
-        ("- {datapaths: [a], workers: 4}", "workers is 4; one process does all the work"),
-        ("- {datapaths: [a], hf_tokenizer_model_name: x/y}", "hf_tokenizer_model_name is not supported"),
-        ("- {datapaths: [a], hf_tokenizer_trust_remote_code: true}", "trust_remote_code is not supported"),
+        ("- {datapaths: [a], workers: 0}", "workers is 0; it must be 1 or more"),
+        ("- {datapaths: [a], split_by: chromosome}", "split_by is 'chromosome'; use window or contig"),
+        ("- {datapaths: [a], test_contigs: 3}", "it must be a list of texts, the name of a file, or null"),
+        ("- {datapaths: [a]}\n---\n{datapaths: [a]}", "must be a list of datasets"),
+        ("- {datapaths: [a], seed: 1, seed: 2}", "line 1: seed is there twice"),
+        ("- {datapaths: [a], seed: 2020-13-45}", "is not YAML: month must be"),
         ("- {datapaths: [a], taxonomy_data: {x: {kingdom: y}}}", "'x': unknown key 'kingdom'; "),
         ("- {datapaths: [a], taxonomy_data: {x: y}}", "'y' is not a mapping of ranks"),
         ("- {datapaths: [a], taxonomy_data: {x: {}}, prompt_spacer_length: 57}", "prompt_spacer_length is 57"),

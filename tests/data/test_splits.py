@@ -13,7 +13,7 @@ WEIGHTS = {"train": 7, "val": 2, "test": 1}
 
 
 def test_records_follow_the_weights_and_the_seed():
-    first, again, other = ([s.assign_record() for _ in range(3000)] for s in
+    first, again, other = ([s.assign_record("x") for _ in range(3000)] for s in
                            (Splitter(WEIGHTS, 5), Splitter(WEIGHTS, 5), Splitter(WEIGHTS, 6)))  # fmt: skip
     counts = Counter(first)
 
@@ -24,7 +24,7 @@ def test_records_follow_the_weights_and_the_seed():
 def test_every_split_gets_one_of_the_first_records():
     for seed in range(20):
         splitter = Splitter(WEIGHTS, seed)
-        assert {splitter.assign_record() for _ in range(3)} == {"train", "val", "test"}
+        assert {splitter.assign_record("x") for _ in range(3)} == {"train", "val", "test"}
         splitter.check_complete()
 
 
@@ -32,7 +32,7 @@ def test_every_split_gets_one_of_the_first_records():
 def test_windows_of_a_record_are_contiguous(num_windows):
     for seed in range(20):
         splitter = Splitter(WEIGHTS, seed)
-        splits = splitter.assign_windows(num_windows)
+        splits = splitter.assign_windows("x", num_windows)
         counts = Counter(splits)
 
         assert len(splits) == num_windows
@@ -44,7 +44,7 @@ def test_windows_of_a_record_are_contiguous(num_windows):
 
 def test_few_windows_per_record_still_follow_the_weights():
     splitter = Splitter({"train": 0.9, "val": 0.05, "test": 0.05}, 1)
-    counts = Counter(split for _ in range(2000) for split in splitter.assign_windows(2))
+    counts = Counter(split for _ in range(2000) for split in splitter.assign_windows("x", 2))
 
     assert (counts["train"], counts["val"], counts["test"]) == pytest.approx((3600, 200, 200), abs=60)
 
@@ -52,14 +52,14 @@ def test_few_windows_per_record_still_follow_the_weights():
 def test_a_split_of_weight_0_gets_nothing():
     splitter = Splitter({"train": 0.0, "val": 1.0, "test": 0.0}, 0)
 
-    assert {splitter.assign_record() for _ in range(50)} | set(splitter.assign_windows(50)) == {"val"}
+    assert {splitter.assign_record("x") for _ in range(50)} | set(splitter.assign_windows("x", 50)) == {"val"}
     splitter.check_complete()
 
 
 def test_too_few_records():
     splitter = Splitter(WEIGHTS, 0)
-    splitter.assign_record()
-    splitter.assign_record()
+    splitter.assign_record("x")
+    splitter.assign_record("x")
 
     with pytest.raises(UserError, match=r"2 document\(s\) are too few for 3 splits .*: test would be empty"):
         splitter.check_complete()

@@ -3,18 +3,20 @@
 
 import gzip
 import random
-import struct
 from pathlib import Path
 
 import pytest
 
+from bgzip import bgzip
+from documents import read_back
 from evo2_megatron.config import UserError
+from evo2_megatron.data import documents as task
+from evo2_megatron.data.indexed_dataset import IndexedDatasetWriter
 from evo2_megatron.data.lineage import Lineage
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.preprocess_config import PreprocessConfig
 from evo2_megatron.data.tokenizer import tokenizer_dir
-from evo2_megatron.tasks import preprocess as task
-from evo2_megatron.tasks.preprocess import check, preprocess
+from evo2_megatron.tasks.preprocess import check, count, preprocess
 
 LAMBDA = Path(__file__).parents[2] / "examples" / "data" / "lambda_phage.fa"
 ALL_TRAIN = {"train_split": 1.0, "valid_split": 0.0, "test_split": 0.0}
@@ -26,22 +28,15 @@ def write_fasta(path, records):
     return str(path)
 
 
-def read_back(prefix, item="B"):
-    """Documents of an indexed dataset as lists of ids."""
-    index, data = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
-    num = struct.unpack_from("<Q", index, 18)[0]
-    lengths = struct.unpack_from(f"<{num}i", index, 34)
-    offsets = struct.unpack_from(f"<{num}q", index, 34 + 4 * num)
-    return [list(struct.unpack_from(f"<{n}{item}", data, at)) for n, at in zip(lengths, offsets, strict=True)]
-
-
 def run(tmp_path, datapaths, **settings):
     """Documents by split, as text where they are bytes."""
     config = PreprocessConfig(datapaths=datapaths, output_dir=str(tmp_path / "out"), output_prefix="x", **settings)
     summary = preprocess(config)
     documents = {split: list(map(bytes, read_back(prefix))) for split, prefix in config.output_prefixes.items()}
     assert summary.num_documents == {split: len(texts) for split, texts in documents.items()}
-    assert summary.num_tokens == sum(len(text) for texts in documents.values() for text in texts)
+    assert summary.num_tokens == {split: sum(map(len, texts)) for split, texts in documents.items()}
+    dry = count(config)
+    assert dry._replace(seconds=0) == summary._replace(seconds=0)
     return documents
 
 
@@ -182,6 +177,95 @@ def test_splits_follow_seed_only(tmp_path):
     # a strand option changes the text, not the split
     both = run(tmp_path, [fasta], seed=3, embed_reverse_complement=True)
     assert {split: texts[::2] for split, texts in both.items()} == first
+
+
+NAMED = {f"chr{i}": "ACGTT"[i % 5] * (20 + i) for i in range(40)}
+
+
+def names_of(documents):
+    """Records that each split has documents of; their lengths tell."""
+    return {split: {f"chr{len(text) - 21}" for text in texts} for split, texts in documents.items()}
+
+
+def test_lists_of_names(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fa", NAMED)
+    (tmp_path / "names.txt").write_text("chr1\n\n chr22 \r\n")
+    both = {"valid_contigs": ["chr3", "chr7"], "test_contigs": str(tmp_path / "names.txt")}
+    rest = NAMED.keys() - {"chr3", "chr7", "chr1", "chr22"}
+
+    # the only split without a list gets what is in none
+    assert names_of(run(tmp_path, [fasta], **both)) == {
+        "train": rest, "val": {"chr3", "chr7"}, "test": {"chr1", "chr22"},
+    }  # fmt: skip
+    # two splits without one share it by weight
+    shared = names_of(run(tmp_path, [fasta], train_split=0.5, valid_split=0.5, test_contigs=["chr1", "chr22"]))
+    assert shared["test"] == {"chr1", "chr22"}
+    assert min(len(shared["train"]), len(shared["val"])) > 10 and not shared["train"] & shared["val"]
+    # three lists leave the others out
+    assert names_of(run(tmp_path, [fasta], train_contigs=["chr0"], **both)) == {
+        "train": {"chr0"}, "val": {"chr3", "chr7"}, "test": {"chr1", "chr22"},
+    }  # fmt: skip
+    # a listed record is not cut up between splits
+    windows = run(tmp_path, [fasta], split_window_length=5, append_eod=False, **both)
+    assert b"".join(windows["val"]).decode() == NAMED["chr3"] + NAMED["chr7"]
+
+
+def test_all_windows_of_a_contig_in_one_split(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fa", {f"r{i}": "ACGT"[i % 4] * 30 + f"{'ACGT'[i // 4]}" for i in range(16)})
+    settings = {"split_window_length": 31, "train_split": 0.5, "valid_split": 0.5, "test_split": 0.0}
+    whole = run(tmp_path, [fasta], **settings)
+    cut = run(tmp_path, [fasta], **settings | {"split_window_length": 7, "split_by": "contig", "append_eod": False})
+
+    assert all(whole[split] for split in ("train", "val"))
+    for split in whole:
+        assert b"".join(cut[split]) == b"".join(whole[split]).replace(b"\0", b"")
+
+
+def test_workers_change_nothing(tmp_path):
+    text = b"".join(b">r%d\n%s\n" % (i, b"ACGTNacgt"[i % 9 :] * 300) for i in range(40))
+    (tmp_path / "a.fa").write_bytes(text)
+    (tmp_path / "a.fa.gz").write_bytes(bgzip(text))
+    settings = {"embed_reverse_complement": True, "random_reverse_complement": 0.5, "seed": 3}
+    plain = run(tmp_path, [str(tmp_path / "a.fa")], **settings)
+
+    for workers in (1, 2, 7):
+        assert run(tmp_path, [str(tmp_path / "a.fa.gz")], workers=workers, **settings) == plain
+
+
+def test_complement_of_the_former_recipe(tmp_path, fasta):
+    settings = {"embed_reverse_complement": True, "complement_upper_case_only": True}
+    assert run(tmp_path, [fasta], **ALL_TRAIN, **settings)["train"] == [
+        b"ACGTacgtNNnRYu\0", b"uYRnNNtgcaACGT\0", b"TTTTTTTTGA\0", b"TCAAAAAAAA\0",
+    ]  # fmt: skip
+
+
+def test_two_runs_at_a_time(tmp_path, fasta):
+    config = PreprocessConfig(datapaths=[fasta], output_dir=str(tmp_path / "out"), **ALL_TRAIN)
+    (tmp_path / "out").mkdir()
+    other = IndexedDatasetWriter(config.output_prefixes["val"], "uint8")
+    with pytest.raises(UserError, match="another run is writing"):
+        preprocess(config)
+    other.discard()
+    preprocess(config)
+
+
+def test_tokenizer_of_the_hub(tmp_path, fasta, monkeypatch):
+    fetched = []
+
+    def download(name, file):
+        fetched.append((name, file))
+        return str(tokenizer_dir(512) / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config = PreprocessConfig(datapaths=[fasta], hf_tokenizer_model_name="some/Tok 512")
+    assert config.vocab_size() == 512
+    assert fetched == [("some/Tok 512", "tokenizer.json")]
+    assert config.output_prefixes["val"] == Path("some--tok512_val")
+
+
+def test_no_such_tokenizer_on_the_hub(fasta):
+    with pytest.raises(UserError, match="cannot get the tokenizer no/such from the hub"):
+        PreprocessConfig(datapaths=[fasta], hf_tokenizer_model_name="no/such").vocab_size()
 
 
 def test_several_files_and_gzip(tmp_path, fasta):

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Run], list[list[str]], Path]:
     root = tmp_path_factory.mktemp("runs")
     tune = SMALL | {"finetune_ckpt_dir": checkpoint(root / "whole", 6), "max_steps": 4, "lr": 1e-4}
     parent = checkpoint(root / "whole", 6).parent
+    windows = SMALL | {"mock_data": False, "sharded_windows": True, "reverse_complement": True} | _windows(root)
     named = {
         "whole": SMALL | {"result_dir": root / "whole"},
         "first half": SMALL | {"result_dir": root / "halves", "early_stop_on_step": 3},
@@ -121,12 +123,34 @@ def runs(tmp_path_factory) -> tuple[dict[str, Run], list[list[str]], Path]:
         "tune wider model": tune | {"result_dir": root / "other", "ffn_hidden_size": 96},
         "tune other tokenizer": tune | {"result_dir": root / "other", "tokenizer": _tokenizer(512)},
         "odd pattern": SMALL | {"result_dir": root / "other", "num_layers": 6},
+        "windows": windows | {"result_dir": root / "windows"},
+        "windows, first half": windows | {"result_dir": root / "window_halves", "early_stop_on_step": 3},
+        "windows, second half": windows | {"result_dir": root / "window_halves"},
         "tune nothing": tune | {"result_dir": root / "other", "finetune_ckpt_dir": root},
     }
     done, different = train_all(
-        list(named.values()), compare=[(checkpoint(root / "whole", 6), checkpoint(root / "halves", 6))]
+        list(named.values()),
+        compare=[
+            (checkpoint(root / "whole", 6), checkpoint(root / "halves", 6)),
+            (checkpoint(root / "windows", 6), checkpoint(root / "window_halves", 6)),
+        ],
     )
     return dict(zip(named, done, strict=True)), different, root
+
+
+def _windows(root: Path) -> dict:
+    """Databases of one sample whose contigs repeat three bases: something that can be learnt."""
+    from evo2_megatron.data.window_database import WindowPlan, write_window_database
+
+    contigs = {f"BCR__EXT-S__{i}": "ACG" * (30 + 10 * i) for i in range(5)}
+    (root / "S").mkdir()
+    with sqlite3.connect(root / "S" / "glm_dataset_S.sqlite") as database:
+        database.execute("CREATE TABLE sequences (contig_id TEXT PRIMARY KEY, nt_sequence TEXT)")
+        database.executemany("INSERT INTO sequences VALUES (?, ?)", contigs.items())
+    plan = WindowPlan(window_size=SMALL["seq_length"], stride=60, min_length=0)
+    write_window_database(root / "w.db", [(name, len(text)) for name, text in contigs.items()], plan)
+    paths = {f"{split}_window_db": root / "w.db" for split in ("train", "valid", "test")}
+    return {"sequence_db_dir": root, "stride": 60, **paths}
 
 
 def _tokenizer(size: int) -> Path:
@@ -150,7 +174,15 @@ def test_resumed_run_equals_uninterrupted_run(runs):
     assert first.losses | second.losses == whole.losses
     assert first.samples | second.samples == whole.samples
     # the weights, to the last bit: after three steps, they depend on all of the optimizer's state
-    assert different == [[]]
+    assert different[0] == []
+
+
+def test_training_from_sharded_windows(runs):
+    named, different, _ = runs
+    whole, first, second = (named[f"windows{part}"] for part in ("", ", first half", ", second half"))
+    assert whole.losses[6] < whole.losses[1] - 0.15
+    assert first.losses | second.losses == whole.losses
+    assert different[1] == []
 
 
 def test_finished_run_is_left_alone(runs):

@@ -20,8 +20,17 @@ def tensor(size: int, sequence_parallel: bool | None = None) -> ParallelConfig:
     return ParallelConfig(tensor=size, sequence_parallel=sequence_parallel)
 
 
+WINDOWS = {"mock_data": False, "sharded_windows": True, "sequence_db_dir": Path("no/such")}
 WRONG = [
-    ({"mock_data": False}, "either --dataset-config or --mock-data"),
+    ({"mock_data": False}, "give one of --dataset-config, --mock-data and --sharded-eden-data"),
+    ({"sharded_windows": True}, "give one of --dataset-config, --mock-data and --sharded-eden-data"),
+    (WINDOWS, "--sharded-eden-data needs --train-window-db"),
+    (WINDOWS | {"sequence_db_dir": None}, "--sharded-eden-data needs --sequence-db-dir"),
+    (WINDOWS | {"train_window_db": Path("no.db")}, "--sharded-eden-data needs --val-window-db"),
+    (WINDOWS | {"train_window_db": Path("no.db"), "eval_iters": 0}, "no/such has no sequence database"),
+    (WINDOWS | {"eod_pad_in_loss_mask": True}, "--eod-pad-in-loss-mask is about packed documents"),
+    ({"reverse_complement": True}, "--rc-aug goes with --sharded-eden-data"),
+    ({"stride": 3}, "--stride goes with --sharded-eden-data"),
     ({"dataset_dir": Path("/")}, "--dataset-dir goes with"),
     ({"mock_data": False, "dataset_config": Path("no/such.yaml")}, "cannot read no/such.yaml"),
     ({"tokenizer": Path("no/such/folder")}, "no/such/folder"),

@@ -13,7 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-_PATHS = ("result_dir", "finetune_ckpt_dir", "dataset_config", "tokenizer")
+_PATHS = (
+    "result_dir", "finetune_ckpt_dir", "dataset_config", "tokenizer", "sequence_db_dir", "train_window_db",
+    "valid_window_db", "test_window_db",
+)  # fmt: skip
 
 
 def main() -> None:

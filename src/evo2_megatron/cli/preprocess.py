@@ -18,6 +18,11 @@ def build_parser() -> groups.Parser:
     parser.add_argument_group("data").add_argument(
         "-c", "--config", type=Path, required=True, metavar="FILE", help="YAML list with one mapping per dataset"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="count records, bases and the tokens of each split, check everything, and write nothing",
+    )
     return parser
 
 
@@ -28,11 +33,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _preprocess(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
+    groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.preprocess import check, preprocess
+    from evo2_megatron.tasks.preprocess import check, count, preprocess, progress_bar
 
     configs, notes = check(args.config)
     for note in notes:
-        print(f"{_PROG}: note: {note}", file=sys.stderr)
+        _note(note)
     for config in configs:
-        print(preprocess(config), flush=True)
+        with progress_bar(config) as watch:
+            summary = (count if args.dry_run else preprocess)(config, watch=watch)
+        print(summary.table() if args.dry_run else summary, flush=True)
+        for note in summary.notes:
+            _note(note)
+
+
+def _note(text: str) -> None:
+    print(f"{_PROG}: note: {text}", file=sys.stderr)

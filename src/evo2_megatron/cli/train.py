@@ -13,18 +13,9 @@ from evo2_megatron.config import UserError
 
 PROG = "train_evo2"
 
-_SHARDED = "the sharded loader is not available; make .bin/.idx files with preprocess_evo2 and use --dataset-config"
 _FASTA = "training does not read FASTA; make .bin/.idx files with preprocess_evo2 and use --dataset-config"
 _LORA = "LoRA training is not available; leave the --lora flags out to fine-tune all weights"
 _UNAVAILABLE = {
-    "--sharded-eden-data": _SHARDED,
-    "--sequence-db-dir": _SHARDED,
-    "--train-window-db": _SHARDED,
-    "--val-window-db": _SHARDED,
-    "--test-window-db": _SHARDED,
-    "--stride": _SHARDED,
-    "--window-min-length-threshold": _SHARDED,
-    "--rc-aug": "reverse complements are not added in training; set embed_reverse_complement in preprocess_evo2",
     "--fasta-data": _FASTA,
     "--fasta-file": _FASTA,
     "--use-targeted-variance-loss": "the targeted variance loss is not available; leave the flag out",
@@ -43,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags. None stands for "not given": the defaults that the help names belong to the recipe."""
     parser = groups.Parser(PROG, __doc__)
     _add_data(parser)
+    groups.add_windows(parser)
     _add_model(parser)
     groups.add_parallel(parser)
     _add_duration(parser)
@@ -92,8 +84,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "-d", "--dataset-config", type=Path, metavar="YAML", help="blend of .bin/.idx datasets (default: --mock-data)"
     )
     _switch(source, "--mock-data", "made-up sequences, to try things out")
-    for flag in ("--fasta-data", "--sharded-eden-data"):
-        source.add_argument(flag, **_UNAVAILABLE_ACTION)
+    _switch(source, "--sharded-eden-data", "windows of contigs in SQLite databases")
+    source.add_argument("--fasta-data", **_UNAVAILABLE_ACTION)
     _value(group, "--dataset-dir", Path, "folder of the blend's relative paths (default: current)")
     _value(group, "--seq-length", _COUNT, "tokens per sample (default: 8192)")
     _value(group, "--seed", int, "of weights and dropout (default: 1234)")
@@ -343,7 +335,7 @@ _UNAVAILABLE_ACTION = {
 
 def _add_unavailable(parser: argparse.ArgumentParser) -> None:
     for flag in _UNAVAILABLE:
-        if flag not in ("--fasta-data", "--sharded-eden-data"):  # these two are a choice of the data source
+        if flag != "--fasta-data":  # this one is a choice of the data source
             parser.add_argument(flag, **_UNAVAILABLE_ACTION)
 
 
@@ -352,6 +344,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "parallel": groups.parallel(args),
         **_data_options(args),
+        **groups.windows(args),
         **_model_options(args),
         **_duration_options(args),
         **_optimizer_options(args),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read FASTA, plain or gzip, in one pass whose time is linear in bytes and whose memory is one block.
+"""Read FASTA, plain, gzip or bgzip, in one pass whose time is linear in bytes and whose memory is one block.
 
 A record's name is the first word of its header. White space around a sequence line (Windows line ends too) and blank
 lines do not count; inside a line every character does. Case is kept.
@@ -14,6 +14,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,6 +38,17 @@ class FastaRecord(NamedTuple):
 
     sequence: bytes
     """Bases without line breaks, case kept."""
+
+
+@dataclass(slots=True)
+class ReadState:
+    """How far a file has been read, for whoever watches."""
+
+    position: int = 0
+    """Bytes of the file, compressed ones if it is."""
+
+    num_carriage_returns: int = 0
+    """Lines that ended as on Windows."""
 
 
 def read_fasta(path: str | os.PathLike[str], *, unique_ids: bool = False) -> Iterator[FastaRecord]:
@@ -76,17 +88,24 @@ def record_id(header: bytes) -> str:
     return decode_header(header).split(None, 1)[0]
 
 
-def read_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[bytes | None, bytes]]:
+def read_pieces(
+    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None
+) -> Iterator[tuple[bytes | None, bytes]]:
     """Yield ``(header, bases)`` for the start of a record and ``(None, bases)`` for what follows of a long one.
 
     Pieces are about ``BLOCK_BYTES`` long at most, so memory does not depend on the length of a record. The bases of a
     record's first piece are empty only if the whole record is.
 
+    Args:
+        path: The file.
+        threads: How many decompress at a time, if it is bgzip.
+        state: Kept up to date while reading.
+
     Raises:
         UserError: As ``read_fasta``.
     """
     # the loop over records is written out, without calls: they would cost more than the work on a short record
-    with open_fasta(path) as stream:
+    with open_fasta(path, threads=threads, state=state) as stream:
         data, at_line_start, ended = _first_block(path, stream), True, False
         while not ended:
             block = stream.read(BLOCK_BYTES)
@@ -129,7 +148,9 @@ def read_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[bytes | None, by
 
 
 @contextlib.contextmanager
-def open_fasta(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_fasta(
+    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None
+) -> Iterator[BinaryIO | _WatchedStream]:
     """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name)."""
     try:
         raw = Path(path).open("rb")  # noqa: SIM115 (closed below)
@@ -138,14 +159,34 @@ def open_fasta(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"cannot read FASTA file {path}: {error.strerror}") from None
     with raw:
-        if raw.peek(2)[:2] != _GZIP_MAGIC:
-            yield raw
-            return
         try:
-            with gzip.open(raw) as stream:
-                yield stream
+            with _decompressed(raw, threads) as stream:
+                yield stream if state is None else _WatchedStream(stream, raw, state)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or cut off: {error}; decompress it with gunzip to check") from None
+
+
+def _decompressed(raw: io.BufferedReader, threads: int) -> BinaryIO:
+    start = raw.peek(2)
+    if not start.startswith(_GZIP_MAGIC):
+        return raw
+    from evo2_megatron.data import bgzf  # threads cost memory that plain files do without
+
+    return bgzf.BgzfReader(raw, threads=threads) if bgzf.is_bgzf(start) else gzip.open(raw)
+
+
+class _WatchedStream:
+    """Reads from ``stream`` and says how far that has come in ``raw``."""
+
+    def __init__(self, stream: BinaryIO, raw: BinaryIO, state: ReadState) -> None:
+        self._stream, self._raw, self._state = stream, raw, state
+
+    def read(self, num_bytes: int) -> bytes:
+        block = self._stream.read(num_bytes)
+        self._state.position = self._raw.tell()
+        if b"\r" in block:
+            self._state.num_carriage_returns += block.count(b"\r")
+        return block
 
 
 def _first_block(path, stream: BinaryIO) -> bytes:
@@ -173,6 +214,8 @@ def _find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> in
 
 def _strip_lines(lines: bytes, at_line_start: bool) -> bytes:
     """Join lines, without the white space around each; what a block before has begun keeps its leading space."""
+    if b"\r" in lines:  # looking for one byte is many times faster than looking for two
+        lines = lines.replace(b"\r\n", b"\n")
     bases = lines.replace(b"\n", b"")
     if not (b"\r" in bases or b" " in bases or b"\t" in bases):
         return bases
@@ -211,7 +254,7 @@ class FastaIndex:
         self._spans: list[tuple[int, int]] = []
         self._sequences: list[bytes] = []
         with open_fasta(path) as stream:
-            plain = isinstance(stream, io.BufferedReader)
+            plain = isinstance(stream, io.BufferedReader)  # what a decompressor reads from
             _first_block(path, stream)
         if not plain:
             for record in read_fasta(path, unique_ids=True):

@@ -25,6 +25,9 @@ def _tables(source: str, target: str) -> tuple[bytes, dict[int, int]]:
 COMPLEMENT, _COMPLEMENT_STR = _tables(_CODES, _COMPLEMENTS)
 """256-byte table for ``bytes.translate``."""
 
+COMPLEMENT_UPPER_DNA = bytes.maketrans(b"ACGT", b"TGCA")
+"""256-byte table of the former recipe: A, C, G and T in upper case only."""
+
 TRANSCRIBE, _TRANSCRIBE_STR = _tables("T", "U")
 """256-byte table: DNA letters to RNA letters."""
 

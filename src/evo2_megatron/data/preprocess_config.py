@@ -12,11 +12,15 @@ from typing import Any
 from evo2_megatron.config import UserError
 from evo2_megatron.data.indexed_dataset import DTYPES
 from evo2_megatron.data.lineage import Lineage
-from evo2_megatron.data.tokenizer import DEFAULT_VOCAB_SIZE, read_vocab_size, tokenizer_dir
+from evo2_megatron.data.tokenizer import DEFAULT_VOCAB_SIZE, fetch_tokenizer, read_vocab_size, tokenizer_dir
 from evo2_megatron.data.yaml_schema import check_fields, read_yaml_list
 
 _DEAD_KEYS = ("include_sequence_id", "pretrained_tokenizer_model", "special_tokens", "fast_hf_tokenizer")
 _POOL_KEYS = ("preproc_concurrency", "chunksize")
+_IDLE_KEYS = {
+    "ftfy": "what a sequence may hold is plain ASCII, which it leaves as it is",
+    "hf_tokenizer_trust_remote_code": "no code is loaded, for ids come from a table",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +28,7 @@ class PreprocessConfig:
     """One dataset: FASTA files in, six Megatron files out. Field names are the keys of the YAML."""
 
     datapaths: list[str] = field(default_factory=list)
-    """FASTA files, plain or gzip, relative to the current directory; all go into one dataset."""
+    """FASTA files, plain, gzip or bgzip, relative to the current directory; all go into one dataset."""
 
     output_dir: str | None = None
     """Created if missing; None: the current directory."""
@@ -45,14 +49,33 @@ class PreprocessConfig:
     """Cut every record into windows of this many bases, each a document, before dividing them between splits; the
     windows of a record that go to one split are contiguous. None: a record is a document and goes to one split."""
 
+    split_by: str = "window"
+    """How ``split_window_length`` and the weights meet. ``window``: see there; ``contig``: all windows of a record go
+    to one split."""
+
+    train_contigs: list[str] | str | None = None
+    """Names of the records for training, or a text file with one per line. A split with a list gets these records and
+    no others; the weights divide what is in no list between the splits without one."""
+
+    valid_contigs: list[str] | str | None = None
+    """The same for validation."""
+
+    test_contigs: list[str] | str | None = None
+    """The same for testing."""
+
     overwrite: bool = False
-    """Replace output files that exist."""
+    """Replace output files that exist. Otherwise a dataset whose files are newer than its inputs is left alone, and
+    any other file in the way is an error."""
 
     embed_reverse_complement: bool = False
     """Write both strands, as two documents of the same split."""
 
     random_reverse_complement: float = 0.0
     """Probability of replacing a document by its reverse complement, before ``embed_reverse_complement``."""
+
+    complement_upper_case_only: bool = False
+    """Complement A, C, G and T only, as the former recipe did: soft-masked bases and IUPAC codes are reversed but keep
+    their letters. For data that must equal what that recipe made; it is no reverse complement."""
 
     random_lineage_dropout: float = 0.0
     """Probability of blanking each rank of a lineage tag."""
@@ -73,25 +96,26 @@ class PreprocessConfig:
     """Pad every document to this many tokens with token 1; a longer one is an error."""
 
     ftfy: bool = False
-    """Not supported: sequences must be ASCII already."""
+    """No effect: what a sequence may hold is plain ASCII, which ``ftfy`` leaves as it is."""
 
     hf_tokenizer_model_path: str | None = None
     """Folder of a nucleotide tokenizer; None: the one of 256 tokens that ships with this package."""
 
     hf_tokenizer_model_name: str | None = None
-    """Not supported: ids come from a table, not from a tokenizer of a hub."""
+    """A nucleotide tokenizer on the Hugging Face hub; if no path is given."""
 
     hf_tokenizer_trust_remote_code: bool = False
-    """Not supported: no remote code is ever loaded."""
+    """No effect: no code is loaded, for ids come from a table."""
 
     workers: int = 1
-    """One process reads, translates and writes; more are not supported."""
+    """Threads that decompress bgzip files; the output is the same for any number. One process does the rest, at the
+    speed of a disk."""
 
     preproc_concurrency: int = 100000
     """No effect: memory does not depend on the number of sequences."""
 
     chunksize: int = 1
-    """No effect: there is no pool of workers."""
+    """No effect: there is no pool of processes."""
 
     drop_empty_sequences: bool = False
     """Skip records without bases; otherwise one is an error."""
@@ -112,7 +136,7 @@ class PreprocessConfig:
         for name in ("random_reverse_complement", "random_lineage_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a probability between 0 and 1")
-        for name in ("split_window_length", "enforce_sample_length", "prompt_spacer_length"):
+        for name in ("split_window_length", "enforce_sample_length", "prompt_spacer_length", "workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         weights = self.split_weights.values()
@@ -127,33 +151,43 @@ class PreprocessConfig:
             raise UserError(f"transcribe is '{self.transcribe}'; use transcribe, back_transcribe or null")
         if self.indexed_dataset_dtype not in DTYPES:
             raise UserError(f"indexed_dataset_dtype is '{self.indexed_dataset_dtype}'; use one of {', '.join(DTYPES)}")
-        self._refuse_unsupported()
+        if self.split_by not in ("window", "contig"):
+            raise UserError(f"split_by is '{self.split_by}'; use window or contig")
         for key, lineage in self.taxonomy_data.items():
             lineage.check_fits(self.prompt_spacer_length, key=key)
-
-    def _refuse_unsupported(self) -> None:
-        if self.ftfy:
-            raise UserError("ftfy is not supported: sequences must be plain ASCII; set it to false")
-        if self.hf_tokenizer_model_name is not None:
-            raise UserError(
-                "hf_tokenizer_model_name is not supported; save the tokenizer to a folder and set "
-                "hf_tokenizer_model_path, or set both to null for the one that ships with this package"
-            )
-        if self.hf_tokenizer_trust_remote_code:
-            raise UserError("hf_tokenizer_trust_remote_code is not supported: no code is loaded; set it to false")
-        if self.workers != 1:
-            raise UserError(f"workers is {self.workers}; one process does all the work, set it to 1")
 
     @property
     def split_weights(self) -> dict[str, float]:
         """Weight by the name that the split has in file names."""
         return {"train": self.train_split, "val": self.valid_split, "test": self.test_split}
 
+    def split_names(self) -> dict[str, list[str]]:
+        """Record names by split, for the splits that have a list.
+
+        Raises:
+            UserError: A file of names cannot be read, a list is empty, or a name is in two.
+        """
+        given = {"train": self.train_contigs, "val": self.valid_contigs, "test": self.test_contigs}
+        lists = {split: _read_names(value) for split, value in given.items() if value is not None}
+        owners: dict[str, str] = {}
+        for split, names in lists.items():
+            if not names:
+                raise UserError(
+                    f"the list of names for {split} is empty; leave it out, or set the split's weight to 0"
+                )
+            for name in names:
+                if owners.setdefault(name, split) != split:
+                    raise UserError(f"'{name}' is in the lists for {owners[name]} and {split}; it can be in one")
+        return lists
+
     @property
     def output_prefixes(self) -> dict[str, Path]:
         """Path of each split's files without ``.bin`` and ``.idx``."""
         folder = Path(self.hf_tokenizer_model_path or tokenizer_dir())
-        tokenizer = (folder.name or folder.resolve().name).lower().replace(" ", "")
+        tokenizer = folder.name or folder.resolve().name
+        if self.hf_tokenizer_model_path is None and self.hf_tokenizer_model_name is not None:
+            tokenizer = self.hf_tokenizer_model_name.replace("/", "--").replace(":", "--")
+        tokenizer = tokenizer.lower().replace(" ", "")
         stem = tokenizer if self.output_prefix is None else f"{self.output_prefix}_{tokenizer}"
         return {split: Path(self.output_dir or ".", f"{stem}_{split}") for split in self.split_weights}
 
@@ -166,11 +200,28 @@ class PreprocessConfig:
         """Number of tokens of the tokenizer.
 
         Raises:
-            UserError: ``hf_tokenizer_model_path`` is not a nucleotide tokenizer.
+            UserError: It is not a nucleotide tokenizer, or cannot be had.
         """
-        if self.hf_tokenizer_model_path is None:
-            return DEFAULT_VOCAB_SIZE
-        return read_vocab_size(self.hf_tokenizer_model_path)
+        if self.hf_tokenizer_model_path is not None:
+            return read_vocab_size(self.hf_tokenizer_model_path)
+        if self.hf_tokenizer_model_name is not None:
+            return read_vocab_size(fetch_tokenizer(self.hf_tokenizer_model_name))
+        return DEFAULT_VOCAB_SIZE
+
+
+def _read_names(value: list[str] | str) -> list[str]:
+    """Names from a list, or from a file with one per line."""
+    if isinstance(value, list):
+        return value
+    try:
+        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the names in {value}: {error.strerror}; a single name is a list too: [name]"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{value} is not a text file of names") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[PreprocessConfig], list[str]]:
@@ -191,6 +242,7 @@ def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[Preproce
             if key in entry:
                 notes.append(f"{where}: {key} has no effect")
         notes += [f"{where}: {key} has no effect; one process does all the work" for key in _POOL_KEYS if key in entry]
+        notes += [f"{where}: {key} has no effect: {why}" for key, why in _IDLE_KEYS.items() if entry.get(key) is True]
         known = {key: value for key, value in entry.items() if key not in _DEAD_KEYS}
         try:
             values = check_fields(PreprocessConfig, known)

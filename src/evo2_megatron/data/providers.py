@@ -19,6 +19,8 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.blend import SPLITS, Blend, read_blends
 from evo2_megatron.data.datasets import Evo2Dataset, Evo2DatasetConfig, Evo2DatasetPadEodLossMask
 from evo2_megatron.data.mock import MockEvo2Dataset
+from evo2_megatron.data.sharded_windows import ShardedWindows
+from evo2_megatron.data.window_database import SequenceDatabases, open_windows
 
 Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
 """Training, validation and test; None where no samples are wanted."""
@@ -89,6 +91,69 @@ class Evo2DatasetProvider(DatasetProvider):
                 raise UserError(
                     f"cannot write the sample index under {existing}; set index_cache_dir to a writable folder"
                 )
+
+
+@dataclass(kw_only=True)
+class ShardedWindowsProvider(DatasetProvider):
+    """Windows of contigs in SQLite databases."""
+
+    sequence_db_dir: str
+    """Folder of the samples' sequence databases."""
+
+    train_window_db: str
+    """Which windows make up the training split."""
+
+    seq_length: int
+    """Tokens per sample; the windows must have as many bases."""
+
+    valid_window_db: str | None = None
+    """The same for validation; needed if there is any."""
+
+    test_window_db: str | None = None
+    """The same for testing."""
+
+    stride: int | None = None
+    """Bases between the starts of windows, which the databases must have been made with; None: any."""
+
+    min_length: int | None = None
+    """Fewest bases of a window, which the databases must have been made with; None: any."""
+
+    reverse_complement: bool = False
+    """Read the opposite strand of half of the training samples."""
+
+    former_layout: bool = False
+    """End every window with EOS, as the former loader did; see ``ShardedWindows``."""
+
+    random_seed: int = 1234
+
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
+
+    create_attention_mask = False
+
+    def build_datasets(self, context: DatasetBuildContext) -> Datasets:
+        """Open the databases; training is shuffled, and the other two are in the order of their database.
+
+        Raises:
+            UserError: A database is missing, damaged, or was made for something else.
+        """
+        sequences = SequenceDatabases(self.sequence_db_dir)
+        paths = {"train": self.train_window_db, "validation": self.valid_window_db, "test": self.test_window_db}
+        train, valid, test = (
+            ShardedWindows(
+                open_windows(paths[split], stride=self.stride, min_length=self.min_length),
+                sequences,
+                num_samples=num,
+                seq_length=self.seq_length,
+                seed=self.random_seed,
+                shuffle=split == "train",
+                reverse_complement=self.reverse_complement and split == "train",
+                former_layout=self.former_layout,
+            )
+            if num
+            else None
+            for split, num in _num_samples(context).items()
+        )
+        return train, valid, test
 
 
 @dataclass(kw_only=True)

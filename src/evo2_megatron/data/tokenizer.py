@@ -23,9 +23,11 @@ VOCAB_SIZES = (256, 512)
 DEFAULT_VOCAB_SIZE = 256
 
 INVALID = 0xFF
-SEQUENCE_TOKENS = bytes(INVALID if i <= UNK or i >= 128 or i == ord("<") else i for i in range(256))
-"""256-byte table from the bytes of a sequence file to token ids. ``INVALID`` marks what a sequence may not hold: the
-ids of special tokens, ``<``, which begins their names, and what is not ASCII."""
+_NOT_IN_SEQUENCES = b"<>&"
+SEQUENCE_TOKENS = bytes(INVALID if i < 32 or i >= 127 or i in _NOT_IN_SEQUENCES else i for i in range(256))
+"""256-byte table from the bytes of a sequence file to token ids. ``INVALID`` marks what a sequence may not hold: what
+does not print in ASCII, among it the ids of special tokens; ``<``, which begins their names; ``>``, which is a header
+whose line break is missing; ``&``, which begins what a web page writes for them."""
 
 _FOLDER = Path(__file__).parents[1] / "tokenizers"
 _SPECIAL_PATTERN = re.compile("(" + "|".join(SPECIAL_TOKENS) + ")")
@@ -71,6 +73,24 @@ def read_vocab_size(folder: str | os.PathLike[str]) -> int:
     return len(vocab)
 
 
+def fetch_tokenizer(name: str) -> Path:
+    """Folder of a tokenizer of the Hugging Face hub, downloaded if it is not in the local cache.
+
+    Raises:
+        UserError: There is none of this name, or it cannot be had.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json")).parent
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"cannot get the tokenizer {name} from the hub: {reason}; a nucleotide tokenizer is {tokenizer_dir()}"
+        ) from None
+
+
 def encode(text: str, vocab_size: int = DEFAULT_VOCAB_SIZE) -> list[int]:
     """Ids of a text; nothing is added at either end.
 
@@ -107,19 +127,26 @@ def outside_vocabulary(text: str, vocab_size: int = DEFAULT_VOCAB_SIZE) -> list[
     return [c for c in dict.fromkeys(text) if not UNK < ord(c) < vocab_size]
 
 
-def encode_sequence(bases: bytes, table: bytes = SEQUENCE_TOKENS, *, name: str) -> bytes:
-    """Ids of a sequence, one byte each, by a table derived from ``SEQUENCE_TOKENS``; a hundred times faster than text.
+def encode_sequence(bases: bytes, *, name: str) -> bytes:
+    """Ids of a sequence, one byte each, by ``SEQUENCE_TOKENS``; a hundred times faster than text.
 
     Args:
         bases: As read from a file.
-        table: ``SEQUENCE_TOKENS``, or a translation of it.
         name: What to call the sequence in an error.
 
     Raises:
         UserError: The sequence holds a byte that the table does not allow.
     """
-    tokens = bases.translate(table)
+    tokens = bases.translate(SEQUENCE_TOKENS)
     if INVALID in tokens:
         bad = bases[tokens.index(INVALID)]
-        raise UserError(f"{name} contains {bytes([bad])!r}; a sequence may hold ASCII characters other than '<'")
+        raise UserError(f"{name} contains {bytes([bad])!r}, which no sequence may hold; {_advice(bad)}")
     return tokens
+
+
+def _advice(character: int) -> str:
+    if character == ord(">"):
+        return "a header must begin a line: is a line break missing before it?"
+    if character == ord("\r"):
+        return "line ends are lone carriage returns: convert the file, for example with mac2unix"
+    return "a FASTA file is plain text of bases: is it damaged, or of another kind?"

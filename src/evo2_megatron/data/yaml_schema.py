@@ -14,18 +14,32 @@ from evo2_megatron.config import UserError
 def read_yaml_list(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read a YAML file that must hold a list of mappings with at least one entry.
 
+    Several YAML documents (``---`` between them) count as one list.
+
     Raises:
-        UserError: It does not.
+        UserError: It does not, or a mapping has a key twice.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+            if twice:  # YAML itself would take the last one, silently
+                raise UserError(f"{path}, line {node.start_mark.line + 1}: {twice[0]} is there twice; keep one")
+            return super().construct_mapping(node, deep)
+
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        documents = [document for document in yaml.load_all(text, Loader) if document is not None]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+    entries = [entry for document in documents for entry in (document if isinstance(document, list) else [None])]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(
             f"{path} must be a list of datasets; put '- ' before the first key of each and indent the rest"
         )
@@ -72,5 +86,6 @@ _TYPES = {
     "str": ((str,), "text"),
     "str | None": ((str, _NONE), "text or null"),
     "list[str]": ((list,), "a list of texts"),
+    "list[str] | str | None": ((list, str, _NONE), "a list of texts, the name of a file, or null"),
     "dict": ((dict,), "a mapping"),
 }

@@ -20,9 +20,18 @@ DEFAULT_RAMP_STEPS = 2500
 class TrainingOptions:
     """What a user may choose about a training run. The defaults are the recipe; one field per flag of train_evo2."""
 
-    # data: one of the first two
+    # data: one of the first three
     dataset_config: Path | None = None  # YAML file of a blend
     mock_data: bool = False
+    sharded_windows: bool = False  # SQLite databases, with the next seven
+    sequence_db_dir: Path | None = None
+    train_window_db: Path | None = None
+    valid_window_db: Path | None = None
+    test_window_db: Path | None = None
+    stride: int | None = None  # bases; None, here and below: that of the databases
+    window_min_length: int | None = None  # bases
+    reverse_complement: bool = False  # of half of the training windows
+    former_windows: bool = False  # EOS after every window, as the former loader did
     dataset_dir: Path | None = None  # folder of the blend's relative paths; None: current
     seq_length: int = 8192  # tokens
     seed: int = 1234

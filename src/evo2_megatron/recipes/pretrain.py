@@ -32,7 +32,7 @@ from megatron.bridge.training.config import (
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 from evo2_megatron.config import uses_fp8
-from evo2_megatron.data.providers import Evo2DatasetProvider, MockEvo2DatasetProvider
+from evo2_megatron.data.providers import Evo2DatasetProvider, MockEvo2DatasetProvider, ShardedWindowsProvider
 from evo2_megatron.model.param_groups import HyenaWeightDecay
 from evo2_megatron.model.provider import StripedHyenaProvider, provider_for
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe, schedule
@@ -190,6 +190,18 @@ def _dataset(options: TrainingOptions) -> DatasetProvider:
     }
     if options.mock_data:
         return MockEvo2DatasetProvider(**common)
+    if options.sharded_windows:
+        return ShardedWindowsProvider(
+            sequence_db_dir=_absolute(options.sequence_db_dir),
+            train_window_db=_absolute(options.train_window_db),
+            valid_window_db=_absolute(options.valid_window_db),
+            test_window_db=_absolute(options.test_window_db),
+            stride=options.stride,
+            min_length=options.window_min_length,
+            reverse_complement=options.reverse_complement,
+            former_layout=options.former_windows,
+            **common,
+        )
     return Evo2DatasetProvider(
         dataset_config_path=_absolute(options.dataset_config),
         dataset_dir=_absolute(options.dataset_dir),

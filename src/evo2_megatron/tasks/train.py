@@ -284,7 +284,7 @@ def _log_plan(options: TrainingOptions, start: Start) -> None:
     )  # fmt: skip
     logger.info(
         "Steps %s to %s of %s samples x %s tokens, data: %s", start.step, options.max_steps,
-        options.global_batch_size, options.seq_length, options.dataset_config or "mock",
+        options.global_batch_size, options.seq_length, options.dataset_config or options.train_window_db or "mock",
     )  # fmt: skip
     if start.checkpoint is not None:
         logger.info("%s %s", "Resuming" if start.resumes else "Fine-tuning", start.checkpoint)

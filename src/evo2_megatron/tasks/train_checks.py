@@ -12,7 +12,7 @@ from pathlib import Path
 from evo2_megatron import layouts
 from evo2_megatron.architectures import architecture
 from evo2_megatron.config import UserError, uses_fp8
-from evo2_megatron.data import blend, tokenizer
+from evo2_megatron.data import blend, tokenizer, window_database
 from evo2_megatron.recipes.options import TrainingOptions, schedule
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.distributed import world_size
@@ -32,6 +32,8 @@ def check(options: TrainingOptions) -> None:
     if options.dataset_config is not None:
         needed = blend.SPLITS if options.eval_iters else ("train",)
         blend.read_blends(options.dataset_config, dataset_dir=options.dataset_dir, required=needed)
+    if options.sharded_windows:
+        _check_window_databases(options)
 
 
 def fit_to_machine(options: TrainingOptions) -> TrainingOptions:
@@ -96,6 +98,8 @@ def _check_ranges(options: TrainingOptions) -> None:
         "--warmup-steps": (options.warmup_steps, 0, None),
         "--constant-steps": (options.constant_steps, 0, None),
         "--nsys-start-step": (options.nsys_start_step, 0, None),
+        "--stride": (options.stride, 1, None),
+        "--window-min-length-threshold": (options.window_min_length, 0, None),
     }
     for flag, (value, low, high) in limits.items():
         if value is not None and not (low <= value and (high is None or value <= high)):
@@ -147,10 +151,26 @@ def _check_position_range(options: TrainingOptions) -> None:
 
 
 def _check_combinations(options: TrainingOptions) -> None:
-    if (options.dataset_config is None) != options.mock_data:
-        raise UserError("give either --dataset-config or --mock-data")
+    sources = (options.dataset_config is not None, options.mock_data, options.sharded_windows)
+    if sum(sources) != 1:
+        raise UserError("give one of --dataset-config, --mock-data and --sharded-eden-data")
     if options.dataset_dir is not None and options.dataset_config is None:
         raise UserError("--dataset-dir goes with --dataset-config")
+    of_windows = {
+        "--sequence-db-dir": options.sequence_db_dir,
+        "--train-window-db": options.train_window_db,
+        "--val-window-db": options.valid_window_db,
+        "--test-window-db": options.test_window_db,
+        "--stride": options.stride,
+        "--window-min-length-threshold": options.window_min_length,
+        "--rc-aug": options.reverse_complement or None,
+        "--former-window-layout": options.former_windows or None,
+    }
+    for flag, value in of_windows.items():
+        if value is not None and not options.sharded_windows:
+            raise UserError(f"{flag} goes with --sharded-eden-data")
+    if options.eod_pad_in_loss_mask and options.sharded_windows:
+        raise UserError("--eod-pad-in-loss-mask is about packed documents; with --sharded-eden-data, leave it out")
     if options.ckpt_format != "torch_dist":
         raise UserError(f"--ckpt-format {options.ckpt_format} can no longer be read or written; use torch_dist")
     if options.average_in_collective and options.calculate_per_token_loss:
@@ -168,6 +188,25 @@ def _check_combinations(options: TrainingOptions) -> None:
     if options.nsys_end_step is not None and options.nsys_end_step < options.nsys_start_step:
         raise UserError(f"--nsys-end-step {options.nsys_end_step} is before the start, {options.nsys_start_step}")
     _check_services(options)
+
+
+def _check_window_databases(options: TrainingOptions) -> None:
+    needed = {"--sequence-db-dir": options.sequence_db_dir, "--train-window-db": options.train_window_db}
+    if options.eval_iters:
+        needed |= {"--val-window-db": options.valid_window_db, "--test-window-db": options.test_window_db}
+    for flag, path in needed.items():
+        if path is None:
+            raise UserError(f"--sharded-eden-data needs {flag}")
+    window_database.SequenceDatabases(options.sequence_db_dir)
+    for flag, path in needed.items():
+        if flag == "--sequence-db-dir":
+            continue
+        plan = window_database.open_windows(path, stride=options.stride, min_length=options.window_min_length).plan
+        if plan.window_size != options.seq_length:
+            raise UserError(
+                f"{flag} {path} has windows of {plan.window_size} bases, but --seq-length is {options.seq_length}; "
+                "make them equal"
+            )
 
 
 def _check_services(options: TrainingOptions) -> None:
