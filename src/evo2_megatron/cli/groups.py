@@ -155,6 +155,65 @@ def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
     return args.vortex_style_fp8
 
 
+def add_base_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """Add ``--base-ckpt-dir``, read as ``base_checkpoint(args)``."""
+    parser.add_argument(
+        "--base-ckpt-dir",
+        type=Path,
+        metavar="DIR",
+        help="of LoRA adapters: where the base model is now (default: where it was in training)",
+    )
+
+
+def base_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder given, or None: the checkpoint says."""
+    return args.base_ckpt_dir
+
+
+def add_lora(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that ``lora`` reads."""
+    group = parser.add_argument_group(
+        "LoRA",
+        "Patterns are a module's own name, or a path in which * stands for any text; docs/lora.md has examples.",
+    )
+    group.add_argument(
+        "--lora-finetune",
+        action="store_true",
+        default=None,
+        help="freeze the weights of --finetune-ckpt-dir and train low-rank adapters",
+    )
+    group.add_argument("--lora-dim", type=positive_int, metavar="N", help="rank of the adapters (default: 16)")
+    group.add_argument(
+        "--lora-alpha", type=positive_int, metavar="N", help="adapters are scaled by this over the rank (default: 32)"
+    )
+    group.add_argument("--lora-dropout", type=float, metavar="X", help="on the adapters' input (default: 0.1)")
+    group.add_argument(
+        "--lora-target-modules",
+        type=comma_list,
+        metavar="LIST",
+        help="modules that get an adapter "
+        "(default: dense_projection,dense,linear_qkv,linear_proj,linear_fc1,linear_fc2)",
+    )
+    group.add_argument(
+        "--lora-skip-freeze-modules",
+        type=comma_list,
+        metavar="LIST",
+        help="modules that stay trainable, without an adapter (default: none)",
+    )
+
+
+def lora(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``tasks.train.train``; None where the user did not speak."""
+    return {
+        "lora_finetune": args.lora_finetune,
+        "lora_dim": args.lora_dim,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "lora_target_modules": args.lora_target_modules,
+        "lora_skip_freeze_modules": args.lora_skip_freeze_modules,
+    }
+
+
 def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> None:
     """Add the flags that ``conversion`` reads, ``--verify`` and ``--verbose``: commands that make a checkpoint."""
     parser.add_argument(
@@ -219,6 +278,11 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def comma_list(text: str) -> list[str]:
+    """Argument type: names with commas between them; spaces around them and empty ones do not count."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _rank() -> int:

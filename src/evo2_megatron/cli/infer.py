@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of sampling and memory are in the help."""
     parser = groups.Parser(PROG, __doc__)
     parser.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    groups.add_base_checkpoint(parser)
     _add_prompts(parser)
     _add_sampling(parser)
     _add_memory(parser)
@@ -72,6 +73,7 @@ def _main(argv: Sequence[str] | None) -> None:
         max_seq_length=max_seq_length,
         parallel=groups.parallel(args),
         precision=groups.precision(args),
+        base_ckpt_dir=groups.base_checkpoint(args),
         provider_overrides={name: value for name, value in switches.items() if value is not None},
         output_file=args.output_file,
         on_record=_show,

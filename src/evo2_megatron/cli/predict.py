@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
+    groups.add_base_checkpoint(parser)
     _add_output(parser)
     _add_sequences(parser)
     _add_model(parser)
@@ -78,6 +79,7 @@ def _main(argv: Sequence[str] | None) -> None:
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
+        base_ckpt_dir=groups.base_checkpoint(args),
     )
 
 

@@ -16,7 +16,6 @@ PROG = "train_evo2"
 
 _SHARDED = "the sharded loader is not available; make .bin/.idx files with preprocess_evo2 and use --dataset-config"
 _FASTA = "training does not read FASTA; make .bin/.idx files with preprocess_evo2 and use --dataset-config"
-_LORA = "LoRA training is not available; leave the --lora flags out to fine-tune all weights"
 _UNAVAILABLE = {
     "--sharded-eden-data": _SHARDED,
     "--sequence-db-dir": _SHARDED,
@@ -30,12 +29,6 @@ _UNAVAILABLE = {
     "--fasta-file": _FASTA,
     "--use-targeted-variance-loss": "the targeted variance loss is not available; leave the flag out",
     "--optim-fmt-pre-mcore-014": "Megatron Core writes one optimizer format only; leave the flag out",
-    "--lora-finetune": _LORA,
-    "--lora-dim": _LORA,
-    "--lora-alpha": _LORA,
-    "--lora-dropout": _LORA,
-    "--lora-target-modules": _LORA,
-    "--lora-skip-freeze-modules": _LORA,
 }
 """Flags of older versions that this one cannot honour: accepting them silently would train something else."""
 
@@ -52,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_communication(parser)
     _add_memory(parser)
     _add_checkpoint(parser)
+    groups.add_lora(parser)
     _add_logging(parser)
     _add_unavailable(parser)
     return parser
@@ -377,6 +371,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         **_communication_options(args),
         **_memory_options(args),
         **_checkpoint_options(args),
+        **groups.lora(args),
         **_logging_options(args),
     }
 
