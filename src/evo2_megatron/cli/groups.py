@@ -174,7 +174,7 @@ def add_lora(parser: argparse._ActionsContainer) -> None:
     """Add the flags that ``lora`` reads."""
     group = parser.add_argument_group(
         "LoRA",
-        "Patterns are a module's own name, or a path in which * stands for any text; docs/lora.md has examples.",
+        "A module is named by its own name, or by a path in which * stands for any text; see docs/lora.md.",
     )
     group.add_argument(
         "--lora-finetune",

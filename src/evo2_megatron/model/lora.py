@@ -2,8 +2,8 @@
 """Low-rank adapters on chosen linear layers of a frozen model, and modules that stay trainable beside them.
 
 The adapters are Megatron Bridge's: ``y = W x + alpha / dim * B A dropout(x)`` with A [dim, in] and B [out, dim], where
-x is what the matrix meets, so after the norm where one is fused. What Bridge's LoRA does not know is here: which layers
-of an Evo 2 model can have one, tied embeddings, modules kept trainable, and layer numbers under pipeline parallelism.
+x is what the matrix meets: after the norm, if one is fused. Here is what Bridge's LoRA does not know: which layers of
+an Evo 2 model can have one, tied embeddings, modules kept trainable, and layer numbers under pipeline parallelism.
 """
 
 from __future__ import annotations
