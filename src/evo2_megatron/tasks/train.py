@@ -206,7 +206,7 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
 
     config.model.register_pre_wrap_hook(load_weights)
     if config.peft is not None:
-        train_lora.check_modules(options, config.model)
+        train_lora.check_modules(config.peft, config.model)
         train_lora.add_adapters(config, distributed.rank())
 
 

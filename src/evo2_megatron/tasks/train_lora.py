@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evo2_megatron.checkpoint.adapter import read_adapters
+from evo2_megatron.checkpoint.adapter import read_adapters, trained_tensors
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.names import is_trained, parameter_shapes
 from evo2_megatron.checkpoint.run_config import RunConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.core.transformer import MegatronModule
 
+    from evo2_megatron.model.lora import Evo2LoRA
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 logger = logging.getLogger(__name__)
@@ -85,42 +86,39 @@ def _shown(value: object) -> str:
     return ",".join(value) or "empty" if isinstance(value, list) else str(value)
 
 
-def check_modules(options: TrainingOptions, provider: StripedHyenaProvider) -> None:
+def check_modules(adapters: Evo2LoRA, provider: StripedHyenaProvider) -> None:
     """Say what will be trained in a model, before it is built.
 
     Args:
-        options: Of a LoRA run.
+        adapters: Of the run.
         provider: The finished configuration of the model, with its number of embedding rows.
 
     Raises:
         UserError: Lists of modules that do not fit the model.
     """
-    from evo2_megatron.model.lora import OUTPUT, choose
     from evo2_megatron.model.provider import architecture_of
 
-    shapes = parameter_shapes(architecture_of(provider), vocab_size=provider.vocab_size)
-    owners = {name: name.rpartition(".")[0] for name in shapes if is_trained(name)}
-    choice = choose(
-        {*owners.values(), OUTPUT},
-        targets=options.lora_target_modules,
-        skip_freeze=options.lora_skip_freeze_modules,
-        tied_embeddings=provider.share_embeddings_and_output_weights,
-    )
+    architecture = architecture_of(provider)
+    choice, trained = trained_tensors(adapters, architecture, vocab_size=provider.vocab_size)
+    whole = {n: s for n, s in parameter_shapes(architecture, vocab_size=provider.vocab_size).items() if is_trained(n)}
     for pattern in choice.unmatched:
         if pattern not in LORA_TARGETS:  # a name that models with other layers have
-            names = sorted({path.rpartition(".")[2] for path in owners.values()})
+            names = sorted({name.split(".")[-2] for name in whole})
             raise UserError(
                 f"--lora-target-modules and --lora-skip-freeze-modules: {pattern!r} matches no module with weights; "
                 f"this model has {', '.join(names)}"
             )
-    kept = sum(math.prod(shapes[name]) for name, path in owners.items() if path in choice.kept)
-    added = sum(options.lora_dim * sum(shapes[f"{path}.weight"]) for path in choice.adapted)
-    if not kept + added:
+    if not trained:
         raise UserError("--lora-target-modules and --lora-skip-freeze-modules leave nothing to train; name modules")
+    kept = _num_parameters(shape for name, shape in trained.items() if name in whole)
     logger.info(
         "LoRA: %d parameters of adapters on %d layers and %d of the model's own are trained, %d are frozen",
-        added, len(choice.adapted), kept, sum(math.prod(shapes[name]) for name in owners) - kept,
+        _num_parameters(trained.values()) - kept, len(choice.adapted), kept, _num_parameters(whole.values()) - kept,
     )  # fmt: skip
+
+
+def _num_parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def add_adapters(config: ConfigContainer, rank: int) -> None:
