@@ -27,8 +27,14 @@ def run(base, adapter_checkpoint, layout):
 
     adapters = read_adapters(read_run_config(adapter_checkpoint))
 
+    spread = {}
+
     def adapt(stage):
+        stage.config.use_cpu_initialization = False  # as in training
         adapters(stage)
+        for name, parameter in stage.named_parameters():
+            if "adapter.linear_in" in name:
+                spread[global_name(name, stage)] = parameter.std().item()
         stored = load.tensor_shapes(adapter_checkpoint)
         load.load_weights(stage, adapter_checkpoint, stored, dropped_layers=(), only=adapters.adapter_key_filter)
 
@@ -40,6 +46,7 @@ def run(base, adapter_checkpoint, layout):
             losses = {}
         trained = {global_name(n, inner): p for n, p in inner.named_parameters() if p.requires_grad}
         return {
+            "spread": merged(spread),
             "losses": merged({(row, context): loss for row, loss in losses.items()}),
             "gradients": merged(
                 {n: whole(p, in_halves="linear_fc1.adapter.linear_out" in n).clone() for n, p in trained.items()}

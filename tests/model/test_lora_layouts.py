@@ -62,6 +62,14 @@ def test_every_layout_equals_one_process(answers):
             assert_close(got["gradients"][name], gradient, f"{layout}: {name}")
 
 
+def test_adapters_begin_alike(answers):
+    for (_, layout), (got, want) in answers.items():
+        assert got["spread"].keys() == want["spread"].keys()
+        for name, spread in want["spread"].items():
+            # of 512 numbers or more
+            assert got["spread"][name] == pytest.approx(spread, rel=0.15), f"{layout}: {name}"
+
+
 def test_what_is_trained(alone):
     names = {kind: set(one["gradients"]) for kind, (_, one) in alone[1].items()}
     adapters = {name for name in names["all layers"] if ".adapter." in name}

@@ -26,6 +26,7 @@ from evo2_megatron.checkpoint.names import (
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.checkpoint.tensors import StoredTensor, each_row
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime import megatron
 
 if TYPE_CHECKING:
     from evo2_megatron.architectures import Architecture
@@ -90,6 +91,7 @@ def read_adapters(run_config: RunConfig) -> Evo2LoRA:
     Raises:
         UserError: The section is damaged, or describes adapters that this version cannot run.
     """
+    megatron.enter()
     from evo2_megatron.model.lora import Evo2LoRA
 
     section = run_config.sections["peft"]

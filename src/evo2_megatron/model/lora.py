@@ -8,6 +8,7 @@ an Evo 2 model can have one, tied embeddings, modules kept trainable, and layer 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,12 @@ class Evo2LoRA(LoRA):
         if isinstance(module, RMSNormColumnLinear):
             # what Bridge asks of Transformer Engine's layer: the adapter takes what the matrix does
             module.return_layernorm_output = True
-        return super().transform(module, name, prefix)
+        wrapped = super().transform(module, name, prefix)
+        if not wrapped.adapter.config.use_cpu_initialization:
+            # each process drew its own part of A, with the spread that fits a matrix of the part's size
+            part = wrapped.adapter.linear_in
+            part.weight.data *= math.sqrt(sum(part.weight.shape) / (part.input_size + part.output_size))
+        return wrapped
 
 
 def _owners(model: StripedHyenaModel) -> Iterator[tuple[str, str]]:

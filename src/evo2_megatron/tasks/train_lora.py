@@ -110,11 +110,33 @@ def check_modules(adapters: Evo2LoRA, provider: StripedHyenaProvider) -> None:
             )
     if not trained:
         raise UserError("--lora-target-modules and --lora-skip-freeze-modules leave nothing to train; name modules")
+    _check_stages(trained, provider)
     kept = _num_parameters(shape for name, shape in trained.items() if name in whole)
     logger.info(
         "LoRA: %d parameters of adapters on %d layers and %d of the model's own are trained, %d are frozen",
         _num_parameters(trained.values()) - kept, len(choice.adapted), kept, _num_parameters(whole.values()) - kept,
     )  # fmt: skip
+
+
+def _check_stages(trained: Iterable[str], provider: StripedHyenaProvider) -> None:
+    """Megatron cannot save the optimizer of a pipeline stage that trains nothing."""
+    from evo2_megatron.model.stack import stage_layers
+
+    num_stages = provider.pipeline_model_parallel_size
+    stages = [stage_layers(provider.num_layers, stage=stage, num_stages=num_stages) for stage in range(num_stages)]
+    idle = set(range(num_stages))
+    for name in trained:
+        first, *rest = name.removeprefix("decoder.").split(".")
+        if first == "layers":
+            idle -= {stage for stage, layers in enumerate(stages) if int(rest[0]) in layers}
+        else:
+            idle.discard(0 if first == "embedding" else num_stages - 1)
+    if idle:
+        layers = stages[min(idle)]
+        raise UserError(
+            f"--lora-target-modules and --lora-skip-freeze-modules leave pipeline stage {min(idle)}, layers "
+            f"{layers[0]} to {layers[-1]}, nothing to train; name modules in it, or use fewer stages"
+        )
 
 
 def _num_parameters(shapes: Iterable[tuple[int, ...]]) -> int:
