@@ -109,15 +109,13 @@ def test_weight_tying(one_process, field, tied, modules, expected):
         (["final_norm"], {"decoder.final_norm.weight"}),
         (["decoder.final_norm"], {"decoder.final_norm.weight"}),
         (["*.layers.0.*"], LAYER_0),
-        (["*.layers.0.*.dense", "*.layers.2.*.mixer"], {
-            "decoder.layers.0.mixer.dense.weight", "decoder.layers.0.mixer.dense.bias", "decoder.layers.2.mixer.mixer.conv_bias",
-        }),
+        (["*.layers.0.*.dense"], {f"decoder.layers.0.mixer.dense.{name}" for name in ("weight", "bias")}),
         # only a module's own parameters, not those of modules inside it
         (["mixer"], {f"decoder.layers.{i}.mixer.mixer.conv_bias" for i in (1, 2)}),
         (["mlp"], set()),
         (["nothing_of_the_kind"], set()),
     ],
-)  # fmt: skip
+)
 def test_what_stays_trainable(one_process, patterns, expected):
     assert trained(adapted(tiny_model(), skip_freeze_modules=patterns)) == expected
 
@@ -169,13 +167,14 @@ def test_an_adapter_adds_its_product(one_process):
     for untied in ({}, {"share_embeddings_and_output_weights": False}):
         plain = tiny_model(**untied)
         targets = [*ALL_LINEAR, *(["output_layer"] if untied else [])]
-        model = adapted(tiny_model(**untied), target_modules=targets)
-        model.eval()
-        model.load_state_dict(plain.state_dict(), strict=False)
+        model = tiny_model(**untied)
+        model.load_state_dict(plain.state_dict())
+        adapted(model, target_modules=targets).eval()
         before_BLV = model(TOKENS_BL)
         assert torch.equal(before_BLV, plain(TOKENS_BL)), "B is zero at the start"
 
         weights = randomised(model).state_dict()
+        weights = {name: weight for name, weight in weights.items() if "_extra_state" not in name}
         merged = {name: weight.clone() for name, weight in weights.items() if ".adapter." not in name}
         ends = [name.removesuffix(".adapter.linear_in.weight") for name in weights if "linear_in.weight" in name]
         assert len(ends) == 16 + bool(untied)
@@ -183,7 +182,7 @@ def test_an_adapter_adds_its_product(one_process):
             low, high = (weights[f"{name}.adapter.linear_{end}.weight"] for end in ("in", "out"))
             assert low.shape[0] == high.shape[1] == 4
             merged[f"{name}.weight"] += 8 / 4 * high @ low
-        plain.load_state_dict(merged)
+        plain.load_state_dict(merged, strict=False)
         after_BLV = model(TOKENS_BL)
         torch.testing.assert_close(after_BLV, plain(TOKENS_BL), rtol=0, atol=1e-5)
         assert (after_BLV - before_BLV).abs().max() > 1e-2
