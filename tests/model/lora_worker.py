@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes of a test of LoRA: one step's gradients under several layouts, one after the other.
 
-Run by test_lora_layouts.py: ``lora_worker.py BASE FOLDER LAYOUT...``. For each checkpoint of adapters in the folder
-rank 0 saves, in ``<checkpoint>-<layout>.pt``, the loss of every sequence, and by global name the gradients, as full
-tensors, of what is trained.
+Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT LAYOUT...``. Rank 0 saves, in ``<layout>.pt`` beside the
+checkpoint of adapters, the loss of every sequence and, as full tensors by global name, the gradients of what is trained.
 """
 
 import sys
@@ -61,7 +60,6 @@ def main(base, adapter_checkpoint, layout, output):
 
 
 if __name__ == "__main__":
-    base, folder, *layouts = sys.argv[1:]
-    for checkpoint in sorted(Path(folder).glob("iter_*[0-9]")):
-        for name in layouts:
-            fork(2, main, Path(base), checkpoint, LAYOUTS[name], Path(folder) / f"{checkpoint.name}-{name}.pt")
+    base, checkpoint, *layouts = sys.argv[1:]
+    for name in layouts:
+        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], Path(checkpoint).with_name(f"{name}.pt"))
