@@ -2,7 +2,7 @@
 """Two processes of a test of LoRA: one step's gradients under several layouts, one after the other.
 
 Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT LAYOUT...``. Rank 0 saves, in ``<layout>.pt`` beside the
-checkpoint of adapters, the loss of every sequence and, as full tensors by global name, the gradients of what is trained.
+checkpoint of adapters, the loss of every sequence and, as full tensors by global name, gradients of what is trained.
 """
 
 import sys
