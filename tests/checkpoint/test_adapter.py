@@ -12,8 +12,9 @@ import yaml
 from checkpoint.tiny_adapters import ALL_LINEAR, write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.checkpoint.adapter import base_checkpoint, merged_tensors, read_adapters
-from evo2_megatron.checkpoint.distcp import read_index, stored_tensors
+from evo2_megatron.checkpoint.distcp import copy_tensors, read_index, stored_tensors
 from evo2_megatron.checkpoint.load import load_model, tensor_shapes
+from evo2_megatron.checkpoint.names import unfused
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 
@@ -174,6 +175,18 @@ def test_merged_tensors(base, adapters):
         if not torch.equal(want, before[name]):
             changed.add(name)
     assert len(changed) == 16 + 3
+
+
+def test_a_base_without_fused_names(base, adapters, tmp_path):
+    """As models without Transformer Engine's fused layers were written."""
+    old = tmp_path / base.name
+    old.mkdir()
+    copy_tensors(base, read_index(base), {name: unfused(name) for name in tensor_shapes(base)}, old)
+    for file in ("run_config.yaml", "common.pt"):
+        shutil.copyfile(base / file, old / file)
+    assert tensor_shapes(old).keys() != tensor_shapes(base).keys()
+    assert torch.equal(logits(adapters, base_ckpt_dir=old), logits(adapters))
+    assert merged_tensors(adapters, read_run_config(adapters), old).keys() == tensor_shapes(base).keys()
 
 
 def test_a_merged_matrix_is_rounded_once(megatron, tmp_path):
