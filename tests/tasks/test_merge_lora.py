@@ -62,6 +62,20 @@ def test_what_cannot_be_merged(adapters, tmp_path):
         merge_lora(adapters, tmp_path / "merged")
 
 
+def test_command(adapters, tmp_path, capsys):
+    from evo2_megatron.cli import merge_lora as command
+
+    moved = adapters.parents[1] / "base"
+    flags = ["--ckpt-dir", str(adapters), "--base-ckpt-dir", str(moved), "--output-dir", str(tmp_path / "merged")]
+    command.main([*flags, "--float32"])
+    assert capsys.readouterr().out == f"{tmp_path / 'merged' / 'iter_0000020'}\n"
+    with pytest.raises(SystemExit) as ending:
+        command.main(flags)
+    error = capsys.readouterr().err
+    assert ending.value.code == 2
+    assert error.startswith("evo2_merge_lora: error: ") and error.endswith("choose another folder or remove it\n")
+
+
 def test_a_merge_that_went_wrong_is_refused(adapters, tmp_path, monkeypatch):
     """Adapters at half their weight, say."""
     from evo2_megatron.checkpoint import adapter
