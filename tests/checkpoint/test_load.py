@@ -223,20 +223,12 @@ def test_vocabulary(tmp_path, groups_free):
 
     checkpoint = write_tiny_checkpoint(tmp_path, rows=256)
     shutil.rmtree(checkpoint / "tokenizer")
-    assert find_tokenizer(checkpoint) == tokenizer_dir(256)
+    assert find_tokenizer(checkpoint, checkpoint) == tokenizer_dir(256)
     with process_groups(ONE):
         assert logits(load_model(checkpoint, parallel=ONE)).shape[-1] == 256
         shutil.copytree(tokenizer_dir(512), checkpoint / "tokenizer")
         with pytest.raises(UserError, match="has 512 tokens but the model in .* only 256 embedding rows"):
             load_model(checkpoint, parallel=ONE)
-
-
-def test_lora_is_refused(copy, groups):
-    from evo2_megatron.checkpoint.load import load_model
-
-    edit_run_config(copy, lambda config: config.update(peft={"_target_": "bionemo.evo2.models.evo2_lora.Evo2LoRA"}))
-    with pytest.raises(UserError, match="holds LoRA adapters without their base model"):
-        load_model(copy, parallel=ONE)
 
 
 def test_a_tampered_index_runs_nothing(copy, groups):

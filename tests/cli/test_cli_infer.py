@@ -13,9 +13,9 @@ EVERY_FLAG = """
 --prompt-file prompts.jsonl --output-file out/records.jsonl --return-log-probs --max-new-tokens 7 --temperature 0.5
 --top-k 4 --seed 0 --max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
---mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops
+--mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops --base-ckpt-dir base
 """
-"""The flags of the former command."""
+"""The flags of the former command, and ours."""
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_defaults(call):
         "max_seq_length": None,
         "parallel": ParallelConfig(),
         "precision": None,
+        "base_ckpt_dir": None,
         "provider_overrides": {},
         "output_file": None,
     }
@@ -76,6 +77,7 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "max_seq_length": 9000,
         "parallel": ParallelConfig(tensor=4, pipeline=3, context=2),
         "precision": "bf16_mixed",
+        "base_ckpt_dir": Path("base"),
         "provider_overrides": {"vortex_style_fp8": True, "use_subquadratic_ops": True},
         "output_file": Path("out/records.jsonl"),
     }

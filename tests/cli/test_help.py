@@ -11,7 +11,7 @@ import pytest
 
 from evo2_megatron import cli
 
-COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem not in ("__init__", "groups"))
+COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem != "__init__" and not p.stem.endswith("groups"))
 
 
 def flags(command):

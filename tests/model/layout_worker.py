@@ -42,8 +42,8 @@ def tokens():
     return ids_BL[:, :-1], ids_BL[:, 1:], mask_BL
 
 
-def build(checkpoint, layout):
-    """This process's part of the model behind Megatron's own data parallelism, and its configuration."""
+def build(checkpoint, layout, adapt=lambda stage: None):
+    """This process's part of the model, after ``adapt``, behind Megatron's own data parallelism."""
     from megatron.bridge.training.config import DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads
 
@@ -69,6 +69,7 @@ def build(checkpoint, layout):
 
     def fill(stages):
         load.load_weights(stages[0], checkpoint, stored, dropped_layers=())
+        adapt(stages[0])
         return stages
 
     (model,) = provider.provide_distributed_model(
@@ -113,8 +114,8 @@ def train_step(model):
     return losses
 
 
-def whole(parameter):
-    """Gradient of the full tensor."""
+def whole(parameter, *, in_halves=False):
+    """Gradient of the full tensor; ``in_halves``: each process has gate and up rows, one after the other."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -123,7 +124,7 @@ def whole(parameter):
         return gradient
     axis = parameter.partition_dim
     full = gather_from_tensor_model_parallel_region(gradient.transpose(axis, -1), group=group).transpose(axis, -1)
-    if parameter.partition_stride == 2:  # gate and up rows of each process, one after the other
+    if in_halves or parameter.partition_stride == 2:
         full = full.unflatten(0, (group.size(), 2, -1)).transpose(0, 1).flatten(0, 2)
     return full
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evo2_megatron.cli import train
-from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions
 
 
 @pytest.fixture
@@ -130,6 +130,14 @@ LANDS = [
     ("--ckpt-format torch_dist", "checkpoint.ckpt_format", "torch_dist"),
     ("--most-recent-k 2", "checkpoint.most_recent_k", 2),
     ("--optim-full-reshardable", "checkpoint.dist_ckpt_optim_fully_reshardable", True),
+    ("", "peft", None),
+    ("--lora-finetune", "peft.dim", 16),
+    ("--lora-finetune", "peft.target_modules", LORA_TARGETS),
+    ("--lora-finetune --lora-dim 4", "peft.dim", 4),
+    ("--lora-finetune --lora-alpha 8", "peft.alpha", 8),
+    ("--lora-finetune --lora-dropout 0.25", "peft.dropout", 0.25),
+    ("--lora-finetune --lora-target-modules dense,*.linear_fc1", "peft.target_modules", ["dense", "*.linear_fc1"]),
+    ("--lora-finetune --lora-skip-freeze-modules final_norm", "peft.skip_freeze_modules", ["final_norm"]),
     ("--log-interval 3", "logger.log_interval", 3),
     ("--log-interval 0", "logger.log_interval", 10),
     ("--disable-tensorboard-logger", "logger.tensorboard_dir", None),

@@ -12,12 +12,13 @@ import contextlib
 import logging
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from evo2_megatron.checkpoint.adapter import base_checkpoint, read_adapters
 from evo2_megatron.checkpoint.distcp import read_index, tensor_entries
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path, tokenizer_dir
 from evo2_megatron.checkpoint.names import EMBEDDING, check_tensors, is_weight, unfused
@@ -62,17 +63,20 @@ def load_model(
     parallel: ParallelConfig,
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
+    base_ckpt_dir: Path | None = None,
 ) -> LoadedModel:
     """Build the model that a checkpoint describes, for any parallel layout, and fill in its weights.
 
     Call it on all processes, inside ``runtime.distributed.process_groups``. The model gets as many embedding rows as
-    the checkpoint has. It may have fewer layers than the checkpoint: the first ``num_layers``.
+    the checkpoint has. It may have fewer layers than the checkpoint: the first ``num_layers``. Of a LoRA run it is the
+    base model with the adapters in place.
 
     Args:
         ckpt_dir: A checkpoint, or the folder of a run's checkpoints (the newest is taken).
         parallel: The layout that the process groups were made for.
         precision: A recipe's name. None: the checkpoint's; where it names none, bf16_mixed on CUDA and fp32 elsewhere.
         provider_overrides: Fields of StripedHyenaProvider that replace the checkpoint's.
+        base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
 
     Raises:
         UserError: No checkpoint; not one of ours; keys or shapes that do not match; a layout or a precision that this
@@ -83,9 +87,9 @@ def load_model(
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
-    check_loadable(run_config)
-    stored = stored_shapes(checkpoint)
-    tokenizer = find_tokenizer(checkpoint)
+    base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
+    stored = stored_shapes(base)
+    tokenizer = find_tokenizer(checkpoint, base)
     name, settings = _precision(run_config, precision)
     provider = _provider(run_config, stored, parallel, dict(provider_overrides or {}))
     settings.setup(provider)
@@ -95,28 +99,31 @@ def load_model(
         (model,) = provider.provide_distributed_model(
             wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda()
         )
-    load_weights(model, checkpoint, stored, dropped_layers=range(provider.num_layers, run_config.num_layers))
+    dropped = range(provider.num_layers, run_config.num_layers)
+    load_weights(model, base, stored, dropped_layers=dropped)
+    if run_config.is_lora:
+        adapters = read_adapters(run_config)
+        adapters(model, training=False)
+        load_weights(
+            model, checkpoint, tensor_shapes(checkpoint), dropped_layers=dropped, only=adapters.adapter_key_filter
+        )
+        logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
     lay_out_for_decoding(model)
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, run_config, checkpoint)
 
 
-def check_loadable(run_config: RunConfig) -> None:
-    """Raise UserError for checkpoints that hold only a part of a model."""
-    if run_config.is_lora:
-        raise UserError(
-            f"{run_config.path.parent} holds LoRA adapters without their base model, and loading adapters is not "
-            f"supported yet; give the base checkpoint ({run_config.pretrained_checkpoint}) or a fully fine-tuned one"
-        )
-
-
-def find_tokenizer(checkpoint: Path) -> Path:
+def find_tokenizer(checkpoint: Path, base: Path) -> Path:
     """The checkpoint's tokenizer, or the bundled one that fits where it carries none.
+
+    Args:
+        checkpoint: One iteration.
+        base: What holds its embedding; the same, unless it is one of LoRA adapters.
 
     Raises:
         UserError: The tokenizer has more tokens than the model has embedding rows.
     """
-    folder, rows = tokenizer_dir(checkpoint), stored_shapes(checkpoint)[EMBEDDING][0]
+    folder, rows = tokenizer_dir(checkpoint), stored_shapes(base)[EMBEDDING][0]
     if folder is None:
         folder = bundled_tokenizer_dir(512 if rows >= 512 else 256)
         logger.info("%s carries no tokenizer; using the bundled one in %s", checkpoint, folder)
@@ -129,13 +136,22 @@ def find_tokenizer(checkpoint: Path) -> Path:
     return folder
 
 
-def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Name and global shape of every tensor in a checkpoint, optimizer state included. Reads no tensor.
+
+    Raises:
+        UserError: The folder holds no weights in this format.
+    """
+    return {name: tuple(entry.size) for name, entry in tensor_entries(read_index(checkpoint)).items()}
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """``tensor_shapes`` of a checkpoint with a whole model in it.
 
     Raises:
         UserError: The folder holds no weights in this format, or those of another model.
     """
-    shapes = {name: tuple(entry.size) for name, entry in tensor_entries(read_index(checkpoint)).items()}
+    shapes = tensor_shapes(checkpoint)
     if EMBEDDING not in shapes:
         raise UserError(f"{checkpoint} has no tensor {EMBEDDING}; it is not a checkpoint of an Evo 2 model")
     return shapes
@@ -203,15 +219,21 @@ def _provider(
 
 
 def load_weights(
-    wrapped: MegatronModule, checkpoint: Path, stored: Mapping[str, tuple[int, ...]], *, dropped_layers: Iterable[int]
+    wrapped: MegatronModule,
+    checkpoint: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    *,
+    dropped_layers: Iterable[int],
+    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Fill a model with a checkpoint's weights, on all processes together.
 
     Args:
         wrapped: The model, or its wrapper for 16 bits.
         checkpoint: Folder of the iteration.
-        stored: What ``stored_shapes`` gives for it.
+        stored: What ``tensor_shapes`` gives for it.
         dropped_layers: Layers that the checkpoint has and the model, by intention, has not; counted from 0.
+        only: Which of the model's tensors, by their names in this stage, the checkpoint is to have; the others stay.
 
     Raises:
         UserError: Tensors that are missing, not understood, or of another shape.
@@ -228,7 +250,7 @@ def load_weights(
         content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
     sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(content))
     # FP8 scaling history: not part of the weights, and the only entries that would be unpickled
-    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
+    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name and only(name)}
     for entry in sharded.values():
         # written without Transformer Engine's fused layers
         if isinstance(entry, ShardedTensor) and entry.key not in stored and unfused(entry.key) in stored:
@@ -243,9 +265,10 @@ def load_weights(
         remedy="check that the two files belong together",
     )
     with _in_one_line(checkpoint):
-        loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint))["model"]
+        # a pipeline stage without adapters asks for nothing
+        loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint)).get("model", {})
     result = model.load_state_dict(loaded, strict=False)
-    forgotten = [name for name in result.missing_keys if "_extra_state" not in name]
+    forgotten = [name for name in result.missing_keys if "_extra_state" not in name and only(name)]
     assert not forgotten and not result.unexpected_keys, f"{forgotten} {result.unexpected_keys}"
 
 

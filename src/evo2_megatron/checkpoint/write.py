@@ -122,6 +122,20 @@ def describe(
     _write_run_config(provider, recipe, folder, converted_from)
 
 
+def describe_as(folder: Path, sections: Mapping[str, Any], *, tokenizer: Path, iteration: int) -> None:
+    """Like ``describe``, for weights that were trained.
+
+    Args:
+        folder: Of one iteration.
+        sections: Contents of ``run_config.yaml``; plain values.
+        tokenizer: As for ``describe``, like ``iteration``.
+    """
+    megatron.enter()
+    _write_common(folder, iteration)
+    shutil.copytree(tokenizer, folder / layout.TOKENIZER)
+    (folder / layout.RUN_CONFIG).write_text(yaml.safe_dump(dict(sections), sort_keys=False))
+
+
 def _write_common(folder: Path, iteration: int) -> None:
     from megatron.bridge.training.state import TrainState
 

@@ -231,42 +231,19 @@ def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
     return args.vortex_style_fp8
 
 
-def add_windows(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``windows`` reads, which go with ``--sharded-eden-data``."""
-    group = parser.add_argument_group("sharded windows")
-    group.add_argument(
-        "--sequence-db-dir", type=Path, metavar="DIR", help="holds <sample>/glm_dataset_<sample>.sqlite"
-    )
-    for flag, split in (("--train", "training"), ("--val", "validation"), ("--test", "test")):
-        meaning = f"{split} windows, made by bionemo_precompute_windows"
-        group.add_argument(f"{flag}-window-db", type=Path, metavar="FILE", help=meaning)
-    for flag, kind in (("--stride", positive_int), ("--window-min-length-threshold", int)):
-        group.add_argument(flag, type=kind, metavar="N", help="that the windows must have (default: any)")
-    group.add_argument(
-        "--rc-aug", action="store_true", default=None, help="read half of the training windows on the opposite strand"
-    )
-    group.add_argument(
-        "--former-window-layout",
-        action="store_true",
-        default=None,
-        help="every window loses its last two bases and ends with EOS, as with the former loader (default: EOS where "
-        "a contig ends)",
+def add_base_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """Add ``--base-ckpt-dir``, read as ``base_checkpoint(args)``."""
+    parser.add_argument(
+        "--base-ckpt-dir",
+        type=Path,
+        metavar="DIR",
+        help="of LoRA adapters: where the base model is now (default: where it was in training)",
     )
 
 
-def windows(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of ``recipes.options.TrainingOptions``; None where the user did not speak."""
-    return {
-        "sharded_windows": args.sharded_eden_data,
-        "sequence_db_dir": args.sequence_db_dir,
-        "train_window_db": args.train_window_db,
-        "valid_window_db": args.val_window_db,
-        "test_window_db": args.test_window_db,
-        "stride": args.stride,
-        "window_min_length": args.window_min_length_threshold,
-        "reverse_complement": args.rc_aug,
-        "former_windows": args.former_window_layout,
-    }
+def base_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder given, or None: the checkpoint says."""
+    return args.base_ckpt_dir
 
 
 def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> argparse._ArgumentGroup:
@@ -338,6 +315,11 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def comma_list(text: str) -> list[str]:
+    """Argument type: names with commas between them; spaces around them and empty ones do not count."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _rank() -> int:

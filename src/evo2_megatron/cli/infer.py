@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = groups.Parser(PROG, __doc__)
     checkpoint = parser.add_argument_group("checkpoint")
     checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    groups.add_base_checkpoint(checkpoint)
     _add_prompts(parser)
     _add_sampling(parser)
     _add_memory(parser)
@@ -74,6 +75,7 @@ def _main(argv: Sequence[str] | None) -> None:
         max_seq_length=max_seq_length,
         parallel=groups.parallel(args),
         precision=groups.precision(args),
+        base_ckpt_dir=groups.base_checkpoint(args),
         provider_overrides={name: value for name, value in switches.items() if value is not None},
         output_file=args.output_file,
         on_record=_show,

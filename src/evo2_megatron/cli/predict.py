@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
+    groups.add_base_checkpoint(source)
     _add_output(parser)
     _add_sequences(parser)
     _add_model(parser)
@@ -80,6 +81,7 @@ def _main(argv: Sequence[str] | None) -> None:
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
+        base_ckpt_dir=groups.base_checkpoint(args),
     )
 
 

@@ -8,24 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, training_groups
 from evo2_megatron.config import UserError
 
 PROG = "train_evo2"
 
 _FASTA = "training does not read FASTA; make .bin/.idx files with preprocess_evo2 and use --dataset-config"
-_LORA = "LoRA training is not available; leave the --lora flags out to fine-tune all weights"
 _UNAVAILABLE = {
     "--fasta-data": _FASTA,
     "--fasta-file": _FASTA,
     "--use-targeted-variance-loss": "the targeted variance loss is not available; leave the flag out",
     "--optim-fmt-pre-mcore-014": "Megatron Core writes one optimizer format only; leave the flag out",
-    "--lora-finetune": _LORA,
-    "--lora-dim": _LORA,
-    "--lora-alpha": _LORA,
-    "--lora-dropout": _LORA,
-    "--lora-target-modules": _LORA,
-    "--lora-skip-freeze-modules": _LORA,
 }
 """Flags of older versions that this one cannot honour: accepting them silently would train something else."""
 
@@ -34,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags. None stands for "not given": the defaults that the help names belong to the recipe."""
     parser = groups.Parser(PROG, __doc__)
     _add_data(parser)
-    groups.add_windows(parser)
+    training_groups.add_windows(parser)
     _add_model(parser)
     groups.add_parallel(parser)
     _add_duration(parser)
@@ -43,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_communication(parser)
     groups.add_recompute(parser)
     _add_checkpoint(parser)
+    training_groups.add_lora(parser)
     _add_logging(parser)
     _add_unavailable(parser)
     return parser
@@ -344,7 +338,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "parallel": groups.parallel(args),
         **_data_options(args),
-        **groups.windows(args),
+        **training_groups.windows(args),
         **_model_options(args),
         **_duration_options(args),
         **_optimizer_options(args),
@@ -352,6 +346,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         **_communication_options(args),
         **groups.recompute(args),
         **_checkpoint_options(args),
+        **training_groups.lora(args),
         **_logging_options(args),
     }
 

@@ -30,7 +30,7 @@ class CachedSelfAttention(SelfAttention):
 
     def new_state(self, batch_size: int, max_tokens: int) -> KeyValueState:
         """An empty cache, in the dtype and on the device of the weights."""
-        weight = self.linear_qkv.weight
+        weight = next(self.linear_qkv.parameters())  # a layer with an adapter has no attribute ``weight``
         shape = (batch_size, self.num_query_groups_per_partition, max_tokens, self.hidden_size_per_attention_head)
         return KeyValueState(weight.new_zeros(shape), weight.new_zeros(shape))
 

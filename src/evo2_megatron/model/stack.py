@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -137,6 +138,10 @@ class HyenaStack(MegatronModule):
 
     def _forward_recomputed(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """Keep only the input of every block of layers, and run it again in the backward pass."""
+        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            # behind a frozen embedding: autograd skips a checkpointed block of which no input wants a gradient, and
+            # with it the gradients of what is trained inside
+            hidden_states = hidden_states.detach().requires_grad_()
         block, num_layers = self.config.recompute_num_layers, len(self.layers)
         # "uniform" recomputes blocks of that many layers; "block" the first that many, one by one
         uniform = self.config.recompute_method == "uniform"

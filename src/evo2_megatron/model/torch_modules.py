@@ -104,10 +104,13 @@ class RMSNormColumnLinear(ColumnLinear):
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.layer_norm_weight = _norm_weight(config, input_size)
+        self.return_layernorm_output = False
+        """Return ``((output, normalised input), bias)``, as Transformer Engine's layer does for LoRA."""
 
-    def forward(self, x_LBH: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_LBH: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
         norm_LBH = rms_norm(x_LBH, self.layer_norm_weight, self.config.layernorm_epsilon)
-        return super().forward(norm_LBH, *args, **kwargs)
+        output, bias = super().forward(norm_LBH, *args, **kwargs)
+        return ((output, norm_LBH), bias) if self.return_layernorm_output else (output, bias)
 
 
 def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, dropout: float = 0.0) -> Tensor:

@@ -15,6 +15,9 @@ from evo2_megatron.runtime import megatron
 DEFAULT_RAMP_STEPS = 2500
 """Default length of the warm-up, and of the tail at the lowest learning rate."""
 
+LORA_TARGETS = ["dense_projection", "dense", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+"""All linear layers of the stack."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
@@ -115,6 +118,14 @@ class TrainingOptions:
     ckpt_format: str = "torch_dist"
     most_recent_k: int = 5  # -1: all
     optim_full_reshardable: bool = False
+
+    # LoRA; the lists hold patterns (see model.lora.matches)
+    lora_finetune: bool = False
+    lora_dim: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    lora_target_modules: list[str] = field(default_factory=LORA_TARGETS.copy)
+    lora_skip_freeze_modules: list[str] = field(default_factory=list)
 
     # logging and profiling
     log_interval: int = 10  # steps

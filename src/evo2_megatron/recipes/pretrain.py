@@ -33,6 +33,7 @@ from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 from evo2_megatron.config import uses_fp8
 from evo2_megatron.data.providers import Evo2DatasetProvider, MockEvo2DatasetProvider, ShardedWindowsProvider
+from evo2_megatron.model.lora import Evo2LoRA
 from evo2_megatron.model.param_groups import HyenaWeightDecay
 from evo2_megatron.model.provider import StripedHyenaProvider, provider_for
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe, schedule
@@ -78,6 +79,7 @@ def pretrain_config(options: TrainingOptions) -> ConfigContainer:
         profiling=_profiling(options),
         comm_overlap=_comm_overlap(options),
         mixed_precision=_mixed_precision(options),
+        peft=_lora(options),
     )
 
 
@@ -301,6 +303,18 @@ def _comm_overlap(options: TrainingOptions) -> Any:
         overlap_param_gather_with_optimizer_step=False,
         align_param_gather=options.align_param_gather,
         wgrad_deferral_limit=22,
+    )
+
+
+def _lora(options: TrainingOptions) -> Evo2LoRA | None:
+    if not options.lora_finetune:
+        return None
+    return Evo2LoRA(
+        target_modules=options.lora_target_modules,
+        skip_freeze_modules=options.lora_skip_freeze_modules,
+        dim=options.lora_dim,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
     )
 
 

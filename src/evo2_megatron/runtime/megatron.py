@@ -93,6 +93,9 @@ def _import_bridge_without_transformer_engine() -> None:
     try:
         importlib.import_module("megatron.bridge.peft.lora")
         importlib.import_module("megatron.bridge.peft.canonical_lora")
+        for name in ("utils", "module_matcher"):
+            # megatron-core's names for Transformer Engine's layers exist, as mocks: these take that for the layers
+            importlib.import_module(f"megatron.bridge.peft.{name}").HAVE_TE = False
     finally:
         # nobody else may believe that it is there
         for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:

@@ -13,7 +13,7 @@ import yaml
 
 from evo2_megatron.architectures import Architecture, architecture
 from evo2_megatron.checkpoint import distcp, layout, names
-from evo2_megatron.checkpoint.load import check_loadable
+from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.checkpoint.strip_optimizer import kept_tensors, strip_optimizer
 from evo2_megatron.checkpoint.tensors import WholeTensors
@@ -63,7 +63,7 @@ def mbridge_to_vortex(
     _check_free(files)
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir, flag="--mbridge-ckpt-dir")
     run_config = read_run_config(checkpoint)
-    check_loadable(run_config)
+    check_whole(run_config)
     megatron.enter()
     from evo2_megatron.model.provider import architecture_of
 

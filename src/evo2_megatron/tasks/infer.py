@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import check_loadable, find_tokenizer, load_model
+from evo2_megatron.checkpoint.load import find_tokenizer, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
@@ -60,6 +61,7 @@ def infer(
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
+    base_ckpt_dir: Path | None = None,
     output_file: Path | None = None,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
@@ -72,7 +74,7 @@ def infer(
         max_seq_length: Longest prompt with its new tokens. None: what the checkpoint was trained for and the caches of
             a batch have memory for.
         parallel: Tensor and pipeline sizes.
-        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides``.
+        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides`` and ``base_ckpt_dir``.
         output_file: JSON Lines file for the records.
         on_record: Called on rank 0 with each record as it finishes.
 
@@ -86,8 +88,8 @@ def infer(
     _check_layout(parallel)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
-    check_loadable(run_config)
-    vocab_size = tokenizer.read_vocab_size(find_tokenizer(checkpoint))
+    base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
+    vocab_size = tokenizer.read_vocab_size(find_tokenizer(checkpoint, base))
     settings = dataclasses.replace(settings, vocab_size=vocab_size)
     settings.sampling.check_vocabulary(vocab_size)
     work = _Work(prompts, [_encode(prompt, vocab_size) for prompt in prompts], settings)
@@ -97,7 +99,7 @@ def infer(
         work.check_lengths(max_seq_length, "of --max-seq-length")
     writes = output_file is not None and distributed.rank() == 0
     with RecordFile(output_file) if writes else nullcontext() as file, distributed.process_groups(parallel):
-        model = _load(checkpoint, parallel, precision, provider_overrides)
+        model = _load(checkpoint, base, parallel, precision, provider_overrides)
         _log_memory("After model setup")
         if max_seq_length is None:
             work.check_lengths(memory_limit(model, settings.max_batch_size), "that a batch's caches have memory for")
@@ -115,11 +117,21 @@ def _check_layout(parallel: ParallelConfig) -> None:
 
 
 def _load(
-    checkpoint: Path, parallel: ParallelConfig, precision: str | None, overrides: Mapping[str, Any] | None
+    checkpoint: Path,
+    base: Path,
+    parallel: ParallelConfig,
+    precision: str | None,
+    overrides: Mapping[str, Any] | None,
 ) -> StripedHyenaModel:
     # one token cannot be split over processes
     parallel = dataclasses.replace(parallel, sequence_parallel=False)
-    loaded = load_model(checkpoint, parallel=parallel, precision=precision, provider_overrides=overrides)
+    loaded = load_model(
+        checkpoint,
+        parallel=parallel,
+        precision=precision,
+        provider_overrides=overrides,
+        base_ckpt_dir=None if base == checkpoint else base,
+    )
     from megatron.core.utils import unwrap_model
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out

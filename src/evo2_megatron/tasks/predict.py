@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, check_loadable, load_model
+from evo2_megatron.checkpoint.load import LoadedModel, load_model
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
@@ -126,6 +127,7 @@ def predict(
     changes: ModelChanges = ModelChanges(),
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
+    base_ckpt_dir: Path | None = None,
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
@@ -142,6 +144,7 @@ def predict(
         changes: Settings of the model that replace the checkpoint's.
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
+        base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
 
     Raises:
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
@@ -149,14 +152,18 @@ def predict(
     parallel.check_world_size(distributed.world_size())
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
-    check_loadable(run_config)
+    base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
     used_pattern = pattern[: _layers_needed(output, len(pattern))]
     dataset = FastaDataset(fasta, prepend_bos=sequences.prepend_bos, mask_tags=sequences.mask_phylogenetic_tags)
     _check_lengths(dataset, sequences.max_seq_length or _position_range(run_config, changes))
     with distributed.process_groups(parallel, seed=run_config.seed):
         loaded = load_model(
-            checkpoint, parallel=parallel, precision=precision, provider_overrides=changes.overrides(used_pattern)
+            checkpoint,
+            parallel=parallel,
+            precision=precision,
+            provider_overrides=changes.overrides(used_pattern),
+            base_ckpt_dir=base_ckpt_dir,
         )
         _log_setup(loaded, output, len(pattern), dataset)
         runner = Runner(loaded, output, min_length=sequences.min_length, chunk_length=sequences.chunk_length)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evo2_megatron.checkpoint import layout, load
+from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import PRECISION_RECIPES, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
 from evo2_megatron.runtime import distributed, megatron, training_repairs
 from evo2_megatron.runtime.precision import precision_settings
-from evo2_megatron.tasks import train_checks
+from evo2_megatron.tasks import train_checks, train_lora
 
 if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import CallbackContext
@@ -49,6 +50,9 @@ class Start(NamedTuple):
     checkpoint: Path | None
     """Weights to begin with; None: random ones."""
 
+    base: Path | None
+    """The whole model to begin with: the same, unless the checkpoint is this run's own and holds LoRA adapters."""
+
     step: int
     """Optimizer steps that this run has already done."""
 
@@ -67,11 +71,12 @@ def train(**given: Any) -> None:
     """
     options = TrainingOptions(**given)
     train_checks.check(options)
+    train_lora.check_options(options, given)
     start = _find_start(options)
     if start.resumes:
         _check_same_layout(start.checkpoint, options)
     if start.checkpoint is not None:
-        options = _with_defaults_of(start.checkpoint, options, given)
+        options = _with_defaults_of(start, options, given)
     options = train_checks.fit_to_machine(options)
     end = min(options.max_steps, options.early_stop_on_step or options.max_steps)
     if start.step >= end:
@@ -103,11 +108,12 @@ def _find_start(options: TrainingOptions) -> Start:
             raise UserError(
                 f"{own} has checkpoints but no {layout.TRACKER}; write the number of the iteration to resume into it"
             )
-        return Start(checkpoint, int(checkpoint.name.removeprefix("iter_")), resumes=True)
+        base = train_lora.base_of_own(checkpoint, read_run_config(checkpoint), options)
+        return Start(checkpoint, base, int(checkpoint.name.removeprefix("iter_")), resumes=True)
     if options.finetune_ckpt_dir is None:
-        return Start(None, 0, resumes=False)
-    given = options.finetune_ckpt_dir.absolute()
-    return Start(layout.resolve_checkpoint_path(given, flag="--finetune-ckpt-dir"), 0, resumes=False)
+        return Start(None, None, 0, resumes=False)
+    given = layout.resolve_checkpoint_path(options.finetune_ckpt_dir.absolute(), flag="--finetune-ckpt-dir")
+    return Start(given, given, 0, resumes=False)
 
 
 def _check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
@@ -121,13 +127,14 @@ def _check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
         )
 
 
-def _with_defaults_of(checkpoint: Path, options: TrainingOptions, given: dict[str, Any]) -> TrainingOptions:
-    """Tokenizer and precision of the checkpoint, where the user did not choose."""
+def _with_defaults_of(start: Start, options: TrainingOptions, given: dict[str, Any]) -> TrainingOptions:
+    """Tokenizer and precision of the checkpoint to begin with, where the user did not choose."""
+    checkpoint = start.checkpoint
     run_config = read_run_config(checkpoint)
-    load.check_loadable(run_config)
-    stored = load.stored_shapes(checkpoint)
+    check_whole(read_run_config(start.base))
+    stored = load.stored_shapes(start.base)
     if "tokenizer" not in given:
-        tokens = tokenizer.read_vocab_size(load.find_tokenizer(checkpoint))
+        tokens = tokenizer.read_vocab_size(load.find_tokenizer(checkpoint, start.base))
         options = replace(options, tokenizer=tokenizer.tokenizer_dir(tokens))
     elif isinstance(options.tokenizer, Path):
         tokens, rows = tokenizer.read_vocab_size(options.tokenizer), stored[load.EMBEDDING][0]
@@ -179,7 +186,7 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
     """Make Bridge start where ``start`` says."""
     from megatron.bridge.training.utils import checkpoint_utils
 
-    stored = load.stored_shapes(start.checkpoint)
+    stored = load.stored_shapes(start.base)
     # as many rows as the checkpoint: Megatron would cut the table, or fill it up with zeros, without a word
     config.model.vocab_size = stored[load.EMBEDDING][0]
     if start.resumes:
@@ -188,15 +195,19 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
         # they keep what they read for the life of the process, which may have trained before
         checkpoint_utils.read_run_config.cache_clear()
         checkpoint_utils.read_train_state.cache_clear()
-        return
-    _check_same_model(start.checkpoint, config.model, options)
+        if config.peft is None:
+            return
+    _check_same_model(start.base, config.model, options)
 
     def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
         (stage,) = model
-        load.load_weights(stage, start.checkpoint, stored, dropped_layers=())
+        load.load_weights(stage, start.base, stored, dropped_layers=())
         return model
 
     config.model.register_pre_wrap_hook(load_weights)
+    if config.peft is not None:
+        train_lora.check_modules(config.peft, config.model)
+        train_lora.add_adapters(config, distributed.rank())
 
 
 def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options: TrainingOptions) -> None:
@@ -223,7 +234,7 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     progress = TrainingProgress(bar=speaks and os.isatty(2) and not options.debug)
     callbacks = CallbackManager()
     callbacks.add(progress)
-    callbacks.register("on_train_start", functools.partial(_record_origin, options))
+    callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
     _be_alone_without_torchrun()
@@ -245,10 +256,12 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     _log_result(options, progress)
 
 
-def _record_origin(options: TrainingOptions, context: CallbackContext) -> None:
+def _record_origin(options: TrainingOptions, start: Start, context: CallbackContext) -> None:
     """Keep in run_config.yaml what was fine-tuned; earlier, Bridge would load it, with a looser loader than ours."""
     if options.finetune_ckpt_dir is not None:
-        context.state.cfg.checkpoint.pretrained_checkpoint = str(options.finetune_ckpt_dir.absolute())
+        # adapters belong to one checkpoint, and not to the newest that a folder has
+        origin = start.base if options.lora_finetune else options.finetune_ckpt_dir.absolute()
+        context.state.cfg.checkpoint.pretrained_checkpoint = str(origin)
 
 
 def _listen_for_preemption(context: CallbackContext) -> None:
