@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the exons of transcripts from GTF, plain or gzip, as GENCODE, Ensembl, NCBI and most programs write it.
+
+Only ``transcript`` and ``exon`` lines are read, and of their attributes ``gene_id``, ``transcript_id`` and
+``exon_number``, quoted or not. A transcript without a ``transcript`` line is made of its exons; exons without numbers
+go by their positions. A line that cannot be read, and a transcript whose exons do not make sense, is reported and left
+out, and so is the transcript that such a line belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import le
+from typing import BinaryIO, NamedTuple
+
+from evo2_megatron.config import UserError
+from evo2_megatron.data.fasta import open_fasta
+
+_BLOCK_BYTES = 1 << 18
+_MAX_LINE_BYTES = 1 << 20
+_MAX_DIGITS = 18
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SEMICOLON = ord(";")
+
+# what the three consortia write; anything else takes the slower way through _ATTRIBUTE
+_IDS = re.compile(rb'gene_id "([^"]+)"; (?:[^";]+"[^"]*"; )*?transcript_id "([^"]+)";')
+_EXON_NUMBER = b" exon_number "
+# a key, and everything up to the next semicolon that is not in quotes
+_ATTRIBUTE = re.compile(rb'[\s;]*([^\s";]+)([^";]*(?:"[^"]*"[^";]*)*)(?:;|\Z)')
+_END = re.compile(rb"[\s;]*\Z")
+_VALUE = re.compile(rb'\s*"([^"]*)"|\s*(.*?)\s*\Z', re.DOTALL)
+# in a line that is broken, to know which transcript it would have belonged to
+_LOOSE_IDS = re.compile(rb'\bgene_id "?([^";]+)"?;.*?\btranscript_id "?([^";]+)"?;')
+
+_KEYS = (b"gene_id", b"transcript_id", b"exon_number")
+_STRANDS = (b"+", b"-", b".")
+_WRONG_INTERVAL = "start and end are not whole numbers with 1 <= start <= end"
+
+# what follows the attributes up to a transcript's n-th exon number; after the last one comes what no line has
+_SUFFIXES = {quote: [*(b"%d%b" % (n, quote) for n in range(999)), b"\n"] for quote in (b'"', b";")}
+
+
+class Problem(NamedTuple):
+    """Something that was left out."""
+
+    kind: str
+    """For counting."""
+
+    line: int
+    """Of the GTF file, from 1."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class Transcript:
+    """Exons in ascending order on the forward strand, 0-based, end excluded. Names are as the file has them."""
+
+    gene_id: bytes
+    id: bytes
+    contig: bytes
+    strand: bytes
+    """``+``, ``-``, or ``.``, which is read as forward."""
+
+    line: int
+    """Of the file, where it is first named."""
+
+    starts: list[int]
+    ends: list[int]
+    extent: tuple[int, int] | None = None
+    """Start and end in the transcript's own line, if it has one."""
+
+    numbers: list[int | None] | None = None
+    """Exon numbers in the order of the file; None while they are 1, 2, 3 and so on."""
+
+    fault: Problem | None = None
+
+    @property
+    def num_bases(self) -> int:
+        """Of all exons."""
+        return sum(self.ends) - sum(self.starts)
+
+    def problem(self, kind: str, *, line: int | None = None) -> Problem:
+        """What to report if this transcript is left out; ``line`` is what is to blame, if not its first line."""
+        where = f" (line {line})" if line else ""
+        return Problem(kind, self.line, f"transcript '{text(self.id)}' of gene '{text(self.gene_id)}': {kind}{where}")
+
+
+class _BrokenLineError(Exception):
+    """A line that cannot be read, with the reason."""
+
+
+class _ExonAttributes(NamedTuple):
+    gene_id: bytes
+    transcript_id: bytes
+    number: int | None
+    prefix: bytes | None
+    """What comes before the number, its quote included."""
+
+
+class _Run(NamedTuple):
+    """What the next line is compared with."""
+
+    transcript: Transcript | None
+    prefix: bytes
+    suffixes: list[bytes]
+    next_number: int
+
+
+_NO_RUN = _Run(None, b"", [b"\n"], 0)
+
+
+def text(name: bytes) -> str:
+    """A name from a GTF file, to be shown."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) -> list[Transcript]:
+    """Transcripts in the order in which the file first names them.
+
+    Args:
+        path: GTF, plain or gzip.
+        report: Called with everything that is left out.
+
+    Raises:
+        UserError: No such file; damaged; or not GTF.
+    """
+    reader = _Reader(path, report)
+    with open_fasta(path, kind="GTF") as stream, _no_garbage_collection():
+        for lines in _blocks(path, stream):
+            reader.read(lines)
+        if not reader.transcripts:
+            raise UserError(
+                f"{path} has no exon or transcript that can be read in its {reader.num_lines} lines; GTF has 9 columns "
+                'between tabs, the last with gene_id "..."; transcript_id "...";'
+            )
+        return list(reader.finished())
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of objects are made that do not refer to each other: looking for cycles took a quarter of the time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[bytes]]:
+    """Lines without their ends, some thousand at a time."""
+    rest = stream.read(_BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    if rest.startswith(b"##gff-version"):
+        raise UserError(f"{path} is GFF3, not GTF; convert it, for example with gffread -T -o genes.gtf {path}")
+    while block := stream.read(_BLOCK_BYTES):
+        data = rest + block if rest else block
+        *lines, rest = data.split(b"\n")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise UserError(f"{path} is not GTF: it has a line of more than {_MAX_LINE_BYTES} bytes")
+        yield lines
+    if rest:
+        yield rest.removesuffix(b"\n").split(b"\n")
+
+
+class _Reader:
+    """Puts lines together to transcripts."""
+
+    def __init__(self, path: str | os.PathLike[str], report: Callable[[Problem], None]) -> None:
+        self._path, self._report = path, report
+        self.transcripts: dict[tuple[bytes, bytes], Transcript] = {}
+        self.num_lines = 0
+        self._latest: Transcript | None = None
+        self._latest_ids = b"\n"
+
+    def read(self, lines: list[bytes]) -> None:
+        """Add what the next lines say."""
+        transcript, prefix, suffixes, next_number = _NO_RUN
+        expected = b"\n"
+        for number, line in enumerate(lines, self.num_lines + 1):
+            fields = line.split(b"\t", 8)
+            if len(fields) != 9:
+                self._skip(number, line)
+                continue
+            contig, _, feature, start, end, _, strand, _, attributes = fields
+            if feature == b"exon":
+                # most exons continue the transcript of the line before: one comparison replaces the parser
+                if (
+                    attributes.startswith(expected)
+                    and contig == transcript.contig
+                    and strand == transcript.strand
+                    and (interval := _interval(start, end))
+                ):
+                    transcript.starts.append(interval[0])
+                    transcript.ends.append(interval[1])
+                    next_number += 1
+                else:
+                    run = self._add_exon(number, contig, strand, _interval(start, end), attributes)
+                    transcript, prefix, suffixes, next_number = run
+                expected = prefix + suffixes[next_number]
+            elif feature == b"transcript":
+                self._add_transcript(number, contig, strand, _interval(start, end), attributes)
+        self.num_lines += len(lines)
+
+    def _add_transcript(
+        self, number: int, contig: bytes, strand: bytes, interval: tuple[int, int] | None, attributes: bytes
+    ) -> None:
+        """Read a transcript's own line."""
+        found = _IDS.match(attributes)
+        try:
+            if found:
+                gene_id, transcript_id = found.groups()
+            else:
+                gene_id, transcript_id, *_ = _parse(attributes)
+        except _BrokenLineError as error:
+            self._broken(number, f"transcript with {error}")
+            return
+        transcript = self._get(gene_id, transcript_id, contig, strand, number)
+        if transcript.extent is not None:
+            transcript.fault = transcript.fault or transcript.problem("described twice", line=number)
+        if interval is None:
+            self._broken(number, _WRONG_INTERVAL)
+            transcript.fault = transcript.fault or transcript.problem("its own line is broken", line=number)
+        transcript.extent = interval
+        self._check_place(transcript, contig, strand, number)
+        self._latest, self._latest_ids = transcript, found[0] if found else b"\n"
+
+    def _add_exon(
+        self, number: int, contig: bytes, strand: bytes, interval: tuple[int, int] | None, attributes: bytes
+    ) -> _Run:
+        """Read an exon that the line before does not foretell; return what it foretells."""
+        try:
+            transcript, exon_number, prefix = self._owner(number, contig, strand, attributes)
+        except _BrokenLineError as error:
+            self._broken(number, f"exon with {error}")
+            return _NO_RUN
+        self._check_place(transcript, contig, strand, number)
+        if interval is None:
+            self._broken(number, _WRONG_INTERVAL)
+            transcript.fault = transcript.fault or transcript.problem("an exon's line is broken", line=number)
+        if transcript.fault is not None:
+            return _NO_RUN
+        transcript.starts.append(interval[0])
+        transcript.ends.append(interval[1])
+        count = len(transcript.starts)
+        if transcript.numbers is None and exon_number != count:
+            transcript.numbers = list(range(1, count))
+        if transcript.numbers is not None:
+            transcript.numbers.append(exon_number)
+            return _NO_RUN
+        suffixes = _SUFFIXES[b'"' if prefix.endswith(b'"') else b";"]
+        return _Run(transcript, prefix, suffixes, min(count + 1, len(suffixes) - 1))
+
+    def _owner(
+        self, number: int, contig: bytes, strand: bytes, attributes: bytes
+    ) -> tuple[Transcript, int | None, bytes | None]:
+        """Transcript of an exon, the exon's number, and what the attributes have before the number."""
+        if not attributes.startswith(self._latest_ids):
+            found = _IDS.match(attributes)
+            if not found:
+                gene_id, transcript_id, exon_number, prefix = _parse(attributes)
+                return self._get(gene_id, transcript_id, contig, strand, number), exon_number, prefix
+            self._latest_ids = found[0]
+            self._latest = self._get(*found.groups(), contig, strand, number)
+        # the number, if it is written as usual
+        start = len(self._latest_ids)
+        at = attributes.find(_EXON_NUMBER, start)
+        if at >= 0 and attributes[at - 1] == _SEMICOLON and not attributes.count(b'"', start, at) % 2:
+            at += len(_EXON_NUMBER)
+            quote = b'"' if attributes.startswith(b'"', at) else b";"
+            at += quote == b'"'
+            value = attributes[at : attributes.find(quote, at)]
+            if value.isdigit() and len(value) < _MAX_DIGITS:
+                return self._latest, int(value), attributes[:at]
+        *_, exon_number, prefix = _parse(attributes)
+        return self._latest, exon_number, prefix
+
+    def _get(self, gene_id: bytes, transcript_id: bytes, contig: bytes, strand: bytes, number: int) -> Transcript:
+        key = (gene_id, transcript_id)
+        transcript = self.transcripts.get(key)
+        if transcript is None:
+            transcript = self.transcripts[key] = Transcript(gene_id, transcript_id, contig, strand, number, [], [])
+        return transcript
+
+    def _check_place(self, transcript: Transcript, contig: bytes, strand: bytes, number: int) -> None:
+        if transcript.fault is not None:
+            return
+        if contig != transcript.contig:
+            transcript.fault = transcript.problem("on several contigs", line=number)
+        elif strand != transcript.strand:
+            transcript.fault = transcript.problem("on both strands", line=number)
+        elif strand not in _STRANDS:
+            self._broken(number, f"strand '{text(strand)}' is not + or -")
+            transcript.fault = transcript.problem("of unknown strand", line=number)
+
+    def _broken(self, number: int, reason: str) -> None:
+        self._report(Problem("broken line", number, reason))
+
+    def _skip(self, number: int, line: bytes) -> None:
+        """Look at a line without nine columns."""
+        if line.startswith(b"#") or not line.strip():
+            return
+        num_columns = line.count(b"\t") + 1
+        self._broken(number, f"{num_columns} column{'s'[: num_columns > 1]} between tabs instead of 9")
+        found = _LOOSE_IDS.search(line)
+        if found and b"exon" in line.split(None, 5)[:5]:
+            transcript = self._get(*found.groups(), b"", b"", number)
+            transcript.fault = transcript.fault or transcript.problem("an exon's line is broken", line=number)
+
+    def finished(self) -> Iterator[Transcript]:
+        """Transcripts whose exons make sense; the others are reported."""
+        for transcript in self.transcripts.values():
+            kind = None if transcript.fault else _arrange(transcript)
+            fault = transcript.fault or (kind and transcript.problem(kind))
+            if fault:
+                self._report(fault)
+            else:
+                yield transcript
+
+
+def _interval(start: bytes, end: bytes) -> tuple[int, int] | None:
+    """0-based, end excluded; None unless ``1 <= start <= end``."""
+    if start.isdigit() and end.isdigit() and len(start) < _MAX_DIGITS and len(end) < _MAX_DIGITS:
+        first, last = int(start) - 1, int(end)
+        if 0 <= first < last:
+            return first, last
+    return None
+
+
+def _parse(attributes: bytes) -> _ExonAttributes:
+    """Read attributes one by one; of a key that occurs twice the first counts.
+
+    Raises:
+        _BrokenLineError: A quote is not closed, an identifier is missing, or the exon number is not a number.
+    """
+    values: dict[bytes, bytes] = {}
+    at, prefix = 0, None
+    while len(values) < len(_KEYS) and not _END.match(attributes, at):
+        found = _ATTRIBUTE.match(attributes, at)
+        if not found:
+            raise _BrokenLineError("a quote that is not closed")
+        key = found[1]
+        if key in _KEYS and key not in values:
+            value = _VALUE.match(found[2])
+            group = 1 if value[1] is not None else 2
+            values[key] = value[group]
+            if key == b"exon_number" and attributes[found.end() - 1] == _SEMICOLON:
+                prefix = attributes[: found.start(2) + value.start(group)]
+        at = found.end()
+    for key in _KEYS[:2]:
+        if not values.get(key):
+            raise _BrokenLineError(f"no {key.decode()}")
+    number = values.get(b"exon_number")
+    if number is not None and not (number.isdigit() and len(number) < _MAX_DIGITS):
+        raise _BrokenLineError(f"exon_number '{text(number)}', which is not a number")
+    return _ExonAttributes(values[b"gene_id"], values[b"transcript_id"], number and int(number), prefix)
+
+
+def _arrange(transcript: Transcript) -> str | None:
+    """Bring the exons into ascending order; return what is wrong with them, if anything is."""
+    if not transcript.starts:
+        return "no exons"
+    starts, ends, numbers = transcript.starts, transcript.ends, transcript.numbers
+    if numbers is not None:
+        exons = sorted(zip(starts, ends))
+        if None not in numbers:
+            if sorted(numbers) != list(range(1, len(numbers) + 1)):
+                return "exon numbers are not 1, 2, 3 and so on"
+            exons = [(start, end) for _, start, end in sorted(zip(numbers, starts, ends))]
+        starts[:], ends[:] = zip(*exons)
+    if starts[0] > starts[-1] and transcript.strand == b"-":  # listed from 5' to 3', as usual
+        starts.reverse()
+        ends.reverse()
+    if not all(map(le, ends, starts[1:])):
+        return "exons overlap" if starts == sorted(starts) else "exon numbers contradict the positions"
+    if transcript.extent not in (None, (starts[0], ends[-1])):
+        return "exons end elsewhere than its own line says"
+    return None
