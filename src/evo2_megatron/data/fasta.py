@@ -129,14 +129,14 @@ def read_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[bytes | None, by
 
 
 @contextlib.contextmanager
-def open_fasta(path: str | os.PathLike[str], *, kind: str = "FASTA") -> Iterator[BinaryIO]:
+def open_fasta(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name)."""
     try:
         raw = Path(path).open("rb")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
-        raise UserError(f"no such {kind} file: {path}") from None
+        raise UserError(f"no such FASTA file: {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read {kind} file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read FASTA file {path}: {error.strerror}") from None
     with raw:
         if raw.peek(2)[:2] != _GZIP_MAGIC:
             yield raw

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import le
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from evo2_megatron.config import UserError
@@ -42,7 +43,9 @@ _STRANDS = (b"+", b"-", b".")
 _WRONG_INTERVAL = "start and end are not whole numbers with 1 <= start <= end"
 
 # what follows the attributes up to a transcript's n-th exon number; after the last one comes what no line has
-_SUFFIXES = {quote: [*(b"%d%b" % (n, quote) for n in range(999)), b"\n"] for quote in (b'"', b";")}
+_SUFFIXES = {
+    before: [*(b"%d%b" % (n, after) for n in range(999)), b"\n"] for before, after in ((b'"', b'"'), (b" ", b";"))
+}
 
 
 class Problem(NamedTuple):
@@ -85,6 +88,11 @@ class Transcript:
         """Of all exons."""
         return sum(self.ends) - sum(self.starts)
 
+    def blame(self, kind: str, line: int) -> None:
+        """Leave this transcript out; the first reason is the one that is told."""
+        if self.fault is None:
+            self.fault = self.problem(kind, line=line)
+
     def problem(self, kind: str, *, line: int | None = None) -> Problem:
         """What to report if this transcript is left out; ``line`` is what is to blame, if not its first line."""
         where = f" (line {line})" if line else ""
@@ -103,16 +111,10 @@ class _ExonAttributes(NamedTuple):
     """What comes before the number, its quote included."""
 
 
-class _Run(NamedTuple):
-    """What the next line is compared with."""
+_Run = tuple[Transcript, bytes, list[bytes], int]
+"""A transcript that the next line may continue, its attributes up to the exon number, and the next number."""
 
-    transcript: Transcript | None
-    prefix: bytes
-    suffixes: list[bytes]
-    next_number: int
-
-
-_NO_RUN = _Run(None, b"", [b"\n"], 0)
+_NO_RUN: _Run = (Transcript(b"", b"", b"", b"", 0, [], []), b"", [b"\n"], 0)
 
 
 def text(name: bytes) -> str:
@@ -130,8 +132,10 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
     Raises:
         UserError: No such file; damaged; or not GTF.
     """
+    if not Path(path).exists() or Path(path).is_dir():
+        raise UserError(f"no such GTF file: {path}")
     reader = _Reader(path, report)
-    with open_fasta(path, kind="GTF") as stream, _no_garbage_collection():
+    with open_fasta(path) as stream, _no_garbage_collection():
         for lines in _blocks(path, stream):
             reader.read(lines)
         if not reader.transcripts:
@@ -182,11 +186,13 @@ class _Reader:
 
     def read(self, lines: list[bytes]) -> None:
         """Add what the next lines say."""
-        transcript, prefix, suffixes, next_number = _NO_RUN
+        number, run = self.num_lines, _NO_RUN
+        transcript, prefix, suffixes, next_number = run
         expected = b"\n"
-        for number, line in enumerate(lines, self.num_lines + 1):
+        for line in lines:
+            number += 1
             fields = line.split(b"\t", 8)
-            if len(fields) != 9:
+            if len(fields) < 9:
                 self._skip(number, line)
                 continue
             contig, _, feature, start, end, _, strand, _, attributes = fields
@@ -194,69 +200,69 @@ class _Reader:
                 # most exons continue the transcript of the line before: one comparison replaces the parser
                 if (
                     attributes.startswith(expected)
-                    and contig == transcript.contig
-                    and strand == transcript.strand
-                    and (interval := _interval(start, end))
+                    and contig == last_contig
+                    and strand == last_strand
+                    and start.isdigit()
+                    and end.isdigit()
+                    and len(end) < _MAX_DIGITS
+                    and 0 < (first := int(start)) <= (last := int(end))
                 ):
-                    transcript.starts.append(interval[0])
-                    transcript.ends.append(interval[1])
+                    starts.append(first - 1)
+                    ends.append(last)
                     next_number += 1
                 else:
-                    run = self._add_exon(number, contig, strand, _interval(start, end), attributes)
-                    transcript, prefix, suffixes, next_number = run
+                    transcript, prefix, suffixes, next_number = self._add_exon(number, fields)
+                    starts, ends = transcript.starts, transcript.ends
+                    last_contig, last_strand = transcript.contig, transcript.strand
                 expected = prefix + suffixes[next_number]
             elif feature == b"transcript":
-                self._add_transcript(number, contig, strand, _interval(start, end), attributes)
-        self.num_lines += len(lines)
+                self._add_transcript(number, fields)
+        self.num_lines = number
 
-    def _add_transcript(
-        self, number: int, contig: bytes, strand: bytes, interval: tuple[int, int] | None, attributes: bytes
-    ) -> None:
+    def _add_transcript(self, number: int, fields: list[bytes]) -> None:
         """Read a transcript's own line."""
+        contig, _, _, start, end, _, strand, _, attributes = fields
         found = _IDS.match(attributes)
         try:
-            if found:
-                gene_id, transcript_id = found.groups()
-            else:
-                gene_id, transcript_id, *_ = _parse(attributes)
+            gene_id, transcript_id = found.groups() if found else _parse(attributes)[:2]
         except _BrokenLineError as error:
             self._broken(number, f"transcript with {error}")
             return
         transcript = self._get(gene_id, transcript_id, contig, strand, number)
         if transcript.extent is not None:
-            transcript.fault = transcript.fault or transcript.problem("described twice", line=number)
-        if interval is None:
+            transcript.blame("described twice", number)
+        transcript.extent = _interval(start, end)
+        if transcript.extent is None:
             self._broken(number, _WRONG_INTERVAL)
-            transcript.fault = transcript.fault or transcript.problem("its own line is broken", line=number)
-        transcript.extent = interval
-        self._check_place(transcript, contig, strand, number)
+            transcript.blame("its own line is broken", number)
         self._latest, self._latest_ids = transcript, found[0] if found else b"\n"
 
-    def _add_exon(
-        self, number: int, contig: bytes, strand: bytes, interval: tuple[int, int] | None, attributes: bytes
-    ) -> _Run:
+    def _add_exon(self, number: int, fields: list[bytes]) -> _Run:
         """Read an exon that the line before does not foretell; return what it foretells."""
+        contig, _, _, start, end, _, strand, _, attributes = fields
         try:
             transcript, exon_number, prefix = self._owner(number, contig, strand, attributes)
         except _BrokenLineError as error:
             self._broken(number, f"exon with {error}")
             return _NO_RUN
-        self._check_place(transcript, contig, strand, number)
+        if contig != transcript.contig or strand != transcript.strand:
+            transcript.blame("on several contigs or strands", number)
+        interval = _interval(start, end)
         if interval is None:
             self._broken(number, _WRONG_INTERVAL)
-            transcript.fault = transcript.fault or transcript.problem("an exon's line is broken", line=number)
+            transcript.blame("an exon's line is broken", number)
         if transcript.fault is not None:
             return _NO_RUN
-        transcript.starts.append(interval[0])
+        starts = transcript.starts
+        starts.append(interval[0])
         transcript.ends.append(interval[1])
-        count = len(transcript.starts)
-        if transcript.numbers is None and exon_number != count:
-            transcript.numbers = list(range(1, count))
-        if transcript.numbers is not None:
-            transcript.numbers.append(exon_number)
-            return _NO_RUN
-        suffixes = _SUFFIXES[b'"' if prefix.endswith(b'"') else b";"]
-        return _Run(transcript, prefix, suffixes, min(count + 1, len(suffixes) - 1))
+        if transcript.numbers is None:
+            if exon_number == len(starts):
+                suffixes = _SUFFIXES[prefix[-1:]]
+                return transcript, prefix, suffixes, min(exon_number + 1, len(suffixes) - 1)
+            transcript.numbers = list(range(1, len(starts)))
+        transcript.numbers.append(exon_number)
+        return _NO_RUN
 
     def _owner(
         self, number: int, contig: bytes, strand: bytes, attributes: bytes
@@ -274,9 +280,9 @@ class _Reader:
         at = attributes.find(_EXON_NUMBER, start)
         if at >= 0 and attributes[at - 1] == _SEMICOLON and not attributes.count(b'"', start, at) % 2:
             at += len(_EXON_NUMBER)
-            quote = b'"' if attributes.startswith(b'"', at) else b";"
-            at += quote == b'"'
-            value = attributes[at : attributes.find(quote, at)]
+            quoted = attributes.startswith(b'"', at)
+            at += quoted
+            value = attributes[at : attributes.find(b'"' if quoted else b";", at)]
             if value.isdigit() and len(value) < _MAX_DIGITS:
                 return self._latest, int(value), attributes[:at]
         *_, exon_number, prefix = _parse(attributes)
@@ -287,18 +293,9 @@ class _Reader:
         transcript = self.transcripts.get(key)
         if transcript is None:
             transcript = self.transcripts[key] = Transcript(gene_id, transcript_id, contig, strand, number, [], [])
+            if strand not in _STRANDS:
+                transcript.blame("strand is not + or -", number)
         return transcript
-
-    def _check_place(self, transcript: Transcript, contig: bytes, strand: bytes, number: int) -> None:
-        if transcript.fault is not None:
-            return
-        if contig != transcript.contig:
-            transcript.fault = transcript.problem("on several contigs", line=number)
-        elif strand != transcript.strand:
-            transcript.fault = transcript.problem("on both strands", line=number)
-        elif strand not in _STRANDS:
-            self._broken(number, f"strand '{text(strand)}' is not + or -")
-            transcript.fault = transcript.problem("of unknown strand", line=number)
 
     def _broken(self, number: int, reason: str) -> None:
         self._report(Problem("broken line", number, reason))
@@ -312,7 +309,7 @@ class _Reader:
         found = _LOOSE_IDS.search(line)
         if found and b"exon" in line.split(None, 5)[:5]:
             transcript = self._get(*found.groups(), b"", b"", number)
-            transcript.fault = transcript.fault or transcript.problem("an exon's line is broken", line=number)
+            transcript.blame("an exon's line is broken", number)
 
     def finished(self) -> Iterator[Transcript]:
         """Transcripts whose exons make sense; the others are reported."""
