@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LINE_BASES = 60
-# one byte in 16 stands for one letter; soft-masked and unknown bases as in a vertebrate genome, only more evenly spread
+# what a random byte stands for: bases, soft-masked ones, and here and there an N
 _LETTERS = bytes(b"ACGTACGTACGTacgt"[i % 16] if i else ord("N") for i in range(256))
 
 

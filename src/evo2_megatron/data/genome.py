@@ -2,8 +2,8 @@
 """Bases of a genome by contig and position, from FASTA, with a few blocks of memory whatever its size.
 
 One pass notes how many bases each block of the file holds, so lines may be of any length; nothing is written beside
-the file. A gzip file or a pipe, which cannot be entered in the middle, is copied to a temporary file first. What counts as
-a base is what ``read_fasta`` says.
+the file. A gzip file or a pipe, which cannot be entered in the middle, is copied to a temporary file first. What counts
+as a base is what ``read_fasta`` says.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Genome:
         self._cached: tuple[bytes, int, bytes] = (b"", 0, b"")
         with fasta.open_fasta(path) as stream:
             if isinstance(stream, io.BufferedReader) and Path(path).is_file():  # not a pipe
-                self._file: BinaryIO = Path(path).open("rb", buffering=0)
+                self._file: BinaryIO = Path(path).open("rb", buffering=0)  # noqa: SIM115 (see __exit__)
             else:
                 self._file = _copied(stream)
         try:
@@ -131,7 +131,7 @@ class Genome:
 def _copied(stream: BinaryIO) -> BinaryIO:
     import tempfile  # loads as much as everything else here
 
-    file = tempfile.TemporaryFile(buffering=0)
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller's)
     while data := stream.read(_COPY_BYTES):
         file.write(data)
     file.seek(0)

@@ -140,8 +140,8 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
             reader.read(lines)
         if not reader.transcripts:
             raise UserError(
-                f"{path} has no exon or transcript that can be read in its {reader.num_lines} lines; GTF has 9 columns "
-                'between tabs, the last with gene_id "..."; transcript_id "...";'
+                f"{path} has no exon or transcript that can be read in its {reader.num_lines} lines; GTF has 9 "
+                'columns between tabs, the last with gene_id "..."; transcript_id "...";'
             )
         return list(reader.finished())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FASTA to JSON Lines, one object ``{"id": ..., "prompt": ...}`` per record, in one pass and a few blocks of memory."""
+"""FASTA to JSON Lines: ``{"id": ..., "prompt": ...}`` for every record, in one pass and a few blocks of memory."""
 
 from __future__ import annotations
 

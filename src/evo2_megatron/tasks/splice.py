@@ -199,10 +199,7 @@ def former_flanks(
 ) -> tuple[list[int], list[int]]:
     """The same as the former tool had it: with ``reverse``, gaps are measured between the far edges of neighbours, and
     a piece that would begin before its contig is empty, unless it reaches over to the end."""
-    if reverse:
-        exons = list(zip(starts, ends))[::-1]  # by number
-    else:
-        exons = list(zip(starts, ends))
+    exons = list(zip(starts, ends))[:: -1 if reverse else 1]  # by number
     new_starts, new_ends = [], []
     for i, (start, end) in enumerate(exons):
         before = after = settings.intron
