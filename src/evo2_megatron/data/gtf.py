@@ -40,6 +40,7 @@ _LOOSE_IDS = re.compile(rb'\bgene_id "?([^";]+)"?;.*?\btranscript_id "?([^";]+)"
 
 _KEYS = (b"gene_id", b"transcript_id", b"exon_number")
 _STRANDS = (b"+", b"-", b".")
+_BROKEN_EXON = "an exon's line is broken"
 _WRONG_INTERVAL = "start and end are not whole numbers with 1 <= start <= end"
 
 # what follows the attributes up to a transcript's n-th exon number; after the last one comes what no line has
@@ -101,6 +102,11 @@ class Transcript:
 
 class _BrokenLineError(Exception):
     """A line that cannot be read, with the reason."""
+
+    def __init__(self, reason: str, values: dict[bytes, bytes]) -> None:
+        """``values``: attributes that could be read."""
+        super().__init__(reason)
+        self.gene_id, self.transcript_id = values.get(b"gene_id"), values.get(b"transcript_id")
 
 
 class _ExonAttributes(NamedTuple):
@@ -244,13 +250,15 @@ class _Reader:
             transcript, exon_number, prefix = self._owner(number, contig, strand, attributes)
         except _BrokenLineError as error:
             self._broken(number, f"exon with {error}")
+            if error.gene_id and error.transcript_id:
+                self._get(error.gene_id, error.transcript_id, contig, strand, number).blame(_BROKEN_EXON, number)
             return _NO_RUN
         if contig != transcript.contig or strand != transcript.strand:
             transcript.blame("on several contigs or strands", number)
         interval = _interval(start, end)
         if interval is None:
             self._broken(number, _WRONG_INTERVAL)
-            transcript.blame("an exon's line is broken", number)
+            transcript.blame(_BROKEN_EXON, number)
         if transcript.fault is not None:
             return _NO_RUN
         starts = transcript.starts
@@ -258,6 +266,8 @@ class _Reader:
         transcript.ends.append(interval[1])
         if transcript.numbers is None:
             if exon_number == len(starts):
+                if not prefix:
+                    return _NO_RUN
                 suffixes = _SUFFIXES[prefix[-1:]]
                 return transcript, prefix, suffixes, min(exon_number + 1, len(suffixes) - 1)
             transcript.numbers = list(range(1, len(starts)))
@@ -293,8 +303,6 @@ class _Reader:
         transcript = self.transcripts.get(key)
         if transcript is None:
             transcript = self.transcripts[key] = Transcript(gene_id, transcript_id, contig, strand, number, [], [])
-            if strand not in _STRANDS:
-                transcript.blame("strand is not + or -", number)
         return transcript
 
     def _broken(self, number: int, reason: str) -> None:
@@ -309,7 +317,7 @@ class _Reader:
         found = _LOOSE_IDS.search(line)
         if found and b"exon" in line.split(None, 5)[:5]:
             transcript = self._get(*found.groups(), b"", b"", number)
-            transcript.blame("an exon's line is broken", number)
+            transcript.blame(_BROKEN_EXON, number)
 
     def finished(self) -> Iterator[Transcript]:
         """Transcripts whose exons make sense; the others are reported."""
@@ -342,7 +350,7 @@ def _parse(attributes: bytes) -> _ExonAttributes:
     while len(values) < len(_KEYS) and not _END.match(attributes, at):
         found = _ATTRIBUTE.match(attributes, at)
         if not found:
-            raise _BrokenLineError("a quote that is not closed")
+            raise _BrokenLineError("a quote that is not closed", values)
         key = found[1]
         if key in _KEYS and key not in values:
             value = _VALUE.match(found[2])
@@ -353,10 +361,10 @@ def _parse(attributes: bytes) -> _ExonAttributes:
         at = found.end()
     for key in _KEYS[:2]:
         if not values.get(key):
-            raise _BrokenLineError(f"no {key.decode()}")
+            raise _BrokenLineError(f"no {key.decode()}", values)
     number = values.get(b"exon_number")
     if number is not None and not (number.isdigit() and len(number) < _MAX_DIGITS):
-        raise _BrokenLineError(f"exon_number '{text(number)}', which is not a number")
+        raise _BrokenLineError(f"exon_number '{text(number)}', which is not a number", values)
     return _ExonAttributes(values[b"gene_id"], values[b"transcript_id"], number and int(number), prefix)
 
 
@@ -364,6 +372,8 @@ def _arrange(transcript: Transcript) -> str | None:
     """Bring the exons into ascending order; return what is wrong with them, if anything is."""
     if not transcript.starts:
         return "no exons"
+    if transcript.strand not in _STRANDS:
+        return "strand is not + or -"
     starts, ends, numbers = transcript.starts, transcript.ends, transcript.numbers
     if numbers is not None:
         exons = sorted(zip(starts, ends))
