@@ -159,7 +159,7 @@ def test_flanks_share_a_short_intron(gap, left, right, reverse):
         ("+", 14, ONE[11:23]),  # no @, and the first base is lost
         ("+", 2, ONE[18:23]),  # a promoter that would begin before the contig takes the first exon with it
         ("-", 14, ONE[23:16:-1] + "@" + ONE[16:10:-1]),
-        ("-", 17, ONE[23:16:-1] + "@" + ONE[20:13:-1]),  # flanks overlap
+        ("-", 17, ONE[23:16:-1] + "@" + ONE[19:13:-1]),  # flanks overlap
     ],
 )
 def test_former_stitching(run, strand, start, expected):

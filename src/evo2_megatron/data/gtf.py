@@ -44,8 +44,10 @@ _BROKEN_EXON = "an exon's line is broken"
 _WRONG_INTERVAL = "start and end are not whole numbers with 1 <= start <= end"
 
 # what follows the attributes up to a transcript's n-th exon number; after the last one comes what no line has
+_NUM_SUFFIXES = 1000
 _SUFFIXES = {
-    before: [*(b"%d%b" % (n, after) for n in range(999)), b"\n"] for before, after in ((b'"', b'"'), (b" ", b";"))
+    before: [*(b"%d%b" % (n, after) for n in range(_NUM_SUFFIXES - 1)), b"\n"]
+    for before, after in ((b'"', b'"'), (b" ", b";"))
 }
 
 
@@ -106,7 +108,8 @@ class _BrokenLineError(Exception):
     def __init__(self, reason: str, values: dict[bytes, bytes]) -> None:
         """``values``: attributes that could be read."""
         super().__init__(reason)
-        self.gene_id, self.transcript_id = values.get(b"gene_id"), values.get(b"transcript_id")
+        key = (values.get(b"gene_id"), values.get(b"transcript_id"))
+        self.key = key if all(key) else None
 
 
 class _ExonAttributes(NamedTuple):
@@ -192,8 +195,9 @@ class _Reader:
 
     def read(self, lines: list[bytes]) -> None:
         """Add what the next lines say."""
-        number, run = self.num_lines, _NO_RUN
-        transcript, prefix, suffixes, next_number = run
+        number = self.num_lines
+        transcript, prefix, suffixes, next_number = _NO_RUN
+        starts, ends, own_contig, own_strand = transcript.starts, transcript.ends, b"", b""
         expected = b"\n"
         for line in lines:
             number += 1
@@ -203,106 +207,87 @@ class _Reader:
                 continue
             contig, _, feature, start, end, _, strand, _, attributes = fields
             if feature == b"exon":
+                if start.isdigit() and end.isdigit() and len(end) < _MAX_DIGITS:
+                    first, last = int(start) - 1, int(end)
+                else:
+                    first = last = 0
                 # most exons continue the transcript of the line before: one comparison replaces the parser
                 if (
                     attributes.startswith(expected)
-                    and contig == last_contig
-                    and strand == last_strand
-                    and start.isdigit()
-                    and end.isdigit()
-                    and len(end) < _MAX_DIGITS
-                    and 0 < (first := int(start)) <= (last := int(end))
+                    and contig == own_contig
+                    and strand == own_strand
+                    and 0 <= first < last
                 ):
-                    starts.append(first - 1)
+                    starts.append(first)
                     ends.append(last)
                     next_number += 1
                 else:
-                    transcript, prefix, suffixes, next_number = self._add_exon(number, fields)
+                    run = self._add_exon(number, contig, strand, first, last, attributes)
+                    transcript, prefix, suffixes, next_number = run
                     starts, ends = transcript.starts, transcript.ends
-                    last_contig, last_strand = transcript.contig, transcript.strand
+                    own_contig, own_strand = transcript.contig, transcript.strand
                 expected = prefix + suffixes[next_number]
             elif feature == b"transcript":
-                self._add_transcript(number, fields)
+                self._add_transcript(number, contig, strand, _interval(start, end), attributes)
         self.num_lines = number
 
-    def _add_transcript(self, number: int, fields: list[bytes]) -> None:
+    def _add_transcript(
+        self, number: int, contig: bytes, strand: bytes, extent: tuple[int, int] | None, attributes: bytes
+    ) -> None:
         """Read a transcript's own line."""
-        contig, _, _, start, end, _, strand, _, attributes = fields
         found = _IDS.match(attributes)
         try:
-            gene_id, transcript_id = found.groups() if found else _parse(attributes)[:2]
+            key = found.groups() if found else _parse(attributes)[:2]
         except _BrokenLineError as error:
             self._broken(number, f"transcript with {error}")
             return
-        transcript = self._get(gene_id, transcript_id, contig, strand, number)
+        transcript = self._get(key, contig, strand, number)
         if transcript.extent is not None:
             transcript.blame("described twice", number)
-        transcript.extent = _interval(start, end)
-        if transcript.extent is None:
+        transcript.extent = extent
+        if extent is None:
             self._broken(number, _WRONG_INTERVAL)
             transcript.blame("its own line is broken", number)
         self._latest, self._latest_ids = transcript, found[0] if found else b"\n"
 
-    def _add_exon(self, number: int, fields: list[bytes]) -> _Run:
+    def _add_exon(self, number: int, contig: bytes, strand: bytes, start: int, end: int, attributes: bytes) -> _Run:
         """Read an exon that the line before does not foretell; return what it foretells."""
-        contig, _, _, start, end, _, strand, _, attributes = fields
-        try:
-            transcript, exon_number, prefix = self._owner(number, contig, strand, attributes)
-        except _BrokenLineError as error:
-            self._broken(number, f"exon with {error}")
-            if error.gene_id and error.transcript_id:
-                self._get(error.gene_id, error.transcript_id, contig, strand, number).blame(_BROKEN_EXON, number)
-            return _NO_RUN
+        if not attributes.startswith(self._latest_ids) and (found := _IDS.match(attributes)):
+            self._latest, self._latest_ids = self._get(found.groups(), contig, strand, number), found[0]
+        exon_number = prefix = None
+        if attributes.startswith(self._latest_ids):
+            transcript = self._latest
+            exon_number, prefix = _usual_exon_number(attributes, len(self._latest_ids))
+        if prefix is None:
+            try:
+                gene_id, transcript_id, exon_number, prefix = _parse(attributes)
+            except _BrokenLineError as error:
+                self._broken(number, f"exon with {error}")
+                if error.key is not None:
+                    self._get(error.key, contig, strand, number).blame(_BROKEN_EXON, number)
+                return _NO_RUN
+            transcript = self._get((gene_id, transcript_id), contig, strand, number)
         if contig != transcript.contig or strand != transcript.strand:
             transcript.blame("on several contigs or strands", number)
-        interval = _interval(start, end)
-        if interval is None:
+        if not 0 <= start < end:
             self._broken(number, _WRONG_INTERVAL)
             transcript.blame(_BROKEN_EXON, number)
-        if transcript.fault is not None:
-            return _NO_RUN
-        starts = transcript.starts
-        starts.append(interval[0])
-        transcript.ends.append(interval[1])
-        if transcript.numbers is None:
-            if exon_number == len(starts):
-                if not prefix:
-                    return _NO_RUN
-                suffixes = _SUFFIXES[prefix[-1:]]
-                return transcript, prefix, suffixes, min(exon_number + 1, len(suffixes) - 1)
-            transcript.numbers = list(range(1, len(starts)))
-        transcript.numbers.append(exon_number)
+        transcript.starts.append(start)
+        transcript.ends.append(end)
+        count = len(transcript.starts)
+        if transcript.numbers is None and exon_number == count and transcript.fault is None:
+            if prefix is not None and count + 1 < _NUM_SUFFIXES:
+                return transcript, prefix, _SUFFIXES[prefix[-1:]], count + 1
+        else:
+            if transcript.numbers is None:
+                transcript.numbers = list(range(1, count))
+            transcript.numbers.append(exon_number)
         return _NO_RUN
 
-    def _owner(
-        self, number: int, contig: bytes, strand: bytes, attributes: bytes
-    ) -> tuple[Transcript, int | None, bytes | None]:
-        """Transcript of an exon, the exon's number, and what the attributes have before the number."""
-        if not attributes.startswith(self._latest_ids):
-            found = _IDS.match(attributes)
-            if not found:
-                gene_id, transcript_id, exon_number, prefix = _parse(attributes)
-                return self._get(gene_id, transcript_id, contig, strand, number), exon_number, prefix
-            self._latest_ids = found[0]
-            self._latest = self._get(*found.groups(), contig, strand, number)
-        # the number, if it is written as usual
-        start = len(self._latest_ids)
-        at = attributes.find(_EXON_NUMBER, start)
-        if at >= 0 and attributes[at - 1] == _SEMICOLON and not attributes.count(b'"', start, at) % 2:
-            at += len(_EXON_NUMBER)
-            quoted = attributes.startswith(b'"', at)
-            at += quoted
-            value = attributes[at : attributes.find(b'"' if quoted else b";", at)]
-            if value.isdigit() and len(value) < _MAX_DIGITS:
-                return self._latest, int(value), attributes[:at]
-        *_, exon_number, prefix = _parse(attributes)
-        return self._latest, exon_number, prefix
-
-    def _get(self, gene_id: bytes, transcript_id: bytes, contig: bytes, strand: bytes, number: int) -> Transcript:
-        key = (gene_id, transcript_id)
+    def _get(self, key: tuple[bytes, bytes], contig: bytes, strand: bytes, number: int) -> Transcript:
         transcript = self.transcripts.get(key)
         if transcript is None:
-            transcript = self.transcripts[key] = Transcript(gene_id, transcript_id, contig, strand, number, [], [])
+            transcript = self.transcripts[key] = Transcript(*key, contig, strand, number, [], [])
         return transcript
 
     def _broken(self, number: int, reason: str) -> None:
@@ -316,7 +301,7 @@ class _Reader:
         self._broken(number, f"{num_columns} column{'s'[: num_columns > 1]} between tabs instead of 9")
         found = _LOOSE_IDS.search(line)
         if found and b"exon" in line.split(None, 5)[:5]:
-            transcript = self._get(*found.groups(), b"", b"", number)
+            transcript = self._get(found.groups(), b"", b"", number)
             transcript.blame(_BROKEN_EXON, number)
 
     def finished(self) -> Iterator[Transcript]:
@@ -339,6 +324,27 @@ def _interval(start: bytes, end: bytes) -> tuple[int, int] | None:
     return None
 
 
+def _usual_exon_number(attributes: bytes, start: int) -> tuple[int | None, bytes | None]:
+    """Exon number, and what comes before it, if it is written as the three consortia do; else None twice.
+
+    Args:
+        attributes: Of an exon.
+        start: Position after its identifiers.
+    """
+    at = attributes.find(_EXON_NUMBER, start)
+    if at > 0 and attributes[at - 1] == _SEMICOLON and not attributes.count(b'"', start, at) % 2:
+        at += len(_EXON_NUMBER)
+        if attributes.startswith(b'"', at):
+            at += 1
+            end = attributes.find(b'"', at)
+        else:
+            end = attributes.find(b";", at)
+        value = attributes[at:end]
+        if end > at and value.isdigit() and end - at < _MAX_DIGITS:
+            return int(value), attributes[:at]
+    return None, None
+
+
 def _parse(attributes: bytes) -> _ExonAttributes:
     """Read attributes one by one; of a key that occurs twice the first counts.
 
@@ -356,7 +362,7 @@ def _parse(attributes: bytes) -> _ExonAttributes:
             value = _VALUE.match(found[2])
             group = 1 if value[1] is not None else 2
             values[key] = value[group]
-            if key == b"exon_number" and attributes[found.end() - 1] == _SEMICOLON:
+            if key == b"exon_number":
                 prefix = attributes[: found.start(2) + value.start(group)]
         at = found.end()
     for key in _KEYS[:2]:
@@ -365,6 +371,8 @@ def _parse(attributes: bytes) -> _ExonAttributes:
     number = values.get(b"exon_number")
     if number is not None and not (number.isdigit() and len(number) < _MAX_DIGITS):
         raise _BrokenLineError(f"exon_number '{text(number)}', which is not a number", values)
+    if prefix is not None and prefix[-1:] not in _SUFFIXES:
+        prefix = None
     return _ExonAttributes(values[b"gene_id"], values[b"transcript_id"], number and int(number), prefix)
 
 
