@@ -2,8 +2,8 @@
 """Bases of a genome by contig and position, from FASTA, with a few blocks of memory whatever its size.
 
 One pass notes how many bases each block of the file holds, so lines may be of any length; nothing is written beside
-the file. A gzip file or a pipe, which cannot be entered in the middle, is copied to a temporary file first. What counts
-as a base is what ``read_fasta`` says.
+the file. A gzip file or a pipe, which cannot be entered in the middle, is copied to a temporary file first. What
+counts as a base is what ``read_fasta`` says.
 """
 
 from __future__ import annotations

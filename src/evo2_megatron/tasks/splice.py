@@ -48,7 +48,7 @@ class SpliceSummary(NamedTuple):
 
     num_transcripts: int
     num_bases: int
-    """Written, ``@`` not counted."""
+    """Written; ``@`` is not counted."""
 
     left_out: dict[str, int]
     """Problems by kind."""
