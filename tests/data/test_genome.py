@@ -13,8 +13,8 @@ from evo2_megatron.data.fasta import read_fasta
 from evo2_megatron.data.genome import Genome
 
 MESSY = (
-    b"\xef\xbb\xbf\n>one  first record\nACGT\nacgt\n\n>empty\n>two\ttab\r\nAC>GT\r\n  NN \r\n\r\n>three x>y\n|d__A b;| AC\n"
-    b" \t\n>last\nAC GT  \n\n  TT"
+    b"\xef\xbb\xbf\n>one  first record\nACGT\nacgt\n\n>empty\n>two\ttab\r\nAC>GT\r\n  NN \r\n\r\n>three x>y\n"
+    b"|d__A b;| AC\n \t\n>last\nAC GT  \n\n  TT"
 )
 
 

@@ -11,6 +11,8 @@ from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.tasks.splice import StitchedSettings, flanks, splice
 
 ONE = "ACGTTGCAacgttgcaNNRYACGATCGATTTACCAGT"
+NOT_NUMBERED = "exon numbers are not 1, 2, 3 and so on"
+SEVERAL = "on several contigs or strands"
 COMPLEMENT_UPPER = str.maketrans("ACGT", "TGCA")
 TWO = "GGGTTTCCCAAATTTGGGCC"
 
@@ -21,7 +23,8 @@ def exon(start, end, *, contig="one", strand="+", gene="G", transcript="T", numb
 
 
 def own_line(start, end, *, contig="one", strand="+", gene="G", transcript="T"):
-    return f'{contig}\tsource\ttranscript\t{start}\t{end}\t.\t{strand}\t.\tgene_id "{gene}"; transcript_id "{transcript}";\n'
+    ids = f'gene_id "{gene}"; transcript_id "{transcript}";'
+    return f"{contig}\tsource\ttranscript\t{start}\t{end}\t.\t{strand}\t.\t{ids}\n"
 
 
 GOOD = own_line(2, 9) + exon(2, 4) + exon(7, 9, number=2)
@@ -68,7 +71,7 @@ def test_former_complement(run):
     "attributes",
     [
         'gene_id "G"; gene_version "2"; transcript_id "T"; transcript_version "1"; exon_number "{n}"; gene_name "x";',
-        'gene_id "G"; transcript_id "T"; gene_type "a b"; transcript_name "T-1"; exon_number {n}; exon_id "E{n}"; level 2;',
+        'gene_id "G"; transcript_id "T"; gene_type "a b"; transcript_name "T-1"; exon_number {n}; level 2;',
         'gene_id "G"; transcript_id "T"; db_xref "GeneID:1"; product "a; exon_number 7; b"; exon_number "{n}"; ',
         "gene_id G; transcript_id T; exon_number {n};",
         "gene_id G ; transcript_id T ; exon_number {n}",
@@ -196,11 +199,11 @@ def test_former_stitching(run, strand, start, expected):
         (own_line(1, 5, transcript="X") * 2 + exon(1, 5, transcript="X"), ["described twice"]),
         (own_line(1, 9, transcript="X") + exon(1, 5, transcript="X"), ["exons end elsewhere than its own line says"]),
         (exon(1, 5, transcript="X") + exon(4, 9, transcript="X", number=2), ["exons overlap"]),
-        (exon(1, 5, transcript="X") * 2, ["exon numbers are not 1, 2, 3 and so on"]),
-        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", number=3), ["exon numbers are not 1, 2, 3 and so on"]),
+        (exon(1, 5, transcript="X") * 2, [NOT_NUMBERED]),
+        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", number=3), [NOT_NUMBERED]),
         (exon(8, 9, transcript="X") + exon(1, 5, transcript="X", number=2), ["exon numbers contradict the positions"]),
-        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", strand="-", number=2), ["on several contigs or strands"]),
-        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", contig="two", number=2), ["on several contigs or strands"]),
+        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", strand="-", number=2), [SEVERAL]),
+        (exon(1, 5, transcript="X") + exon(8, 9, transcript="X", contig="two", number=2), [SEVERAL]),
         ("\0\x01\x02\xff\n", ["broken line"]),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ counts as a base is what ``read_fasta`` says.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from bisect import bisect_right
@@ -60,11 +61,10 @@ class Genome:
                 self._file: BinaryIO = Path(path).open("rb", buffering=0)  # noqa: SIM115 (see __exit__)
             else:
                 self._file = _copied(stream)
-        try:
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._file.close)
             self._find_contigs(path)
-        except BaseException:
-            self._file.close()
-            raise
+            on_error.pop_all()
 
     def __enter__(self) -> Genome:
         return self

@@ -232,8 +232,9 @@ def _write(out: BinaryIO, transcripts: list[Transcript], sequences: _Sequences) 
 def _output(path: Path | None, inputs: tuple[Path, Path]) -> Iterator[BinaryIO]:
     """Where to write: a file that appears when it is complete, a pipe or device as it is, or standard output."""
     if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        # not sys.stdout.buffer: with PYTHONUNBUFFERED it writes to a pipe only what the pipe has room for
+        with open(sys.stdout.fileno(), "wb", buffering=_BUFFER_BYTES, closefd=False) as out:
+            yield out
         return
     if any(path.exists() and path.samefile(source) for source in inputs):
         raise UserError(f"{path} is an input; choose another output")
