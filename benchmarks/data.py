@@ -4,20 +4,22 @@
     python benchmarks/data.py [--num-bases 250000000] [--num-transcripts 100000] [--rounds 5] [--folder DIR]
 
 Each is a whole process, start included, with its files in the page cache and gffread's index (.fai) already there. The
-outputs are compared first. Every round runs one after the other; the table has medians, and the median of the ratios of
-the rounds. Memory is the largest peak of any round.
+outputs are compared first. Every round runs one after the other; the table has medians, and the median of the ratios
+(theirs over ours) of the rounds. Memory is the largest peak of any round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,27 +70,58 @@ def compare(name: str, mine: list[object], theirs: list[object], rounds: int, en
     print(f"{name:42}{seconds[0]:9.2f}{seconds[1]:9.2f}{ratio:9.2f}{peaks[0]:11.0f}{peaks[1]:11.0f}", flush=True)
 
 
-def measure_splice(files: GeneratedGenome, name: str, gffread: Gffread, rounds: int) -> None:
-    """Same transcripts, then time."""
-    output = files.fasta.with_name("ours.fa")
-    command = ours("splice", "--fasta-path", files.fasta, "--gtf-path", files.gtf, "--output-path", output)
-    run(command)
+def in_a_process(function: Callable[..., None], *arguments: object) -> None:
+    """Call in a process that then ends: a child's peak memory begins with what its parent holds."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} failed")
+
+
+def check_splice(files: GeneratedGenome, output: Path, gffread: Gffread) -> None:
+    """The same transcripts, base for base."""
     theirs = gffread.transcripts(files.fasta, files.gtf, files.fasta.with_name("theirs.fa"))
     num_equal = sum(theirs.pop(r.id.split("|")[2]) == r.sequence.decode() for r in read_fasta(output))
     assert num_equal and not theirs, f"{num_equal} transcripts are equal, {len(theirs)} are missing"
+
+
+def measure_splice(files: GeneratedGenome, name: str, gffread: Gffread, rounds: int) -> None:
+    """Compare, then time."""
+    output = files.fasta.with_name("ours.fa")
+    command = ours("splice", "--fasta-path", files.fasta, "--gtf-path", files.gtf, "--output-path", output)
+    run(command)
+    in_a_process(check_splice, files, output, gffread)
     their_command = [gffread.program, "-w", files.fasta.with_name("theirs.fa"), "-g", files.fasta, files.gtf]
     compare(name, command, their_command, rounds, gffread.environment)
 
 
-def measure_jsonl(fasta: Path, name: str, rounds: int) -> None:
-    """Right lines, then time."""
-    output = fasta.with_name("ours.jsonl")
-    command = ours("fasta_to_jsonl", fasta, output)
-    run(command)
+def check_jsonl(fasta: Path, output: Path) -> None:
+    """Every line is the record's."""
     with output.open() as lines:
         for record, line in zip(read_fasta(fasta), lines, strict=True):
             assert json.loads(line) == {"id": record.id, "prompt": record.sequence.decode()}
+
+
+def measure_jsonl(fasta: Path, name: str, rounds: int) -> None:
+    """Compare, then time."""
+    output = fasta.with_name("ours.jsonl")
+    command = ours("fasta_to_jsonl", fasta, output)
+    run(command)
+    in_a_process(check_jsonl, fasta, output)
     compare(name, command, ["cp", fasta, fasta.with_name("copy")], rounds)
+
+
+def generate(folder: Path, num_bases: int, num_transcripts: int, dialect: str) -> None:
+    """``genome.fa`` and ``genes.gtf``."""
+    generate_genome(
+        folder,
+        num_bases=num_bases,
+        num_genes=max(1, num_transcripts // TRANSCRIPTS_PER_GENE),
+        num_transcripts=num_transcripts,
+        num_contigs=NUM_CONTIGS,
+        dialect=dialect,
+    )
 
 
 def main() -> None:
@@ -105,14 +138,13 @@ def main() -> None:
         folder = Path(work)
         # GENCODE with exon lines only; Ensembl with CDS lines too, as the real files have
         for dialect, lines in (("gencode", "exon lines"), ("ensembl", "exon and CDS lines")):
-            files = generate_genome(
-                folder, num_bases=args.num_bases, num_genes=max(1, args.num_transcripts // TRANSCRIPTS_PER_GENE),
-                num_transcripts=args.num_transcripts, num_contigs=NUM_CONTIGS, dialect=dialect,
-            )  # fmt: skip
+            in_a_process(generate, folder, args.num_bases, args.num_transcripts, dialect)
+            files = GeneratedGenome(folder / "genome.fa", folder / "genes.gtf")
             measure_splice(files, f"splice_evo2 / gffread, {lines}", gffread, args.rounds)
         measure_jsonl(files.fasta, "bionemo_fasta_to_jsonl / cp, genome", args.rounds)
         short = folder / "short.fa"
-        short.write_text("".join(f">read{i}\n{'ACGTTGCAgg' * 100}\n" for i in range(NUM_SHORT_RECORDS)))
+        with short.open("w") as out:
+            out.writelines(f">read{i}\n{'ACGTTGCAgg' * 100}\n" for i in range(NUM_SHORT_RECORDS))
         measure_jsonl(short, "bionemo_fasta_to_jsonl / cp, 1 kb records", args.rounds)
 
 
