@@ -322,5 +322,13 @@ def comma_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def non_negative_int(text: str) -> int:
+    """Argument type: a whole number of 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))

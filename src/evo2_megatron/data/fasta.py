@@ -106,17 +106,17 @@ def read_pieces(
     """
     # the loop over records is written out, without calls: they would cost more than the work on a short record
     with open_fasta(path, threads=threads, state=state) as stream:
-        data, at_line_start, ended = _first_block(path, stream), True, False
+        data, at_line_start, ended = first_block(path, stream), True, False
         while not ended:
             block = stream.read(BLOCK_BYTES)
             ended = not block
             messy = b"\r" in data or b"\t" in data
             header, body_at = None, 0
-            header_at = _find_header(data, 0, at_line_start)
+            header_at = find_header(data, 0, at_line_start)
             while header_at >= 0:
                 bases = data[body_at:header_at].replace(b"\n", b"")
                 if messy or b" " in bases:
-                    bases = _strip_lines(data[body_at:header_at], at_line_start)
+                    bases = strip_lines(data[body_at:header_at], at_line_start)
                 if header is not None or bases:
                     yield header, bases
                 line_end = data.find(b"\n", header_at)
@@ -127,7 +127,7 @@ def read_pieces(
                 last_header_at = header_at
                 header = data[header_at + 1 : body_at].strip()
                 if messy or not header:
-                    _check_header(path, header)
+                    check_header(path, header)
                 header_at = data.find(b">", body_at)
                 while header_at > body_at and data[header_at - 1] != _NEWLINE:
                     header_at = data.find(b">", header_at + 1)
@@ -137,7 +137,7 @@ def read_pieces(
 
             rest = data[body_at:]
             body = rest.rstrip()  # a line's trailing space can only be told from inner space by what follows
-            bases = _strip_lines(body, at_line_start)
+            bases = strip_lines(body, at_line_start)
             if header is not None and not bases and not ended:  # a record's first piece must not be empty by accident
                 data = data[last_header_at:] + block
                 continue
@@ -189,7 +189,7 @@ class _WatchedStream:
         return block
 
 
-def _first_block(path, stream: BinaryIO) -> bytes:
+def first_block(path, stream: BinaryIO) -> bytes:
     """The first block from the first header on."""
     data = stream.read(BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
     while not data:
@@ -203,7 +203,7 @@ def _first_block(path, stream: BinaryIO) -> bytes:
     return data
 
 
-def _find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> int:
+def find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> int:
     """Position of the next ``>`` that begins a line, or -1. ``at_line_start`` speaks of ``start``."""
     # one byte searched and its neighbour checked is several times faster than a search for two
     at = data.find(b">", start)
@@ -212,7 +212,7 @@ def _find_header(data: bytes | mmap.mmap, start: int, at_line_start: bool) -> in
     return at
 
 
-def _strip_lines(lines: bytes, at_line_start: bool) -> bytes:
+def strip_lines(lines: bytes, at_line_start: bool) -> bytes:
     """Join lines, without the white space around each; what a block before has begun keeps its leading space."""
     if b"\r" in lines:  # looking for one byte is many times faster than looking for two
         lines = lines.replace(b"\r\n", b"\n")
@@ -223,7 +223,7 @@ def _strip_lines(lines: bytes, at_line_start: bool) -> bytes:
     return b"".join([first.strip() if at_line_start else first.rstrip(), *(line.strip() for line in others)])
 
 
-def _check_header(path, header: bytes) -> None:
+def check_header(path, header: bytes) -> None:
     if not header:
         raise UserError(f"{path}: a record has no name; write one after each '>'")
     if b"\r" in header:
@@ -255,7 +255,7 @@ class FastaIndex:
         self._sequences: list[bytes] = []
         with open_fasta(path) as stream:
             plain = isinstance(stream, io.BufferedReader)  # what a decompressor reads from
-            _first_block(path, stream)
+            first_block(path, stream)
         if not plain:
             for record in read_fasta(path, unique_ids=True):
                 self.ids.append(record.id)
@@ -271,10 +271,10 @@ class FastaIndex:
                 line_end = data.find(b"\n", next_at)
                 body_at = line_end + 1 if line_end >= 0 else len(data)
                 header = data[next_at + 1 : body_at].strip()
-                _check_header(self.path, header)
+                check_header(self.path, header)
                 name = record_id(header)
                 _check_new(self.path, name, seen)
-                next_at = _find_header(data, body_at, True)
+                next_at = find_header(data, body_at, True)
                 self.ids.append(name)
                 self._spans.append((body_at, next_at if next_at >= 0 else len(data)))
 
@@ -288,4 +288,4 @@ class FastaIndex:
         start, end = self._spans[index]
         with Path(self.path).open("rb") as file:
             file.seek(start)
-            return _strip_lines(file.read(end - start), True)
+            return strip_lines(file.read(end - start), True)

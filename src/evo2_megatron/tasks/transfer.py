@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from evo2_megatron.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +23,8 @@ def moving(num_tensors: int, num_bytes: int) -> Iterator[Callable[[int], Any]]:
 
     On a terminal there is a bar with bytes and the time left. Yields what to call with each number of bytes done.
     """
+    from tqdm import tqdm  # takes longer to load than everything else that splice_evo2 needs
+
     start = time.perf_counter()
     with tqdm(total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         yield bar.update
@@ -37,6 +37,8 @@ def disk_errors() -> Iterator[None]:
     """Show what the operating system says against reading or writing a file as one line."""
     try:
         yield
+    except BrokenPipeError:  # nothing is wrong: whoever reads the output wants no more
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{where}{error.strerror or error}; no result was written") from error

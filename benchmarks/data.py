@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of splice_evo2 beside gffread, and of bionemo_fasta_to_jsonl beside cp, on a generated genome.
+
+    python benchmarks/data.py [--num-bases 250000000] [--num-transcripts 100000] [--rounds 5] [--folder DIR]
+
+Each is a whole process, start included, with its files in the page cache and gffread's index (.fai) already there. The
+outputs are compared first. Every round runs one after the other; the table has medians, and the median of the ratios
+(theirs over ours) of the rounds. Memory is the largest peak of any round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# the oracle and the generator live with the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from evo2_megatron.data.fasta import read_fasta
+from generated_genome import GeneratedGenome, generate_genome
+from parity.gffread import Gffread
+
+TRANSCRIPTS_PER_GENE = 5
+NUM_CONTIGS = 24
+NUM_SHORT_RECORDS = 200_000
+
+
+class Run(NamedTuple):
+    """One process."""
+
+    seconds: float
+    peak_mb: float
+
+
+def run(command: list[object], environment: dict[str, str] | None = None) -> Run:
+    """Run a program and wait for it."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with status {process.returncode}")
+    return Run(seconds, usage.ru_maxrss / 1024)
+
+
+def ours(module: str, *arguments: object) -> list[object]:
+    """Command line of one of our commands."""
+    return [sys.executable, "-c", f"from evo2_megatron.cli.{module} import main; main()", *arguments]
+
+
+def compare(name: str, mine: list[object], theirs: list[object], rounds: int, environment=None) -> None:
+    """Print one line of the table."""
+    pairs = [(run(mine), run(theirs, environment)) for _ in range(rounds)]
+    seconds = [statistics.median(pair[i].seconds for pair in pairs) for i in (0, 1)]
+    peaks = [max(pair[i].peak_mb for pair in pairs) for i in (0, 1)]
+    ratio = statistics.median(second.seconds / first.seconds for first, second in pairs)
+    print(f"{name:42}{seconds[0]:9.2f}{seconds[1]:9.2f}{ratio:9.2f}{peaks[0]:11.0f}{peaks[1]:11.0f}", flush=True)
+
+
+def in_a_process(function: Callable[..., None], *arguments: object) -> None:
+    """Call in a process that then ends: a child's peak memory begins with what its parent holds."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} failed")
+
+
+def check_splice(files: GeneratedGenome, output: Path, gffread: Gffread) -> None:
+    """The same transcripts, base for base."""
+    theirs = gffread.transcripts(files.fasta, files.gtf, files.fasta.with_name("theirs.fa"))
+    num_equal = sum(theirs.pop(r.id.split("|")[2]) == r.sequence.decode() for r in read_fasta(output))
+    assert num_equal and not theirs, f"{num_equal} transcripts are equal, {len(theirs)} are missing"
+
+
+def measure_splice(files: GeneratedGenome, name: str, gffread: Gffread, rounds: int) -> None:
+    """Compare, then time."""
+    output = files.fasta.with_name("ours.fa")
+    command = ours("splice", "--fasta-path", files.fasta, "--gtf-path", files.gtf, "--output-path", output)
+    run(command)
+    in_a_process(check_splice, files, output, gffread)
+    their_command = [gffread.program, "-w", files.fasta.with_name("theirs.fa"), "-g", files.fasta, files.gtf]
+    compare(name, command, their_command, rounds, gffread.environment)
+
+
+def check_jsonl(fasta: Path, output: Path) -> None:
+    """Every line is the record's."""
+    with output.open() as lines:
+        for record, line in zip(read_fasta(fasta), lines, strict=True):
+            assert json.loads(line) == {"id": record.id, "prompt": record.sequence.decode()}
+
+
+def measure_jsonl(fasta: Path, name: str, rounds: int) -> None:
+    """Compare, then time."""
+    output = fasta.with_name("ours.jsonl")
+    command = ours("fasta_to_jsonl", fasta, output)
+    run(command)
+    in_a_process(check_jsonl, fasta, output)
+    compare(name, command, ["cp", fasta, fasta.with_name("copy")], rounds)
+
+
+def generate(folder: Path, num_bases: int, num_transcripts: int, dialect: str) -> None:
+    """``genome.fa`` and ``genes.gtf``."""
+    generate_genome(
+        folder,
+        num_bases=num_bases,
+        num_genes=max(1, num_transcripts // TRANSCRIPTS_PER_GENE),
+        num_transcripts=num_transcripts,
+        num_contigs=NUM_CONTIGS,
+        dialect=dialect,
+    )
+
+
+def main() -> None:
+    """Generate, compare, measure, and remove the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-bases", type=int, default=250_000_000)
+    parser.add_argument("--num-transcripts", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to put files, 6 bytes a base (default: /tmp)")
+    args = parser.parse_args()
+    gffread = Gffread()
+    print(f"{'seconds':42}{'ours':>9}{'theirs':>9}{'ratio':>9}{'ours, MB':>11}{'theirs, MB':>11}")
+    with tempfile.TemporaryDirectory(dir=args.folder) as work:
+        folder = Path(work)
+        # GENCODE with exon lines only; Ensembl with CDS lines too, as the real files have
+        for dialect, lines in (("gencode", "exon lines"), ("ensembl", "exon and CDS lines")):
+            in_a_process(generate, folder, args.num_bases, args.num_transcripts, dialect)
+            files = GeneratedGenome(folder / "genome.fa", folder / "genes.gtf")
+            measure_splice(files, f"splice_evo2 / gffread, {lines}", gffread, args.rounds)
+        measure_jsonl(files.fasta, "bionemo_fasta_to_jsonl / cp, genome", args.rounds)
+        short = folder / "short.fa"
+        with short.open("w") as out:
+            out.writelines(f">read{i}\n{'ACGTTGCAgg' * 100}\n" for i in range(NUM_SHORT_RECORDS))
+        measure_jsonl(short, "bionemo_fasta_to_jsonl / cp, 1 kb records", args.rounds)
+
+
+if __name__ == "__main__":
+    main()
