@@ -24,9 +24,10 @@ test-gpu: setup  ## the tests that need a GPU
 quickstart: setup  ## preprocess, train, score and generate on a real genome, in minutes
 	$(IN_ENV) examples/quickstart.sh
 
-bench: setup  ## speed and memory beside Vortex, and of the data commands
+bench: setup  ## speed and memory beside Vortex, gffread, pysam and cp
 	$(IN_ENV) python benchmarks/vortex.py
 	$(IN_ENV) python benchmarks/preprocess.py
+	$(IN_ENV) python benchmarks/data.py
 
 lint: setup  ## check style
 	$(IN_ENV) ruff check . && ruff format --check .

@@ -11,7 +11,9 @@ import pytest
 
 from evo2_megatron import cli
 
-COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem != "__init__" and not p.stem.endswith("groups"))
+COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("[a-z]*.py") if not p.stem.endswith("groups"))
+NOT_FLAGS = (argparse._HelpAction, argparse._SubParsersAction)
+FLAGS_AT_A_GLANCE = 10  # a command with no more needs no groups
 
 
 def flags(command):
@@ -19,13 +21,15 @@ def flags(command):
     parser = importlib.import_module(f"evo2_megatron.cli.{command}").build_parser()
     for group in parser._action_groups:
         for action in group._group_actions:
-            if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+            if action.help is not argparse.SUPPRESS and not isinstance(action, NOT_FLAGS):
                 yield group.title, action
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_in_a_titled_group(command):
-    assert [a.option_strings for title, a in flags(command) if title in ("options", "positional arguments")] == []
+    shown = list(flags(command))
+    ungrouped = [a.option_strings for title, a in shown if title in ("options", "positional arguments")]
+    assert ungrouped == [] or len(shown) <= FLAGS_AT_A_GLANCE
 
 
 @pytest.mark.parametrize("command", COMMANDS)

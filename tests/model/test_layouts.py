@@ -43,7 +43,10 @@ def test_every_layout_equals_one_process(answers, layout):
         loss_BL = parts[0] if len(parts) == 1 else zigzag_unsplit(parts, 1)
         assert_close(loss_BL, want["losses"][row, 0], f"loss of sequence {row}")
     assert_close(got["logits"], want["logits"], "logits")
-    assert got["gradients"].keys() == want["gradients"].keys()
+    tied = got["gradients"].keys() - want["gradients"].keys()
+    assert tied <= {"output_layer.weight"} and want["gradients"].keys() <= got["gradients"].keys()
+    for name in tied:  # the last stage's copy of the embedding
+        assert_close(got["gradients"][name], want["gradients"]["embedding.word_embeddings.weight"], name)
     for name, gradient in want["gradients"].items():
         assert gradient.abs().max() > 0, name
         assert_close(got["gradients"][name], gradient, name)

@@ -248,11 +248,11 @@ def test_a_folder_that_cannot_be_written(megatron, tmp_path, monkeypatch):
         Files(output_dir=tmp_path / "new" / "folder")
 
 
-@pytest.mark.parametrize("size", ["pipeline", "context"])
-def test_layouts_that_are_refused(predict, monkeypatch, size):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"use --{size}(-model)?-parallel-size 1"):
-        predict(parallel=ParallelConfig(**{size: 2}))
+@pytest.mark.parametrize("size, message", [("tensor", "; use "), ("pipeline", "for 4 layers; use 4 or less")])
+def test_layouts_that_are_refused(predict, monkeypatch, size, message):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match=message):
+        predict(parallel=ParallelConfig(**{size: 5}))
 
 
 @pytest.mark.parametrize("number, pattern", [(5, None), (None, "SDHH"), (None, "SDH*S"), (3, "SD"), (None, "")])

@@ -73,8 +73,8 @@ def test_wrong_options(given, message):
 @pytest.mark.parametrize(
     "world_size, given, message",
     [
-        (4, {"parallel": tensor(2), "seq_length": 63}, "--seq-length 63 cannot be split between 2"),
-        (2, {"parallel": ParallelConfig(context=2), "seq_length": 66}, "not a multiple of 2 x context .* use 68"),
+        (4, {"parallel": tensor(2), "seq_length": 63}, "--seq-length 63 cannot be split .* use 62 or 64"),
+        (2, {"parallel": ParallelConfig(context=2), "seq_length": 66}, "multiple of 4, and 516 or more; use 516"),
         (3, {"parallel": tensor(2)}, "start torchrun with a multiple of 2"),
         (8, {"global_batch_size": 12, "micro_batch_size": 1}, "use 8 or a multiple"),
     ],

@@ -14,10 +14,13 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     """Add the flags that ``windows`` reads, which go with ``--sharded-eden-data``."""
     group = parser.add_argument_group("sharded windows")
     group.add_argument(
-        "--sequence-db-dir", type=Path, metavar="DIR", help="holds <sample>/glm_dataset_<sample>.sqlite"
+        "--sequence-db-dir",
+        type=Path,
+        metavar="DIR",
+        help="of <sample>/glm_dataset_<sample>.sqlite (default: none)",
     )
     for flag, split in (("--train", "training"), ("--val", "validation"), ("--test", "test")):
-        meaning = f"{split} windows, made by bionemo_precompute_windows"
+        meaning = f"{split} windows, made by bionemo_precompute_windows (default: none)"
         group.add_argument(f"{flag}-window-db", type=Path, metavar="FILE", help=meaning)
     for flag, kind in (("--stride", positive_int), ("--window-min-length-threshold", int)):
         group.add_argument(flag, type=kind, metavar="N", help="that the windows must have (default: any)")

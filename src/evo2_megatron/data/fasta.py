@@ -224,6 +224,7 @@ def strip_lines(lines: bytes, at_line_start: bool) -> bytes:
 
 
 def check_header(path, header: bytes) -> None:
+    """Raise UserError unless a header line, without its ``>``, is one."""
     if not header:
         raise UserError(f"{path}: a record has no name; write one after each '>'")
     if b"\r" in header:
