@@ -18,7 +18,7 @@ def config_of(megatron):
     def build(*argv: str) -> Any:
         from evo2_megatron.recipes.pretrain import pretrain_config
 
-        source = [] if "--dataset-config" in argv else ["--mock-data"]
+        source = [] if {"--dataset-config", "--sharded-eden-data"} & {*argv} else ["--mock-data"]
         args = train.build_parser().parse_args([*source, "--model-size", "evo2_tiny", *argv])
         given = {name: value for name, value in train._options(args).items() if value is not None}
         return pretrain_config(TrainingOptions(**given))
@@ -30,10 +30,19 @@ def get(config: Any, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), config)
 
 
+WINDOWS = "--sharded-eden-data --sequence-db-dir /d --train-window-db /t.db --val-window-db /v.db"
 LANDS = [
     ("--dataset-config blend.yaml", "dataset.dataset_config_path", str(Path("blend.yaml").absolute())),
     ("--dataset-config blend.yaml --dataset-dir data", "dataset.dataset_dir", str(Path("data").absolute())),
     ("--dataset-config blend.yaml --eod-pad-in-loss-mask", "dataset.eod_mask_loss", True),
+    (WINDOWS, "dataset.sequence_db_dir", "/d"),
+    (WINDOWS, "dataset.train_window_db", "/t.db"),
+    (WINDOWS, "dataset.valid_window_db", "/v.db"),
+    (f"{WINDOWS} --test-window-db /e.db", "dataset.test_window_db", "/e.db"),
+    (f"{WINDOWS} --stride 7992", "dataset.stride", 7992),
+    (f"{WINDOWS} --window-min-length-threshold 9", "dataset.min_length", 9),
+    (f"{WINDOWS} --rc-aug", "dataset.reverse_complement", True),
+    (f"{WINDOWS} --former-window-layout", "dataset.former_layout", True),
     ("--seq-length 64", "dataset.seq_length", 64),
     ("--seq-length 64", "model.seq_length", 64),
     ("--seed 7", "rng.seed", 7),

@@ -248,13 +248,6 @@ def test_a_folder_that_cannot_be_written(megatron, tmp_path, monkeypatch):
         Files(output_dir=tmp_path / "new" / "folder")
 
 
-@pytest.mark.parametrize("size, message", [("tensor", "; use "), ("pipeline", "for 4 layers; use 4 or less")])
-def test_layouts_that_are_refused(predict, monkeypatch, size, message):
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(UserError, match=message):
-        predict(parallel=ParallelConfig(**{size: 5}))
-
-
 @pytest.mark.parametrize("number, pattern", [(5, None), (None, "SDHH"), (None, "SDH*S"), (3, "SD"), (None, "")])
 def test_layers_that_are_not_there(predict, number, pattern):
     with pytest.raises(UserError, match=r"do not name the first layers of the checkpoint's pattern SDH\*"):
