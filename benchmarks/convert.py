@@ -3,8 +3,10 @@
 
 ``python benchmarks/convert.py [--model-size evo2_1b_base] [--folder DIR] [--repeat 3]``
 
-Each command runs as a process of its own. Its time is that of moving the weights, as it logs it, without the start of
-Python, torch and Megatron, which the column "whole command" includes. Memory is the process's peak, start included.
+Each command runs in a process of its own, and so does ``cp``: twice, and the second time counts. A virtual machine
+gives memory that was free for seconds back to its host and gets it again at a tenth of the speed of writing a file;
+the first run would measure that. The time is that of moving the weights, as the command logs it, without the start of
+Python, torch and Megatron. Memory is the process's peak, start included.
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ class Step(NamedTuple):
     """One run of one command."""
 
     seconds: float
-    whole: float
     peak_bytes: int
 
 
@@ -60,27 +61,27 @@ def random_weights(model_size: str) -> dict[str, StoredTensor]:
 def copy_seconds(source: Path) -> float:
     """Time of ``cp``."""
     target = source.with_name("copy")
-    start = time.perf_counter()
-    subprocess.run(["cp", source, target], check=True)
-    seconds = time.perf_counter() - start
+    for _ in range(2):
+        target.unlink(missing_ok=True)
+        start = time.perf_counter()
+        subprocess.run(["cp", source, target], check=True)
+        seconds = time.perf_counter() - start
     target.unlink()
     return seconds
 
 
-def run(module: str, *arguments: object) -> Step:
-    """One command: seconds that it logs, seconds in all, peak resident memory."""
-    code = f"from evo2_megatron.cli.{module} import main; main()"
+def run(module: str, out: Path, *arguments: object) -> Step:
+    """One command: seconds that it logs, and peak resident memory."""
+    code = f"import shutil; from evo2_megatron.cli.{module} import main; main(); shutil.rmtree({str(out)!r}); main()"
     with tempfile.TemporaryFile("w+") as log:
-        start = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
-        whole = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         text = log.read()
     if process.returncode:
         raise RuntimeError(f"{module} failed:\n{text}")
-    return Step(float(_SECONDS.findall(text)[-1]), whole, usage.ru_maxrss * 1024)
+    return Step(float(_SECONDS.findall(text)[-1]), usage.ru_maxrss * 1024)
 
 
 def make_savanna(folder: Path, model_size: str) -> None:
@@ -99,7 +100,8 @@ def make_nemo2(folder: Path, model_size: str) -> None:
 def make_bridge(folder: Path, model_size: str) -> None:
     """``source/iter_0000001``."""
     arguments = ["--savanna-ckpt-path", folder / "savanna.pt", "--mbridge-ckpt-dir", folder / "source"]
-    run("convert_savanna", *arguments, "--model-size", model_size, "--tokenizer-path", tokenizer_dir(512))
+    size = ["--model-size", model_size]
+    run("convert_savanna", folder / "source", *arguments, *size, "--tokenizer-path", tokenizer_dir(512))
 
 
 def make_vortex(folder: Path, model_size: str) -> None:
@@ -133,19 +135,21 @@ def measure(folder: Path, model_size: str, repeat: int) -> None:
         (make_trained, "remove_optimizer", "--src-ckpt-dir", source, "--dst-ckpt-dir", out),
     ]
     print(f"{model_size}, {savanna.stat().st_size / 1e9:.2f} GB, medians of {repeat} runs, in {folder.parent}")
-    print(f"{'':18}{'weights, s':>12}{'cp, s':>8}{'x cp':>7}{'whole command, s':>18}{'peak memory, MB':>17}")
+    print(f"{'':18}{'weights, s':>12}{'cp, s':>8}{'x cp':>7}{'peak memory, MB':>17}")
     for make, *command in commands:
         if make is not None:
             in_a_process(make, folder, model_size)
         copies, steps = [], []
         for _ in range(repeat):
+            os.sync()  # what is still to be written to disk slows down whoever writes next
             copies.append(copy_seconds(savanna))
-            steps.append(run(*command))
+            os.sync()
+            steps.append(run(command[0], out, *command[1:]))
             shutil.rmtree(out)
         shutil.rmtree(source, ignore_errors=True)
         seconds, copied = statistics.median(step.seconds for step in steps), statistics.median(copies)
-        whole, peak = statistics.median(step.whole for step in steps), max(step.peak_bytes for step in steps)
-        figures = f"{seconds:12.2f}{copied:8.2f}{seconds / copied:7.2f}{whole:18.1f}{peak / 2**20:17.0f}"
+        peak = max(step.peak_bytes for step in steps)
+        figures = f"{seconds:12.2f}{copied:8.2f}{seconds / copied:7.2f}{peak / 2**20:17.0f}"
         print(f"{command[0]:18}{figures}", flush=True)
 
 
