@@ -102,3 +102,16 @@ def test_step_is_not_among_the_tensors_of_a_checkpoint(repairs):
     assert torch.equal(parameter, torch.full((2,), 3.0))
     state = optimizer.optimizer.state[parameter]
     assert float(state["step"]) == 7.0 and torch.equal(state["exp_avg"], torch.full((2,), 3.0))
+
+
+def test_places_after_a_padded_bucket(repairs):
+    def bucket(numel, numel_unpadded):
+        return SimpleNamespace(grad_data=torch.empty(numel), numel_unpadded=numel_unpadded)
+
+    # as Megatron lays them out: b begins at a multiple of 64, every bucket ends at one of 128
+    buffer = SimpleNamespace(
+        buckets=[bucket(256, 140), bucket(128, 100), bucket(128, 128)],
+        param_index_map={"a": (0, 60, 0), "b": (64, 140, 0), "c": (256, 356, 1), "d": (384, 512, 2)},
+    )
+    want = {"a": (0, 60, 0), "b": (64, 140, 0), "c": (140, 240, 1), "d": (240, 368, 2)}
+    assert repairs.without_padding(buffer) == want

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run needs where Transformer Engine or a GPU is missing, so that it can save in the background and
-that a resumed run computes what it would have without the interruption. Where both are there, nothing.
+"""What a training run needs so that a resumed one computes what it would have without the interruption: on every
+machine, one defect of checkpoints; where Transformer Engine or a GPU is missing, a few more.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 from evo2_megatron.runtime import megatron
@@ -17,11 +18,47 @@ def install() -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
 
+    _repair_padded_buckets(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
     if not megatron.on_cuda():
         _keep_random_state_when_loading_data()
         PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
+
+
+def _repair_padded_buckets(cls: Any) -> None:
+    """A defect of Megatron Core 0.16.1's fully reshardable optimizer checkpoints that loses weights without a word.
+
+    It joins the buckets of a gradient buffer without the padding at their ends, but looks for each parameter at its
+    place with the padding. Embeddings that two pipeline stages share have a bucket of their own, after another: where
+    that one is padded, a piece of other parameters is saved as the embedding.
+
+    Ends when Megatron subtracts the padding in ``sharded_param_state_fully_reshardable``.
+    """
+    upstream = cls.sharded_param_state_fully_reshardable
+
+    @functools.wraps(upstream)
+    def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = without_padding(buffer)
+        try:
+            return upstream(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded):
+                buffer.param_index_map = places
+
+    cls.sharded_param_state_fully_reshardable = sharded_state
+
+
+def without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """Start, end and bucket of every parameter of a gradient buffer, with its buckets joined without their padding."""
+    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *itertools.accumulate(paddings)]
+    return {
+        parameter: (start - before[bucket], end - before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def _repair_torch_adam(cls: Any) -> None:
