@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vortex to Megatron Bridge, and back to the same file."""
 
+import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def test_vortex_models_of_other_kinds(result, tmp_path):
     model = yaml.safe_load((folder / "run_config.yaml").read_text())["model"]
     assert model["share_embeddings_and_output_weights"] is False and model["seq_len_interpolation_factor"] == 8.0
     assert torch.equal(stored(folder)["output_layer.weight"], weights["output_layer.weight"])
+
+
+def test_weights_that_are_rounded_on_the_way(result, tmp_path, caplog):
+    weights = {name: value.float() + 1e-3 * torch.randn(value.shape) for name, value in WEIGHTS.items()}
+    source = vortex_file(tmp_path, weights=weights)
+    with caplog.at_level(logging.INFO):
+        folder = vortex_to_mbridge(source, result, verify=True)
+    assert "are rounded to bfloat16" in caplog.text
+    same, moved = re.search(r"logits ([\d.e-]+), .* logits by up to ([\d.e-]+)", caplog.text).groups()
+    assert float(same) < 1e-4 < 1e-3 < float(moved)
+    name = "decoder.layers.0.mixer.dense.weight"
+    assert torch.equal(stored(folder)[name], weights[name].bfloat16())
 
 
 def test_vortex_file_without_a_head_of_its_own(result, tmp_path):

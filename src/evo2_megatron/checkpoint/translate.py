@@ -14,7 +14,14 @@ from torch import Tensor
 
 from evo2_megatron.architectures import ARCHITECTURES, Architecture
 from evo2_megatron.checkpoint.names import EMBEDDING, Row, check_tensors, parameter_shapes, rows
-from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, in_memory, one_below_another, rows_of
+from evo2_megatron.checkpoint.tensors import (
+    StoredTensor,
+    as_dtype,
+    each_row,
+    in_memory,
+    one_below_another,
+    rows_of,
+)
 
 Format = Literal["savanna", "vortex"]
 """A column of the name table."""
@@ -133,6 +140,27 @@ def to_ours(
         names, form = _column(row, format)
         ours.update(zip(row.megatron, form.to_ours(*(theirs[name] for name in names)), strict=True))
     return ours
+
+
+def rounded_like(
+    theirs: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor], architecture: Architecture, format: Format
+) -> dict[str, StoredTensor]:
+    """Another format's weights, each in the dtype of ours that it becomes.
+
+    What is computed from these differs from what our weights give by the conversion alone, and not by the rounding.
+
+    Args:
+        theirs: A whole model by the format's names.
+        stored: The same by our names, in the dtypes it is written in; those of a row of the name table are alike.
+        architecture: Describes the model.
+        format: The other format.
+    """
+    return {
+        name: as_dtype(theirs[name], stored[ours].dtype)
+        for row in rows(architecture)
+        for ours in list(row.megatron)[:1]
+        for name in _column(row, format)[0]
+    }
 
 
 def _column(row: Row, format: Format) -> tuple[tuple[str, ...], Form]:

@@ -8,7 +8,7 @@ name only when it is complete and, with ``verify``, its logits were compared wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from evo2_megatron.checkpoint.savanna import read_savanna
 from evo2_megatron.checkpoint.savanna_files import find_savanna_files
 from evo2_megatron.checkpoint.tensors import StoredTensor, WholeTensors, as_dtype
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files
-from evo2_megatron.checkpoint.translate import Weights
+from evo2_megatron.checkpoint.translate import Format, Weights, rounded_like
 from evo2_megatron.checkpoint.vortex import check_config, from_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
@@ -143,13 +143,16 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
         remedy="check that --model-size is the one the checkpoint was made with",
     )
     stored = distcp.stored_tensors(folder, index, renamed)
-    total = sum(distcp.entry_bytes(index, name) for name in renamed)
+    sizes = [distcp.entry_bytes(index, name) for name in renamed]
 
     def fill(partial: Path, on_bytes: distcp.OnBytes) -> None:
         distcp.copy_tensors(folder, index, renamed, partial, on_bytes=on_bytes)
 
+    def check(partial: Path) -> None:
+        verify_checkpoint(partial, WholeTensors(stored), model, names="megatron")
+
     origin = {"format": "nemo2", "source": str(source)}
-    return _write(fill, total, model, rows, stored, "megatron", result, origin, verify=verify)
+    return _write(fill, sizes, model, rows, result, origin, check if verify else None)
 
 
 def _check_before(result: Result, verify: bool) -> None:
@@ -163,54 +166,59 @@ def _check_before(result: Result, verify: bool) -> None:
 def _write_tensors(
     weights: Weights,
     result: Result,
-    format: str,
+    format: Format,
     origin: Mapping[str, Any],
     *,
     unfused_names: bool = False,
     verify: bool,
 ) -> Path:
     dtype = torch.float32 if result.recipe == "fp32" else torch.bfloat16
-    tensors = {
-        names.unfused(name) if unfused_names else name: as_dtype(
-            tensor, torch.float32 if names.is_kept_in_float32(name) else dtype
-        )
+    stored = {
+        name: as_dtype(tensor, torch.float32 if names.is_kept_in_float32(name) else dtype)
         for name, tensor in weights.ours.items()
     }
-    _warn_of_rounding(weights.ours, dtype)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    rows = weights.ours[names.EMBEDDING].shape[0]
+    is_rounded = _warn_of_rounding(weights.ours, dtype)
+    source = rounded_like(weights.theirs, stored, weights.architecture, format)
+    rows = stored[names.EMBEDDING].shape[0]
+    if unfused_names:
+        stored = {names.unfused(name): tensor for name, tensor in stored.items()}
+    sizes = [tensor.nbytes for tensor in stored.values()]
 
     def fill(partial: Path, on_bytes: distcp.OnBytes) -> None:
-        distcp.write_tensors(tensors, partial, on_bytes=on_bytes)
+        distcp.write_tensors(stored, partial, on_bytes=on_bytes)
 
-    return _write(fill, total, weights.architecture, rows, weights.theirs, format, result, origin, verify=verify)
+    def check(partial: Path) -> None:
+        unrounded = WholeTensors(weights.theirs) if is_rounded else None
+        verify_checkpoint(partial, WholeTensors(source), weights.architecture, names=format, unrounded=unrounded)
+
+    return _write(fill, sizes, weights.architecture, rows, result, origin, check if verify else None)
 
 
-def _warn_of_rounding(ours: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+def _warn_of_rounding(ours: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
+    """Say so if weights lose digits in a dtype, and tell whether they do."""
     finer = [
         name
         for name, tensor in ours.items()
         if tensor.dtype not in (dtype, torch.bfloat16) and not names.is_kept_in_float32(name)
     ]
-    if finer and dtype is torch.bfloat16:
+    is_rounded = dtype is torch.bfloat16 and bool(finer)
+    if is_rounded:
         logger.warning(
             "%d tensors are in %s and are rounded to bfloat16; --mixed-precision-recipe fp32 keeps them",
             len(finer),
             str(ours[finer[0]].dtype).removeprefix("torch."),
         )
+    return is_rounded
 
 
 def _write(
     fill: Callable[[Path, distcp.OnBytes], None],
-    total: int,
+    sizes: Collection[int],
     model: Architecture,
     rows: int,
-    source: Mapping[str, StoredTensor],
-    names_in_source: str,
     result: Result,
     origin: Mapping[str, Any],
-    *,
-    verify: bool,
+    check: Callable[[Path], None] | None,
 ) -> Path:
     tokens = read_vocab_size(result.tokenizer)
     if tokens != rows:
@@ -220,7 +228,7 @@ def _write(
             f"tokenizers/nucleotide_fast_tokenizer_{rows}, with --tokenizer-path"
         )
     with disk_errors(), write.new_checkpoint(result.directory) as partial:
-        check_space(partial, total)
+        check_space(partial, sum(sizes))
         # first, so that what it could refuse is refused before the long part
         write.describe(
             partial,
@@ -229,10 +237,10 @@ def _write(
             recipe=result.recipe,
             converted_from=dict(origin, model_size=result.model_size),
         )
-        with moving(len(source), total) as on_bytes:
+        with moving(len(sizes), sum(sizes)) as on_bytes:
             fill(partial, on_bytes)
-        if verify:
-            verify_checkpoint(partial, WholeTensors(source), model, names=names_in_source)
+        if check is not None:
+            check(partial)
     return result.directory / write.layout.iteration_name(1)
 
 

@@ -74,7 +74,12 @@ def check_memory(architecture: Architecture, vocab_size: int) -> None:
 
 
 def verify_checkpoint(
-    checkpoint: Path, weights: Mapping[str, Tensor], architecture: Architecture, *, names: Names
+    checkpoint: Path,
+    weights: Mapping[str, Tensor],
+    architecture: Architecture,
+    *,
+    names: Names,
+    unrounded: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compare the model that a Megatron Bridge checkpoint loads as with the reference on other weights.
 
@@ -85,13 +90,15 @@ def verify_checkpoint(
         weights: By the names of another format; may read from disk each time one is looked up.
         architecture: Describes the other weights.
         names: The other format.
+        unrounded: The weights before they were rounded to what the checkpoint stores, if they were; how far that
+            moves the logits is logged too.
 
     Raises:
         UserError: The logits differ by more than rounding.
     """
     batches = random_dna()
-    ours = _our_logits(checkpoint, batches)
-    difference = compare(ours, reference_logits(weights, architecture, batches, names=names))
+    ours, expected = _our_logits(checkpoint, batches), reference_logits(weights, architecture, batches, names=names)
+    difference = compare(ours, expected)
     text = f"largest difference of the logits {difference.max_abs:.2g}, relative rms {difference.relative_rms:.2g}"
     if not difference.is_rounding:
         raise UserError(
@@ -102,6 +109,9 @@ def verify_checkpoint(
         # a property of the two programs, not of the weights
         theirs = reference_logits(weights, architecture, batches, names=names, norm="vortex")
         text += f"; with Vortex's own form of the norm, x / (rms + epsilon), {compare(ours, theirs).max_abs:.2g}"
+    if unrounded is not None:
+        exact = reference_logits(unrounded, architecture, batches, names=names)
+        text += f"; rounding the weights moved the logits by up to {compare(expected, exact).max_abs:.2g}"
     logger.info("verified on %d sequences of up to %d bases: %s", 2 * len(LENGTHS), max(LENGTHS), text)
 
 
