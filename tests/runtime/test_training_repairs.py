@@ -115,3 +115,29 @@ def test_places_after_a_padded_bucket(repairs):
     )
     want = {"a": (0, 60, 0), "b": (64, 140, 0), "c": (140, 240, 1), "d": (240, 368, 2)}
     assert repairs.without_padding(buffer) == want
+
+
+def test_samples_that_a_run_still_needs(repairs):
+    train = SimpleNamespace(train_iters=10, eval_interval=4, eval_iters=3, global_batch_size=5)
+    # evaluations after steps 4 and 8, and at the end
+    assert repairs.samples_left(train, 0) == (50, 45)
+    assert repairs.samples_left(train, 4) == (30, 30)
+    assert repairs.samples_left(train, 10) == (0, 15)
+
+
+def test_data_of_a_run_that_is_resumed_with_other_settings(repairs):
+    from megatron.bridge.data import loaders
+
+    asked = []
+
+    def build(num_samples, config):
+        asked.append(num_samples)
+        raise InterruptedError
+
+    train = SimpleNamespace(train_iters=10, train_samples=None, eval_interval=2, eval_iters=3, global_batch_size=2)
+    config = SimpleNamespace(train=train, dataset=None)
+    for consumed in ((0, 0), (40, 60)):
+        state = SimpleNamespace(step=8, consumed_train_samples=consumed[0], consumed_valid_samples=consumed[1])
+        with pytest.raises(InterruptedError):
+            loaders.build_train_valid_test_data_loaders(config, state, build, None)
+    assert asked == [(20, 36, 6), (44, 72, 6)]

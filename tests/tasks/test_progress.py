@@ -20,7 +20,7 @@ def started(megatron, monkeypatch):
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(progress, "_num_parameters", lambda model: 5)
+    monkeypatch.setattr(progress, "total_over_parameters", lambda model, of: 5)
     train_state = SimpleNamespace(step=3)
     config = SimpleNamespace(
         train=SimpleNamespace(train_iters=10, global_batch_size=4),

@@ -191,7 +191,7 @@ def test_finished_run_is_left_alone(runs):
 
 def test_run_directory(runs):
     run = runs[2] / "whole" / "evo2"
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "tb_logs", "config.yaml"}
+    assert {path.name for path in run.iterdir()} == {".lock", "checkpoints", "tb_logs", "config.yaml"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "iter_0000003", "iter_0000006", "latest_checkpointed_iteration.txt", "latest_train_state.pt", "progress.txt"
     }  # fmt: skip

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime import megatron
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
+    from torch import Tensor
 
 
 def rank() -> int:
@@ -102,3 +107,23 @@ def is_model_parallel_writer() -> bool:
         and parallel_state.get_context_parallel_rank() == 0
         and parallel_state.is_pipeline_last_stage()
     )
+
+
+def total_over_parameters(model: list[MegatronModule], of: Callable[[Tensor], int]) -> int:
+    """Sum over the parameters of the whole model, of which every process has a part; every process must call this.
+
+    Args:
+        model: The stages of this process.
+        of: Value of a parameter of which this process has the whole or, of a split one, an equal share.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.transformer.module import param_is_not_shared
+
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    # a tied table counts once: the last stage's copy is marked as shared
+    mine = [p for stage in model for p in stage.parameters() if param_is_not_shared(p)]
+    shares = [tensor if getattr(p, "tensor_model_parallel", False) else 1 for p in mine]
+    total = torch.tensor(sum(of(p) * share for p, share in zip(mine, shares)), device="cuda")
+    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(total)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
-machine, one defect of checkpoints; where Transformer Engine or a GPU is missing, a few more.
+machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from evo2_megatron.runtime import megatron
@@ -15,15 +16,49 @@ from evo2_megatron.runtime import megatron
 @functools.cache
 def install() -> None:
     """Put the repairs that this machine needs in place; call after ``megatron.enter``."""
+    from megatron.bridge.data import loaders
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
 
+    _repair_sample_counts(loaders)
     _repair_padded_buckets(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
     if not megatron.on_cuda():
         _keep_random_state_when_loading_data()
         PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
+
+
+def _repair_sample_counts(loaders: Any) -> None:
+    """Megatron Bridge 0.3.1 makes datasets as long as a run needs that had its settings from the first step on.
+
+    One that is resumed with a smaller batch, or with more or longer evaluations, comes to their end before its own.
+
+    Ends when ``get_train_valid_test_num_samples`` asks how many samples are consumed.
+    """
+    upstream = loaders.build_train_valid_test_data_loaders
+
+    @functools.wraps(upstream)
+    def build(
+        cfg: Any, train_state: Any, build_train_valid_test_datasets_provider: Callable[..., Any], dp_group: Any
+    ) -> Any:
+        def build_enough(num_samples: tuple[int, int, int], config: Any) -> Any:
+            train, valid, test = num_samples
+            train_left, valid_left = samples_left(cfg.train, train_state.step)
+            train = max(train, train_state.consumed_train_samples + train_left)
+            valid = max(valid, train_state.consumed_valid_samples + valid_left)
+            return build_train_valid_test_datasets_provider((train, valid, test), config)
+
+        return upstream(cfg, train_state, build_enough, dp_group)
+
+    loaders.build_train_valid_test_data_loaders = build
+
+
+def samples_left(train: Any, step: int) -> tuple[int, int]:
+    """Training and validation samples that a run still needs after a step; there is an evaluation at the end, too."""
+    evaluations = train.train_iters // train.eval_interval - step // train.eval_interval + 1
+    steps = train.train_iters - step
+    return steps * train.global_batch_size, evaluations * train.eval_iters * train.global_batch_size
 
 
 def _repair_padded_buckets(cls: Any) -> None:

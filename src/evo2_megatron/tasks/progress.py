@@ -16,9 +16,9 @@ from typing import TextIO
 
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.core import parallel_state
-from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from tqdm import tqdm
+
+from evo2_megatron.runtime.distributed import total_over_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class TrainingProgress(Callback):
         self._last_step = train.train_iters
         self._tokens_per_step = train.global_batch_size * context.state.cfg.model.seq_length
         self._first_step_end: tuple[int, float] | None = None
-        logger.info("%s parameters", f"{_num_parameters(context.model):,}")
+        logger.info("%s parameters", f"{total_over_parameters(context.model, torch.Tensor.numel):,}")
         if self._wants_bar:
             # tqdm by itself shows nothing on a terminal that does not tell its size
             size = shutil.get_terminal_size(fallback=(120, 24))
@@ -157,20 +157,6 @@ def quiet_console(progress: TrainingProgress) -> Iterator[None]:
             progress.close()
             for chatter in loggers:
                 chatter.disabled = False
-
-
-def _num_parameters(model: list[MegatronModule]) -> int:
-    """Parameters of the whole model; every process must call this."""
-    tensor, pipeline = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    # a tied table counts once: the last stage's copy is marked as shared
-    mine = [p for stage in model for p in stage.parameters() if param_is_not_shared(p)]
-    split = [tensor if getattr(p, "tensor_model_parallel", False) else 1 for p in mine]
-    total = torch.tensor(sum(p.numel() * copies for p, copies in zip(mine, split)), device="cuda")
-    torch.distributed.all_reduce(total, group=pipeline)
-    return int(total)
 
 
 class _Lines(io.TextIOBase):

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evo2_megatron.checkpoint import layout, load
+from evo2_megatron.checkpoint import layout, load, run_checkpoints
 from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import PRECISION_RECIPES, UserError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
     from megatron.core.transformer import MegatronModule
+    from torch import Tensor
 
     from evo2_megatron.model.provider import StripedHyenaProvider
     from evo2_megatron.tasks.progress import TrainingProgress
@@ -84,6 +85,7 @@ def train(**given: Any) -> None:
         return
     megatron.enter()
     training_repairs.install()
+    run_checkpoints.make_saving_safe()
 
     from evo2_megatron.recipes.pretrain import pretrain_config
 
@@ -95,21 +97,20 @@ def train(**given: Any) -> None:
     if start.checkpoint is not None:
         _begin_from(start, config, options)
     _make_run_dir(options.run_dir)
-    _run(config, options, start)
+    first = distributed.rank() == 0
+    with run_checkpoints.locked(options.run_dir) if first else nullcontext():
+        if first:
+            run_checkpoints.tidy(options.checkpoint_dir, start.checkpoint if start.resumes else None)
+        _run(config, options, start)
 
 
 def _find_start(options: TrainingOptions) -> Start:
     """This run's own newest checkpoint, or else the one to fine-tune, or else nothing."""
     own = options.checkpoint_dir
-    complete = [folder for folder in own.glob("iter_*") if (folder / layout.RUN_CONFIG).is_file()]
-    if complete:
-        checkpoint = layout.resolve_checkpoint_path(own)
-        if not (own / layout.TRACKER).is_file():
-            raise UserError(
-                f"{own} has checkpoints but no {layout.TRACKER}; write the number of the iteration to resume into it"
-            )
+    checkpoint = run_checkpoints.newest(own)
+    if checkpoint is not None:
         base = train_lora.base_of_own(checkpoint, read_run_config(checkpoint), options)
-        return Start(checkpoint, base, int(checkpoint.name.removeprefix("iter_")), resumes=True)
+        return Start(checkpoint, base, layout.iteration_of(checkpoint), resumes=True)
     if options.finetune_ckpt_dir is None:
         return Start(None, None, 0, resumes=False)
     given = layout.resolve_checkpoint_path(options.finetune_ckpt_dir.absolute(), flag="--finetune-ckpt-dir")
@@ -235,6 +236,7 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     callbacks = CallbackManager()
     callbacks.add(progress)
     callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
+    callbacks.register("on_train_start", functools.partial(_check_room, options))
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
     _be_alone_without_torchrun()
@@ -262,6 +264,17 @@ def _record_origin(options: TrainingOptions, start: Start, context: CallbackCont
         # adapters belong to one checkpoint, and not to the newest that a folder has
         origin = start.base if options.lora_finetune else options.finetune_ckpt_dir.absolute()
         context.state.cfg.checkpoint.pretrained_checkpoint = str(origin)
+
+
+def _check_room(options: TrainingOptions, context: CallbackContext) -> None:
+    """Look, before the first step, whether a checkpoint will find room: weights, and for those trained the optimizer's
+    three float32 values each. Adapters are saved without their base."""
+
+    def num_bytes(parameter: Tensor) -> int:
+        each = (parameter.element_size() + 12) if parameter.requires_grad else parameter.element_size()
+        return 0 if options.lora_finetune and not parameter.requires_grad else parameter.numel() * each
+
+    run_checkpoints.check_room(options.run_dir, distributed.total_over_parameters(context.model, num_bytes))
 
 
 def _listen_for_preemption(context: CallbackContext) -> None:
