@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from evo2_megatron.cli import train
-from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions
+from evo2_megatron.recipes.options import LORA_TARGETS
+from evo2_megatron.recipes.published import training_options
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def config_of(megatron):
         source = [] if {"--dataset-config", "--sharded-eden-data"} & {*argv} else ["--mock-data"]
         args = train.build_parser().parse_args([*source, "--model-size", "evo2_tiny", *argv])
         given = {name: value for name, value in train._options(args).items() if value is not None}
-        return pretrain_config(TrainingOptions(**given))
+        return pretrain_config(training_options(args.recipe, given))
 
     return build
 
@@ -58,6 +59,11 @@ LANDS = [
     ("--hidden-dropout 0.1", "model.hidden_dropout", 0.1),
     ("--attention-dropout 0.2", "model.attention_dropout", 0.2),
     ("--add-bias-output", "model.add_bias_output", True),
+    ("--rotary-base 777", "model.rotary_base", 777),
+    ("--recipe evo2_7b_32k", "model.rotary_base", 1_000_000),
+    ("--recipe evo2_7b_32k", "model.seq_len_interpolation_factor", 4.0),
+    ("--recipe evo2_7b_32k --rotary-base 10000", "model.rotary_base", 10_000),
+    ("--recipe evo2_40b_base", "optimizer.weight_decay", 0.1),
     ("--seq-len-interpolation-factor 2.5", "model.seq_len_interpolation_factor", 2.5),
     ("--no-fp32-residual-connection", "model.fp32_residual_connection", False),
     ("--spike-no-more-embedding-init", "model.share_embeddings_and_output_weights", False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -79,7 +78,7 @@ def train_all(
 
 def launch(job: dict, processes: int) -> tuple[list[Run], list[list[str]]]:
     done = subprocess.run(
-        command(job, processes), env=environment(), capture_output=True, text=True, timeout=230, check=False
+        command(job, processes), env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     printed, *comparisons = done.stdout.split("DIFFERENT ")
@@ -293,45 +292,3 @@ def test_layouts_agree(tmp_path):
     (one,), _ = train_all([calm | {"result_dir": tmp_path / "one"}])
     (two,), _ = train_all([calm | {"result_dir": tmp_path / "two"}], processes=2)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_preemption(tmp_path):
-    """SIGTERM in the middle: the step is finished and saved, the exit clean, and the run resumes as if nothing had."""
-    long = SMALL | {
-        "max_steps": 400,
-        "eval_interval": 400,
-        "result_dir": tmp_path / "stopped",
-        "enable_preemption": True,
-    }
-    run = subprocess.Popen(
-        command({"runs": [long]}, 1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    lines = []
-    for line in run.stdout:
-        lines.append(line)
-        if LOG_LINE.search(line):
-            run.send_signal(signal.SIGTERM)
-            break
-    rest, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    stopped = read("".join(lines) + rest)
-    (step,) = [int(p.name.removeprefix("iter_")) for p in checkpoint(tmp_path / "stopped", 0).parent.glob("iter_*")]
-    assert 1 <= step == max(stopped.losses) < 400
-    resumed = long | {"early_stop_on_step": step + 2}
-    whole = resumed | {"result_dir": tmp_path / "whole"}
-    (second, uninterrupted), _ = train_all([resumed, whole])
-    assert list(second.losses) == [step + 1, step + 2]
-    assert stopped.losses | second.losses == uninterrupted.losses
-
-
-@pytest.mark.slow
-def test_killed_while_saving(tmp_path):
-    """The tracker names a checkpoint that was never finished: the run goes on from the last whole one."""
-    options = SMALL | {"result_dir": tmp_path, "max_steps": 9}
-    (whole,), _ = train_all([options])
-    folder = checkpoint(tmp_path, 9).parent
-    (checkpoint(tmp_path, 9) / "run_config.yaml").unlink()
-    assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
-    (again,), _ = train_all([options])
-    assert again.losses == {step: whole.losses[step] for step in (7, 8, 9)}

@@ -110,7 +110,13 @@ def parallel(args: argparse.Namespace) -> ParallelConfig:
 
 
 def add_sizes(group: argparse._ActionsContainer) -> None:
-    """Add the flags that ``sizes`` reads: which model is trained."""
+    """Add ``--recipe``, read as ``args.recipe``, and the flags that ``sizes`` reads: which model is trained."""
+    group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="what Arc trained a model with, in place of the defaults; other flags win over it (default: none; an "
+        "unknown name lists them)",
+    )
     known = ", ".join(sorted(ARCHITECTURES))
     group.add_argument("--model-size", metavar="KEY", help=f"one of {known} (default: evo2_1b_base)")
     group.add_argument("--num-layers", type=positive_int, metavar="N", help="layers (default: the model size's)")
@@ -124,6 +130,9 @@ def add_sizes(group: argparse._ActionsContainer) -> None:
         type=positive_int,
         metavar="N",
         help="channels of one half of the gated MLP (default: the model size's)",
+    )
+    group.add_argument(
+        "--rotary-base", type=positive_int, metavar="N", help="of the rotary embedding (default: the model size's)"
     )
     group.add_argument(
         "--seq-len-interpolation-factor",
@@ -140,6 +149,7 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
         "num_layers": args.num_layers,
         "hybrid_override_pattern": args.hybrid_override_pattern,
         "ffn_hidden_size": args.ffn_hidden_size,
+        "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.seq_len_interpolation_factor,
     }
 

@@ -69,7 +69,7 @@ def _main(argv: Sequence[str] | None) -> None:
         **groups.recompute(args),
     }
     given = {name: value for name, value in options.items() if value is not None} | {"vocab_size": args.vocab_size}
-    planned = plan(num_gpus, parallel=parallel, **given)
+    planned = plan(num_gpus, args.recipe, parallel=parallel, **given)
     _show(planned)
     gpu_bytes = args.gpu_memory * 1e9
     needed = f"{planned.worst.total_bytes / 1e9:.1f} GB on stage {planned.worst.stage}"
@@ -77,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> None:
         print(f"fits {args.gpu_memory:g} GB: {needed}")
         return
     print(f"does not fit {args.gpu_memory:g} GB: {needed}")
-    layout = nearest_fit(num_gpus, gpu_bytes, parallel=parallel, **given)
+    layout = nearest_fit(num_gpus, gpu_bytes, args.recipe, parallel=parallel, **given)
     if layout is not None:
         sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
         print(f"fits on as many GPUs with {sizes}")

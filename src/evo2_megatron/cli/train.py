@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.train import train  # torch loads here, so --help stays instant
 
     given = {name: value for name, value in _options(args).items() if value is not None}
-    train(**given)
+    train(args.recipe, **given)
 
 
 _COUNT = groups.positive_int

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from megatron.bridge.training.config import OptimizerConfigOverrideProvider, OptimizerConfigOverrideProviderContext
 from megatron.core.optimizer import ParamGroupOverride, ParamKey
 
-NO_WEIGHT_DECAY = ("*.filter.p", "*.filter.R", "*.filter.gamma", "*.short_conv.short_conv_weight")
-"""Poles, residues and scales of the long filter, and the taps of the short operator, as Evo 2 was trained.
+NO_WEIGHT_DECAY = ("*.filter.p", "*.filter.R", "*.filter.gamma", "*.filter.h", "*.short_conv.short_conv_weight")
+"""What the filters of the three operators are computed from, as Arc trained Evo 2.
 
-The medium operator's ``filter.h``, the input convolution and all matrices decay. Biases and norms have one dimension
-and are exempt by Megatron's own rule.
+Arc's trainer, Savanna, groups them so where ``hyena_filter_wd`` is 0, as in its Evo 2 configurations. NVIDIA's recipe
+decays the medium operator's ``h``. Its filter is ``h`` times a fixed decay, so that the weight decay would draw the
+whole filter to zero, the more so its far taps, whose gradient the factor has made small.
+
+The input convolution and all matrices decay. Biases and norms have one dimension and are exempt by Megatron's rule.
 """
 
 

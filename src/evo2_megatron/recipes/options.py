@@ -51,6 +51,7 @@ class TrainingOptions:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     add_bias_output: bool = False
+    rotary_base: int | None = None
     seq_len_interpolation_factor: float | None = None
     # Megatron Core 0.16 casts the residual to the branch's type in every layer, so True would only convert twice
     fp32_residual_connection: bool = False

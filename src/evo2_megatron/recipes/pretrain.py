@@ -103,6 +103,7 @@ def _model(options: TrainingOptions) -> StripedHyenaProvider:
         "num_layers": options.num_layers,
         "hybrid_override_pattern": options.hybrid_override_pattern,
         "ffn_hidden_size": options.ffn_hidden_size,
+        "rotary_base": options.rotary_base,
         "seq_len_interpolation_factor": options.seq_len_interpolation_factor,
         "recompute_num_layers": options.recompute_num_layers,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import megatron
 
 
@@ -56,18 +57,19 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.total_bytes)
 
 
-def plan(num_gpus: int, vocab_size: int = 512, **given: Any) -> Plan:
+def plan(num_gpus: int, recipe: str | None = None, *, vocab_size: int = 512, **given: Any) -> Plan:
     """Plan one step.
 
     Args:
         num_gpus: Processes, one a GPU.
+        recipe: Name of a training recipe to start from (see ``recipes.published``).
         vocab_size: Rows of the embedding.
         given: Fields of ``recipes.options.TrainingOptions``.
 
     Raises:
         UserError: Options that cannot work, or 8-bit precision, whose memory only a GPU shows.
     """
-    options = TrainingOptions(**{"mock_data": True, "precision": "bf16_mixed"} | given)
+    options = training_options(recipe, {"mock_data": True, "precision": "bf16_mixed"} | given)
     if uses_fp8(options.precision):
         raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
     options.parallel.check_world_size(num_gpus)
@@ -78,11 +80,13 @@ def plan(num_gpus: int, vocab_size: int = 512, **given: Any) -> Plan:
     )
 
 
-def nearest_fit(num_gpus: int, gpu_bytes: float, *, parallel: ParallelConfig, **given: Any) -> ParallelConfig | None:
+def nearest_fit(
+    num_gpus: int, gpu_bytes: float, recipe: str | None = None, *, parallel: ParallelConfig, **given: Any
+) -> ParallelConfig | None:
     """The first layout within ``gpu_bytes`` with one of the sizes doubled or quadrupled; None: no such one.
 
     Args:
-        num_gpus: As for ``plan``, like ``given``.
+        num_gpus: As for ``plan``, like ``recipe`` and ``given``.
         gpu_bytes: Memory of a GPU.
         parallel: The layout that does not fit.
     """
@@ -90,7 +94,7 @@ def nearest_fit(num_gpus: int, gpu_bytes: float, *, parallel: ParallelConfig, **
         for name in ("context", "tensor", "pipeline"):
             layout = replace(parallel, **{name: getattr(parallel, name) * factor})
             try:
-                planned = plan(num_gpus, parallel=layout, **given)
+                planned = plan(num_gpus, recipe, parallel=layout, **given)
             except UserError:
                 continue  # the model, the batch or the number of GPUs does not divide so
             if planned.worst.total_bytes <= gpu_bytes:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import socket
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import PRECISION_RECIPES, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
+from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import distributed, megatron, training_repairs
 from evo2_megatron.runtime.precision import precision_settings
 from evo2_megatron.tasks import train_checks, train_lora
@@ -61,16 +64,17 @@ class Start(NamedTuple):
     """Whether the checkpoint is this run's own."""
 
 
-def train(**given: Any) -> None:
+def train(recipe: str | None = None, **given: Any) -> None:
     """Train until ``max_steps``; call it on every process that torchrun started.
 
     Args:
-        given: Fields of ``recipes.options.TrainingOptions``; the rest keep their defaults.
+        recipe: Name of a training recipe to start from (see ``recipes.published``).
+        given: Fields of ``recipes.options.TrainingOptions``; the rest are the recipe's, or else the defaults.
 
     Raises:
         UserError: Options that are wrong, contradict each other, or ask for what this machine or version cannot do.
     """
-    options = TrainingOptions(**given)
+    options = training_options(recipe, given)
     train_checks.check(options)
     train_lora.check_options(options, given)
     start = _find_start(options)
@@ -214,7 +218,7 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
 def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options: TrainingOptions) -> None:
     trained = read_run_config(checkpoint).provider()
     for name in _SAME_MODEL:
-        if name == "seq_len_interpolation_factor" and options.seq_len_interpolation_factor is not None:
+        if name in ("seq_len_interpolation_factor", "rotary_base") and getattr(options, name) is not None:
             continue  # extending the context is a reason to fine-tune
         ours, theirs = getattr(provider, name), getattr(trained, name)
         if ours != theirs:
@@ -254,6 +258,9 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
             _clean_up()
             raise
         finally:
+            # a failure leaves the process that writes checkpoints in the background, and Python would wait for it
+            for child in multiprocessing.active_children() if sys.exc_info()[0] else ():
+                child.kill()
             signal.signal(signal.SIGTERM, on_sigterm)
     _log_result(options, progress)
 

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are ended by SIGTERM, SIGKILL or a full disk, and go on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tasks.test_train import LOG_LINE, SMALL, checkpoint, command, environment, read, train_all
+
+pytestmark = pytest.mark.slow
+
+
+def test_preemption(tmp_path):
+    """SIGTERM in the middle: the step is finished and saved, the exit clean, and the run resumes as if nothing had."""
+    long = SMALL | {
+        "max_steps": 400,
+        "eval_interval": 400,
+        "result_dir": tmp_path / "stopped",
+        "enable_preemption": True,
+    }
+    run = subprocess.Popen(
+        command({"runs": [long]}, 1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = []
+    for line in run.stdout:
+        lines.append(line)
+        if LOG_LINE.search(line):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    stopped = read("".join(lines) + rest)
+    (step,) = [int(p.name.removeprefix("iter_")) for p in checkpoint(tmp_path / "stopped", 0).parent.glob("iter_*")]
+    assert 1 <= step == max(stopped.losses) < 400
+    resumed = long | {"early_stop_on_step": step + 2}
+    whole = resumed | {"result_dir": tmp_path / "whole"}
+    (second, uninterrupted), _ = train_all([resumed, whole])
+    assert list(second.losses) == [step + 1, step + 2]
+    assert stopped.losses | second.losses == uninterrupted.losses
+
+
+def test_killed_while_saving(tmp_path):
+    """The tracker names a checkpoint that was never finished: the run goes on from the last whole one."""
+    options = SMALL | {"result_dir": tmp_path, "max_steps": 9}
+    (whole,), _ = train_all([options])
+    folder = checkpoint(tmp_path, 9).parent
+    (checkpoint(tmp_path, 9) / "run_config.yaml").unlink()
+    assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
+    (again,), _ = train_all([options])
+    assert again.losses == {step: whole.losses[step] for step in (7, 8, 9)}
+
+
+def kill_at_random(options: dict, processes: int, chance: random.Random) -> tuple[dict[int, float], bool]:
+    """Start a run and kill all of it without warning within some seconds; its losses, and whether it was killed."""
+    launched = subprocess.Popen(
+        command({"runs": [options]}, processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines, until = [], None
+    for line in launched.stdout:
+        lines.append(line)
+        # most of a start is the loading of libraries: count from where something can go wrong
+        if until is None and "INFO" in line:
+            until = time.monotonic() + chance.uniform(0, 3)
+            os.set_blocking(launched.stdout.fileno(), False)
+            break
+    while until is not None and launched.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    killed = launched.poll() is None
+    if killed:
+        os.killpg(launched.pid, signal.SIGKILL)
+    os.set_blocking(launched.stdout.fileno(), True)
+    text = "".join(lines) + launched.communicate(timeout=60)[0]
+    assert killed or launched.returncode == 0, text
+    return read(text).losses, killed
+
+
+@pytest.mark.parametrize(
+    "layout, num_kills",
+    [({}, 20), ({"ckpt_async_save": True, "most_recent_k": 1}, 10), ({"processes": 2}, 5)],
+    ids=str,
+)
+def test_killed_at_random_moments(layout, num_kills, tmp_path):
+    """Every step that any of the runs shows has the loss it has in an unbroken run, and no kill costs more than an
+    interval."""
+    options = SMALL | layout | {"max_steps": 300, "eval_interval": 2}
+    processes = options.pop("processes", 1)
+    (whole,), _ = train_all([options | {"result_dir": tmp_path / "whole"}], processes=processes)
+    options |= {"result_dir": tmp_path / "killed"}
+    chance, kills, last, seen = random.Random(7), 0, 0, set()
+    while kills < num_kills:
+        losses, killed = kill_at_random(options, processes, chance)
+        assert losses == {step: whole.losses[step] for step in losses}
+        # with saving in the background, the save before may still be under way, too
+        lost = 2 * options["eval_interval"] if options.get("ckpt_async_save") else options["eval_interval"]
+        assert not losses or min(losses) > last - lost
+        last = max(losses, default=last)
+        seen |= losses.keys()
+        if not killed:
+            break
+        kills += 1
+    (rest,), _ = train_all([options], processes=processes)
+    seen |= rest.losses.keys()
+    assert rest.losses == {step: whole.losses[step] for step in rest.losses}
+    assert kills == num_kills and max(seen) == 300
+    folder = checkpoint(tmp_path / "killed", 300)
+    assert (folder / "run_config.yaml").is_file()
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_resumed_with_other_settings(tmp_path):
+    """More and longer evaluations, and a smaller batch: the data reaches to the end."""
+    options = SMALL | {"result_dir": tmp_path, "eval_interval": 2, "early_stop_on_step": 4}
+    changes = ({"eval_interval": 1, "eval_iters": 4}, {"global_batch_size": 2, "eval_interval": 3})
+    for number, change in enumerate(changes):
+        options |= {"result_dir": tmp_path / str(number)}
+        (first, second), _ = train_all([options, options | change | {"early_stop_on_step": 6}])
+        assert list(first.losses) == [1, 2, 3, 4] and list(second.losses) == [5, 6]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 34 MB: two checkpoints and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=34m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("layout", [{}, {"ckpt_async_save": True}, {"processes": 2}], ids=str)
+def test_full_disk(small_disk, tmp_path, layout):
+    options = SMALL | layout | {"max_steps": 9}
+    processes = options.pop("processes", 1)
+    (whole,), _ = train_all([options | {"result_dir": tmp_path / "whole"}], processes=processes)
+    options |= {"result_dir": small_disk}
+    (full,), _ = train_all([options], processes=processes)
+    error = full.text[full.text.index("ERROR") :]
+    assert re.search(
+        r"could not be written to .*, whose disk has .* MB free .*; iter_0000006 is complete; make", error
+    )
+    assert len(error.strip().splitlines()) == 1
+    (refused,), _ = train_all([options], processes=processes)
+    assert refused.text.startswith("ERROR a checkpoint takes about 0.0136 GB")
+    shutil.rmtree(checkpoint(small_disk, 3))
+    (again,), _ = train_all([options], processes=processes)
+    assert again.losses == {step: whole.losses[step] for step in (7, 8, 9)}
+    assert checkpoint(small_disk, 9).is_dir()
+
+
+def test_disk_without_room_for_one_checkpoint(small_disk):
+    (small_disk / "ballast").write_bytes(bytes(25_000_000))
+    (refused,), _ = train_all([SMALL | {"result_dir": small_disk}])
+    assert refused.text.startswith("ERROR a checkpoint takes about 0.0136 GB, and the disk of ") and not refused.losses
+
+
+def test_read_only_disk(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    (refused,), _ = train_all([SMALL | {"result_dir": small_disk / "new"}])
+    assert re.match(
+        r"ERROR cannot make the folder .*: Read-only file system; choose another --result-dir", refused.text
+    )
