@@ -6,6 +6,7 @@ Run by test_predict_distributed.py: ``predict_worker.py CHECKPOINT FASTA FOLDER`
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +26,14 @@ def predictions(checkpoint, fasta, parallel):
     with process_groups(parallel):
         loaded = load_model(checkpoint, parallel=parallel)
         assert loaded.provider.sequence_parallel == parallel.splits_activations
+        runner = partial(Runner, loaded.model, precision=loaded.precision)
         return {
-            "log_probs": Runner(loaded, Output(log_probs="per_token"))(items),
-            "log_probs_in_pieces": Runner(loaded, Output(log_probs="per_token"), chunk_length=15)(items),
-            "logits": Runner(loaded, Output())(items),
-            "embeddings": Runner(loaded, Output(embedding_layer=-1))(items),
-            "embeddings_in_pieces": Runner(loaded, Output(embedding_layer=-1), chunk_length=15)(items),
-            "padded": Runner(loaded, Output(), min_length=100)(items),
+            "log_probs": runner(Output(log_probs="per_token"))(items),
+            "log_probs_in_pieces": runner(Output(log_probs="per_token"), chunk_length=15)(items),
+            "logits": runner(Output())(items),
+            "embeddings": runner(Output(embedding_layer=-1))(items),
+            "embeddings_in_pieces": runner(Output(embedding_layer=-1), chunk_length=15)(items),
+            "padded": runner(Output(), min_length=100)(items),
         }
 
 

@@ -166,7 +166,7 @@ def predict(
             base_ckpt_dir=base_ckpt_dir,
         )
         _log_setup(loaded, output, len(pattern), dataset)
-        runner = Runner(loaded, output, min_length=sequences.min_length, chunk_length=sequences.chunk_length)
+        runner = _runner(loaded, output, sequences)
         scores = _run(runner, dataset, files, sequences.micro_batch_size)
         if files.output_dir is not None and distributed.rank() == 0:
             if output.log_probs in _SCORE_COLUMNS:
@@ -229,6 +229,16 @@ def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: Fa
         len(dataset), sum(dataset.lengths), provider.tensor_model_parallel_size, distributed.data_parallel_size(),
         loaded.precision, megatron.device(),
     )  # fmt: skip
+
+
+def _runner(loaded: LoadedModel, output: Output, sequences: Sequences) -> Runner:
+    return Runner(
+        loaded.model,
+        output,
+        precision=loaded.precision,
+        min_length=sequences.min_length,
+        chunk_length=sequences.chunk_length,
+    )
 
 
 def _run(runner: Runner, dataset: FastaDataset, files: Files, micro_batch_size: int) -> dict[int, float]:

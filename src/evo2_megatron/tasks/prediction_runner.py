@@ -10,17 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evo2_megatron import layouts
-from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.data.tokenizer import PAD
 from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
 from evo2_megatron.runtime import megatron
 from evo2_megatron.tasks.scoring import Collapse, collapse_log_probs, next_token_log_probs
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
+
+    from evo2_megatron.model.provider import StripedHyenaProvider
 
 CHUNK_LENGTH = 65_536
 """Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
@@ -48,28 +53,37 @@ class Runner:
     """One forward pass per batch, and what is kept of it."""
 
     def __init__(
-        self, loaded: LoadedModel, output: Output, *, min_length: int = 1, chunk_length: int = CHUNK_LENGTH
+        self,
+        model: MegatronModule,
+        output: Output,
+        *,
+        precision: str,
+        min_length: int = 1,
+        chunk_length: int = CHUNK_LENGTH,
     ) -> None:
         """Use it on all processes of a copy of the model alike.
 
         Args:
-            loaded: Model with as many layers as the output needs.
+            model: In evaluation mode, with as many layers as the output needs; its wrapper for 16 bits will do, too.
             output: What to compute.
+            precision: Name of the model's precision recipe.
             min_length: Tokens that every batch is padded to, at least.
             chunk_length: Longer sequences go through the model in pieces of this many tokens.
         """
         from megatron.core.utils import unwrap_model
 
-        self.model, self.output = loaded.model, output
-        self._inner = unwrap_model(loaded.model)
+        self.model, self.output = model, output
+        self._inner = unwrap_model(model)
+        provider = self._inner.config
         self._groups = self._inner.pg_collection
         layout = ParallelConfig(
             tensor=self._groups.tp.size(),
             context=self._groups.cp.size(),
-            sequence_parallel=loaded.provider.sequence_parallel,
+            sequence_parallel=provider.sequence_parallel,
         )
         self._splits_activations = layout.splits_activations
-        self._multiple = math.lcm(layouts.sequence_multiple(layout), _precision_multiple(loaded) * layout.context)
+        of_part = _precision_multiple(provider, precision)
+        self._multiple = math.lcm(layouts.sequence_multiple(layout), of_part * layout.context)
         # results are padded to the length asked for; what the layout wants beyond it is cut off again
         self._shown_length = min_length
         self._min_length = max(min_length, layouts.min_sequence_length(layout))
@@ -171,11 +185,11 @@ def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tenso
     return parts
 
 
-def _precision_multiple(loaded: LoadedModel) -> int:
+def _precision_multiple(provider: StripedHyenaProvider, precision: str) -> int:
     """What the number of tokens that a process has must be divisible by for 8-bit products."""
-    if loaded.provider.fp8 or loaded.provider.fp4 or uses_fp8(loaded.precision):
+    if provider.fp8 or provider.fp4 or uses_fp8(precision):
         return 32  # rows of a block of MXFP8, the largest of all formats
-    return 8 if loaded.provider.vortex_style_fp8 else 1
+    return 8 if provider.vortex_style_fp8 else 1
 
 
 def collate(items: Sequence[dict[str, Tensor]], min_length: int = 1, multiple: int = 1) -> dict[str, Tensor]:
