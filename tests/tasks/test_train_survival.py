@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from tasks.test_train import LOG_LINE, SMALL, checkpoint, command, environment, read, train_all
+from tasks.test_train import LOG_LINE, SMALL, Run, checkpoint, command, environment, read, train_all
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +71,11 @@ def kill_at_random(options: dict, processes: int, chance: random.Random, output:
     return read(output.read_text()).losses, killed
 
 
+def as_in(run: Run, steps: Iterable[int]) -> object:
+    """What a run printed at these steps; its last digit may differ, for sums depend on where memory begins."""
+    return pytest.approx({step: run.losses[step] for step in steps}, rel=0, abs=2e-6)
+
+
 def start(options: dict, processes: int, output: Path) -> subprocess.Popen:
     with output.open("w") as file:
         return subprocess.Popen(
@@ -97,15 +102,14 @@ def wait_for(happened: Callable[[], object]) -> None:
 def test_killed_at_random_moments(layout, num_kills, tmp_path):
     """Every step that any of the runs shows has the loss it has in an unbroken run, and no kill costs more than an
     interval."""
-    options = SMALL | layout | {"max_steps": 300, "eval_interval": 2}
+    options = SMALL | layout | {"max_steps": 120, "eval_interval": 2}
     processes = options.pop("processes", 1)
     (whole,), _ = train_all([options | {"result_dir": tmp_path / "whole"}], processes=processes)
     options |= {"result_dir": tmp_path / "killed"}
     chance, kills, last, seen = random.Random(7), 0, 0, set()
     while kills < num_kills:
         losses, killed = kill_at_random(options, processes, chance, tmp_path / "output.txt")
-        print(kills, killed, *losses)
-        assert losses == {step: whole.losses[step] for step in losses}
+        assert losses == as_in(whole, losses)
         # with saving in the background, the save before may still be under way, too
         lost = 2 * options["eval_interval"] if options.get("ckpt_async_save") else options["eval_interval"]
         assert not losses or min(losses) > last - lost
@@ -116,9 +120,9 @@ def test_killed_at_random_moments(layout, num_kills, tmp_path):
         kills += 1
     (rest,), _ = train_all([options], processes=processes)
     seen |= rest.losses.keys()
-    assert rest.losses == {step: whole.losses[step] for step in rest.losses}
-    assert kills == num_kills and max(seen) == 300
-    folder = checkpoint(tmp_path / "killed", 300)
+    assert rest.losses == as_in(whole, rest.losses)
+    assert kills == num_kills and max(seen) == 120
+    folder = checkpoint(tmp_path / "killed", 120)
     assert (folder / "run_config.yaml").is_file()
     assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
 
