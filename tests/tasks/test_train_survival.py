@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tasks.test_train import LOG_LINE, SMALL, Run, checkpoint, command, environment, read, train_all
@@ -66,7 +66,9 @@ def kill_at_random(options: dict, processes: int, chance: random.Random, output:
     time.sleep(chance.uniform(0, 0.5 if num_steps else 3))
     killed = run.poll() is None
     if killed:
-        os.killpg(run.pid, signal.SIGKILL)
+        # torchrun's processes are not in its group, and would train on
+        for process in [root := psutil.Process(run.pid), *root.children(recursive=True)]:
+            process.kill()
     assert run.wait(timeout=60) == (-signal.SIGKILL if killed else 0), output.read_text()
     return read(output.read_text()).losses, killed
 
@@ -83,7 +85,6 @@ def start(options: dict, processes: int, output: Path) -> subprocess.Popen:
             env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
 

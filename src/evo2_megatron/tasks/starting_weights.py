@@ -54,4 +54,4 @@ def _loss(stage: MegatronModule, precision: str) -> float | None:
     tokens = bases[torch.randint(4, (_NUM_BASES,), generator=torch.Generator().manual_seed(0))]
     item = {"tokens": tokens, "loss_mask": torch.ones_like(tokens), "seq_idx": torch.tensor(0)}
     result = Runner(stage, Output(log_probs="mean"), precision=precision)([item])
-    return None if result is None else -result["log_probs_seqs"].item()
+    return None if result is None else -(result["log_likelihood"] / result["num_scored"]).item()
