@@ -11,6 +11,7 @@
 #   CUDA_HOME       toolkit that compiles Transformer Engine; not set: the one of nvcc on the PATH, or /usr/local/cuda
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+PATH=${PATH//"$PWD/.venv/bin:"/} # what is about to be replaced, if it is active, cannot build itself
 
 UV=uv==0.13.8         # fast; unlike pip it can leave packages out, and knows where torch's CPU builds are
 MARK=.venv/evo2-build # "building", then what was built: kind, and hash of what decides the result
@@ -90,14 +91,14 @@ install_cpu() {
     else
         backend=(--torch-backend cpu) # PyTorch's CPU builds; the usual index has only CUDA's, 2.5 GB larger
     fi
-    install "${backend[@]}" --editable '.[dev,examples]'
+    install "${backend[@]}" --editable '.[dev]'
 }
 
 install_cuda() { # 12 or 13
     local backend=() site headers
     # the usual index has the build for CUDA 13
     [ "$1" = 13 ] || backend=(--torch-backend auto)
-    install "${backend[@]}" --editable '.[dev,examples]'
+    install "${backend[@]}" --editable '.[dev]'
     .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
         die "torch came out as a CPU build; leave PIP_FIND_LINKS out, or build with EVO2_BUILD=cpu"
     # compile Transformer Engine against the headers of the CUDA libraries that torch brought
@@ -105,12 +106,12 @@ install_cuda() { # 12 or 13
     headers=$(printf '%s\n' "$site"/nvidia/*/include | paste -sd :)
     # its PyTorch part asks for the CUDA 12 core whatever torch it is built for; both together overwrite each other
     CPATH=$headers${CPATH:+:$CPATH} NVTE_FRAMEWORK=pytorch install "${backend[@]}" \
-        --excludes <(echo "transformer-engine-cu$((25 - $1))") --editable ".[dev,examples,cuda$1]"
+        --excludes <(echo "transformer-engine-cu$((25 - $1))") --editable ".[dev,cuda$1]"
 }
 
 install_image() {
     # seen through --system-site-packages, which uv does not look at
-    install --excludes <(printf '%s\n' torch triton transformer-engine) --editable '.[dev,examples,cuda13]'
+    install --excludes <(printf '%s\n' torch triton transformer-engine) --editable '.[dev,cuda13]'
     # the image's own torchrun starts the image's Python, which does not see this environment
     printf '#!%s\nimport sys\nfrom torch.distributed.run import main\nsys.exit(main())\n' "$PWD/.venv/bin/python" \
         >.venv/bin/torchrun

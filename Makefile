@@ -40,7 +40,7 @@ format: setup  ## mend style
 lock: setup  ## renew constraints.txt from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	$(IN_ENV) uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url \
 	    --no-emit-find-links --custom-compile-command 'make lock' --excludes <(echo transformer-engine-cu12) \
-	    --extra dev --extra examples --extra cuda13 $(UPGRADE) pyproject.toml --output-file constraints.txt
+	    --extra dev --extra cuda13 $(UPGRADE) pyproject.toml --output-file constraints.txt
 	sed -Ei "s/ ?(and )?platform_machine == 'x86_64' and sys_platform == 'linux'//; \
 	    s/ and python_full_version < '3.13'//; s/python_full_version < '3.13'//; s/ *; *$$//" constraints.txt
 

@@ -24,11 +24,16 @@ def started(megatron, monkeypatch):
     train_state = SimpleNamespace(step=3)
     config = SimpleNamespace(
         train=SimpleNamespace(train_iters=10, global_batch_size=4),
-        model=SimpleNamespace(seq_length=16),
+        model=SimpleNamespace(seq_length=16, _get_num_floating_point_operations=lambda batch_size: 16e9 * batch_size),
+        logger=SimpleNamespace(log_interval=1),
         checkpoint=SimpleNamespace(save_interval=5),
     )
+    scalars = []
+    writer = SimpleNamespace(add_scalar=lambda *event: scalars.append(event))
     context = SimpleNamespace(
-        state=SimpleNamespace(cfg=config, train_state=train_state),
+        state=SimpleNamespace(
+            cfg=config, train_state=train_state, tensorboard_logger=writer, wandb_logger=None, scalars=scalars
+        ),
         model=[],
         loss_dict={"lm loss": torch.tensor(1.25)},
     )
@@ -46,13 +51,32 @@ def started(megatron, monkeypatch):
 
 
 def test_tokens_per_second_leave_pauses_out(started):
+    started.context.state.cfg.logger.log_interval = 5
     started.step(2.0, pause=10.0)
     started.step(1.0, pause=7.0)
     # 2 steps of 64 tokens in 3 s
     assert " tokens per second: 42.7 |" in started.run.rates()
+    started.context.state.cfg.logger.log_interval = 1
     started.step(0.5)
     # since the last line
     assert " tokens per second: 128.0 |" in started.run.rates()
+
+
+def test_utilisation(started):
+    """64 tokens a step, 64e9 operations: 2 s a step are 3.2 % of a device that does 10^12 per second."""
+    from evo2_megatron.tasks.progress import TrainingProgress
+
+    started.step(1.0)
+    assert "utilisation" not in started.run.rates()
+    assert [tag for tag, _, _ in started.context.state.scalars] == ["throughput/tokens-per-second"]
+    started.run = TrainingProgress(bar=False, peak_tflops=1.0)
+    started.run.on_train_start(started.context)
+    started.run.on_train_step_start(started.context)
+    started.run._step_start -= 2.0
+    started.run.on_train_step_end(started.context)
+    assert " model FLOP utilisation: 3.2 % |" in started.run.rates()
+    tag, value, step = started.context.state.scalars[-1]
+    assert (tag, step) == ("throughput/mfu", 5) and value == pytest.approx(0.032)
 
 
 def test_time_left_counts_pauses_but_not_the_first_step(started):

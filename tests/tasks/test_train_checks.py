@@ -58,6 +58,9 @@ WRONG = [
     ({"tp_comm_overlap": True}, "needs tensor and sequence parallelism"),
     ({"nsys_start_step": 5, "nsys_end_step": 4}, "--nsys-end-step 4 is before"),
     ({"wandb_entity": "me"}, "go with --wandb-project"),
+    ({"wandb_offline": True}, "go with --wandb-project"),
+    ({"peak_tflops": 0.0}, "--peak-tflops is 0.0"),
+    ({"torch_profiling": True, "tensorboard": False}, "--torch-profiling writes into TensorBoard's folder"),
     ({"wandb_project": "p", "tensorboard": False}, "leave --disable-tensorboard-logger out"),
     ({"nvidia_fault_tolerance": True}, "needs a start with ft_launcher"),
 ]

@@ -288,10 +288,15 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
     _value(group, "--wandb-project", str, "log to Weights & Biases (default: do not)")
     _value(group, "--wandb-entity", str, "owner of the project (default: you)")
     _value(group, "--wandb-run-name", str, "(default: made from the settings)")
+    _switch(group, "--wandb-offline", "keep it in the run's folder, for wandb sync to send later")
+    _value(group, "--peak-tflops", float, "of one device, for model FLOP utilisation (default: the GPU's data sheet)")
     _switch(group, "--debug", "show everything that Megatron prints and logs")
+    _switch(
+        group, "--torch-profiling", "trace the steps to profile with PyTorch's profiler, for TensorBoard or Perfetto"
+    )
     _switch(group, "--nsys-profiling", "mark the steps to profile for NVIDIA Nsight Systems")
-    _value(group, "--nsys-start-step", int, "(default: 0)")
-    _value(group, "--nsys-end-step", int, "(default: two after the start)")
+    _value(group, "--nsys-start-step", int, "first step to profile, either way (default: 0)")
+    _value(group, "--nsys-end-step", int, "step to end with (default: two after the start)")
     group.add_argument("--nsys-ranks", type=int, nargs="+", metavar="RANK", help="(default: 0)")
 
 
@@ -302,7 +307,10 @@ def _logging_options(args: argparse.Namespace) -> dict[str, Any]:
         "wandb_project": args.wandb_project,
         "wandb_entity": args.wandb_entity,
         "wandb_run_name": args.wandb_run_name,
+        "wandb_offline": args.wandb_offline,
+        "peak_tflops": args.peak_tflops,
         "debug": args.debug,
+        "torch_profiling": args.torch_profiling,
         "nsys_profiling": args.nsys_profiling,
         "nsys_start_step": args.nsys_start_step,
         "nsys_end_step": args.nsys_end_step,

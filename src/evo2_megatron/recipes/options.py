@@ -134,7 +134,10 @@ class TrainingOptions:
     wandb_project: str | None = None
     wandb_entity: str | None = None
     wandb_run_name: str | None = None  # None: made from the settings
+    wandb_offline: bool = False
+    peak_tflops: float | None = None  # None: known GPUs' by their names
     debug: bool = False
+    torch_profiling: bool = False
     nsys_profiling: bool = False
     nsys_start_step: int = 0
     nsys_end_step: int | None = None  # None: two after the start

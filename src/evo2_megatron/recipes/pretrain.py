@@ -224,7 +224,7 @@ def _logger(options: TrainingOptions) -> LoggerConfig:
         wandb_project=options.wandb_project,
         wandb_entity=options.wandb_entity,
         wandb_exp_name=options.wandb_run_name or _wandb_name(options),
-        wandb_save_dir=str(options.run_dir / "wandb"),
+        wandb_save_dir=str(options.run_dir),  # wandb makes its folder in it
         # everything that was decided, before the first checkpoint has it; not named like a checkpoint's own
         save_config_filepath=str(options.run_dir / "config.yaml"),
         log_params_norm=True,
@@ -280,10 +280,11 @@ def _profiling(options: TrainingOptions) -> ProfilingConfig:
     end = options.nsys_end_step
     return ProfilingConfig(
         use_nsys_profiler=options.nsys_profiling,
+        use_pytorch_profiler=options.torch_profiling,
         profile_step_start=options.nsys_start_step,
         profile_step_end=options.nsys_start_step + 2 if end is None else end,
         profile_ranks=options.nsys_ranks,
-        record_shapes=options.nsys_profiling,
+        record_shapes=options.nsys_profiling or options.torch_profiling,
         nvtx_ranges=options.nsys_profiling,
     )
 

@@ -18,7 +18,7 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from tqdm import tqdm
 
-from evo2_megatron.runtime.distributed import total_over_parameters
+from evo2_megatron.runtime.distributed import total_over_parameters, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,13 @@ class TrainingProgress(Callback):
     The losses are on the last pipeline stage, so the bar and Megatron's log lines belong to the last rank.
     """
 
-    def __init__(self, *, bar: bool) -> None:
-        """``bar``: show a progress bar on stderr, in place of Megatron's log lines."""
+    def __init__(self, *, bar: bool, peak_tflops: float | None = None) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            bar: Show a progress bar on stderr, in place of Megatron's log lines.
+            peak_tflops: 10^12 operations per second that one device can do; None: utilisation is not shown.
+        """
         self.step = 0
         """Optimizer steps done, those of earlier runs included."""
 
@@ -56,6 +61,8 @@ class TrainingProgress(Callback):
         """Time spent in training steps: not in evaluation or in writing checkpoints."""
 
         self._wants_bar, self._bar = bar, None
+        self._peak_flops = None if peak_tflops is None else 1e12 * peak_tflops
+        self._rates: dict[str, float] = {}
         self._since_log = (0, 0.0)  # tokens, seconds
 
     def on_train_start(self, context: CallbackContext) -> None:
@@ -63,7 +70,11 @@ class TrainingProgress(Callback):
         train = context.state.cfg.train
         self.step = context.state.train_state.step
         self._last_step = train.train_iters
-        self._tokens_per_step = train.global_batch_size * context.state.cfg.model.seq_length
+        model = context.state.cfg.model
+        self._tokens_per_step = train.global_batch_size * model.seq_length
+        self._flops_per_token = model._get_num_floating_point_operations(train.global_batch_size) / (
+            self._tokens_per_step * world_size()
+        )
         self._first_step_end: tuple[int, float] | None = None
         logger.info("%s parameters", f"{total_over_parameters(context.model, torch.Tensor.numel):,}")
         if self._wants_bar:
@@ -85,6 +96,8 @@ class TrainingProgress(Callback):
         self.num_tokens += self._tokens_per_step
         self.step_seconds += seconds
         self._since_log = (self._since_log[0] + self._tokens_per_step, self._since_log[1] + seconds)
+        if self.step % context.state.cfg.logger.log_interval == 0:
+            self._write_rates(context)
         if "lm loss" in (context.loss_dict or {}):
             self.loss = context.loss_dict["lm loss"].item()
         if self._first_step_end is None:
@@ -93,6 +106,19 @@ class TrainingProgress(Callback):
             loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
             self._bar.set_postfix_str(f"{loss}{self._tokens_per_step / seconds:,.0f} tokens/s", refresh=False)
             self._bar.update()
+
+    def _write_rates(self, context: CallbackContext) -> None:
+        """Speed since the last time, for the log line and, on the rank that has them, TensorBoard and W&B."""
+        tokens, seconds = self._since_log
+        self._since_log = (0, 0.0)
+        self._rates = {"throughput/tokens-per-second": tokens / seconds}
+        if self._peak_flops is not None:
+            self._rates["throughput/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
+        writer = context.state.tensorboard_logger
+        for tag, value in self._rates.items() if writer else ():
+            writer.add_scalar(tag, value, self.step)
+        if writer and context.state.wandb_logger:
+            context.state.wandb_logger.log(self._rates, self.step)
 
     def on_train_end(self, context: CallbackContext) -> None:
         """Called by Bridge after the last step."""
@@ -114,10 +140,10 @@ class TrainingProgress(Callback):
         return self._bar is not None
 
     def rates(self) -> str:
-        """Tokens per second since the last call, and the time left at the pace of this run, as part of a log line."""
-        tokens, seconds = self._since_log
-        self._since_log = (0, 0.0)
-        return f" tokens per second: {tokens / seconds:.1f} | time left: {self.time_left()} |"
+        """What a log line is given: tokens per second and utilisation since the last one, and the time left."""
+        speed, utilisation = (self._rates.get(f"throughput/{name}") for name in ("tokens-per-second", "mfu"))
+        share = "" if utilisation is None else f" model FLOP utilisation: {100 * utilisation:.1f} % |"
+        return f" tokens per second: {speed:.1f} | time left: {self.time_left()} |{share}"
 
     def time_left(self) -> timedelta:
         """Whole seconds until the last step; evaluations and checkpoints so far are part of the pace.

@@ -8,6 +8,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from evo2_megatron.data import tokenizer
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
 from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import distributed, megatron, training_repairs
+from evo2_megatron.runtime.device_peaks import peak_tflops
 from evo2_megatron.runtime.precision import precision_settings
 from evo2_megatron.tasks import train_checks, train_lora
 from evo2_megatron.tasks.starting_weights import load_and_compare
@@ -238,7 +240,10 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     from evo2_megatron.tasks.progress import TrainingProgress, quiet_console
 
     speaks = distributed.rank() == distributed.world_size() - 1  # where Megatron writes its log lines
-    progress = TrainingProgress(bar=speaks and os.isatty(2) and not options.debug)
+    progress = TrainingProgress(
+        bar=speaks and os.isatty(2) and not options.debug,
+        peak_tflops=options.peak_tflops or peak_tflops(precision_recipe(options)),
+    )
     callbacks = CallbackManager()
     callbacks.add(progress)
     callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
@@ -246,6 +251,8 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
     _be_alone_without_torchrun()
+    if options.wandb_project is not None and speaks:
+        _set_up_wandb(options)
     _log_plan(options, start)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with nullcontext() if options.debug else quiet_console(progress):
@@ -299,6 +306,16 @@ def _be_alone_without_torchrun() -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+
+
+def _set_up_wandb(options: TrainingOptions) -> None:
+    """What Bridge leaves to wandb's environment variables, so that a resumed run goes on in the same run there."""
+    if options.wandb_offline:
+        os.environ["WANDB_MODE"] = "offline"
+    chosen = options.run_dir / "wandb_run_id"
+    if not chosen.exists():
+        chosen.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    os.environ |= {"WANDB_RUN_ID": chosen.read_text(), "WANDB_RESUME": "allow"}
 
 
 def _clean_up() -> None:

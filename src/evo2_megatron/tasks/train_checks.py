@@ -105,6 +105,8 @@ def _check_ranges(options: TrainingOptions) -> None:
         if value is not None and not (low <= value and (high is None or value <= high)):
             allowed = f"{low} or more" if high is None else f"from {low} to {high}"
             raise UserError(f"{flag} is {value}; it must be {allowed}")
+    if options.peak_tflops is not None and not options.peak_tflops > 0:
+        raise UserError(f"--peak-tflops is {options.peak_tflops}; it must be above 0")
     if not options.adam_eps > 0:
         raise UserError(f"--adam-eps is {options.adam_eps}; it must be above 0")
     if not options.lr >= options.min_lr:
@@ -210,12 +212,16 @@ def _check_window_databases(options: TrainingOptions) -> None:
 
 
 def _check_services(options: TrainingOptions) -> None:
-    if options.wandb_project is None and (options.wandb_entity or options.wandb_run_name):
-        raise UserError("--wandb-entity and --wandb-run-name go with --wandb-project")
+    if options.wandb_project is None and (options.wandb_entity or options.wandb_run_name or options.wandb_offline):
+        raise UserError("--wandb-entity, --wandb-run-name and --wandb-offline go with --wandb-project")
     if options.wandb_project is not None and not options.tensorboard:
         raise UserError("Weights & Biases gets what TensorBoard gets; leave --disable-tensorboard-logger out")
     if options.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb-project needs the package wandb; install it or leave the flag out")
+    if options.torch_profiling and not options.tensorboard:
+        raise UserError("--torch-profiling writes into TensorBoard's folder; leave --disable-tensorboard-logger out")
+    if options.torch_profiling and options.nsys_profiling:
+        raise UserError("--torch-profiling and --nsys-profiling watch the same steps; leave one of the two out")
     if options.nvidia_fault_tolerance and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
         raise UserError("--nvidia-fault-tolerance needs a start with ft_launcher instead of torchrun; or leave it out")
 

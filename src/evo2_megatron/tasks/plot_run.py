@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw how training runs went, from the TensorBoard files in their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evo2_megatron.config import UserError
+
+_PANELS = (
+    ("loss, nat per token", (("lm loss", "training"), ("lm loss validation", "validation"))),
+    ("learning rate", (("learning-rate", None),)),
+    ("gradient norm", (("grad-norm", None),)),
+)
+
+
+class Curve(NamedTuple):
+    """Values over steps, one each, ascending."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def smoothed(self, size: int) -> Curve:
+        """The mean of each value and those up to ``size - 1`` before it."""
+        sums = np.concatenate([[0.0], np.cumsum(self.values, dtype=np.float64)])
+        ends = np.arange(1, len(self.values) + 1)
+        starts = np.maximum(ends - size, 0)
+        return Curve(self.steps, (sums[ends] - sums[starts]) / (ends - starts))
+
+
+def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
+    """Draw loss, learning rate and gradient norm of one run or several to a PNG file.
+
+    Args:
+        runs: Folders of runs, or their ``tb_logs``.
+        output: File to write; its folder is made.
+        smooth: Draw the mean over this many logged steps of training loss and gradient norm, and what they are the
+            means of behind it.
+
+    Raises:
+        UserError: A folder is not there, or has no curves; nothing is written.
+    """
+    curves = {_name(run, runs): read_curves(run) for run in runs}
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained", height_ratios=(2, 1, 1))
+    for number, (name, of_run) in enumerate(curves.items()):
+        for panel, (_, tags) in zip(axes, _PANELS):
+            for tag, kind in tags:
+                if tag in of_run:
+                    style = {"color": f"C{number}", "label": name if kind is None else f"{name}, {kind}"}
+                    _draw(
+                        panel, tag, of_run[tag], 1 if tag in ("lm loss validation", "learning-rate") else smooth, style
+                    )
+    for panel, (title, _) in zip(axes, _PANELS):
+        panel.set_ylabel(title)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def _draw(panel, tag: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:
+    if tag == "lm loss validation":
+        panel.plot(*curve, marker="o", markersize=3, linestyle="--", linewidth=1, **style)
+        return
+    if smooth > 1:
+        panel.plot(*curve, linewidth=0.7, alpha=0.3, color=style["color"])
+    panel.plot(*curve.smoothed(smooth), linewidth=1.3, **style)
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """The scalars of a run by their tags; where a step was done again after a restart, the last value counts.
+
+    Raises:
+        UserError: There is no such folder, or nothing to draw in it.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}; give the folder of a run, --result-dir/--experiment-name")
+    folder = run / "tb_logs" if (run / "tb_logs").is_dir() else run
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for tag in (tag for _, tags in _PANELS for tag, _ in tags):
+        if tag in events.Tags()["scalars"]:
+            last = {event.step: event.value for event in events.Scalars(tag)}
+            steps = sorted(last)
+            curves[tag] = Curve(np.array(steps), np.array([last[step] for step in steps]))
+    if not curves:
+        raise UserError(f"{folder} has no loss curve; was the run started with --disable-tensorboard-logger?")
+    return curves
+
+
+def _name(run: Path, runs: Sequence[Path]) -> str:
+    """The shortest end of the path that tells it from the others."""
+    parts = run.absolute().parts
+    if parts[-1] in ("tb_logs", "checkpoints"):
+        parts = parts[:-1]
+    for length in range(1, len(parts)):
+        end = parts[-length:]
+        others = [other.absolute().parts for other in runs if other != run]
+        if not any(other[-length:] == end for other in others):
+            return "/".join(end)
+    return str(run)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+
+@pytest.mark.parametrize(
+    "device, fp8, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", False, 989),
+        ("NVIDIA H100 80GB HBM3", True, 1979),
+        ("NVIDIA H100 PCIe", False, 756),
+        ("NVIDIA GH200 480GB", False, 989),
+        ("NVIDIA A100-SXM4-80GB", False, 312),
+        ("NVIDIA A100-SXM4-80GB", True, None),
+        ("NVIDIA GeForce GTX 1080", False, None),
+    ],
+)
+def test_peaks(device, fp8, expected):
+    from evo2_megatron.runtime.device_peaks import peak_of
+
+    assert peak_of(device, fp8=fp8) == expected
+
+
+def test_a_cpu_has_none(monkeypatch):
+    from evo2_megatron.runtime import device_peaks
+
+    monkeypatch.setattr(device_peaks.megatron, "on_cuda", lambda: False)
+    assert device_peaks.peak_tflops("bf16_mixed") is None
