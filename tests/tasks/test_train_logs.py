@@ -14,9 +14,9 @@ TAGS = {
     "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",
     "lm loss validation ppl", "lm loss validation ppl vs samples", "learning-rate", "learning-rate vs samples",
     "batch-size", "batch-size vs samples", "loss-scale", "loss-scale vs samples", "grad-norm",
-    "grad- norm vs samples", "params-norm", "params-norm vs samples", "world-size", "world-size vs samples",
+    "grad-norm vs samples", "params-norm", "params-norm vs samples", "world-size", "world-size vs samples",
     "num-zeros", "num-zeros vs samples", "iteration-time", "throughput/tflops", "throughput/tflops/device",
-    "throughput/tokens- per-second", "throughput/mfu", "memory/mem-allocated-gigabytes", "time/remaining_estimate",
+    "throughput/tokens-per-second", "throughput/mfu", "memory/mem-allocated-gigabytes", "time/remaining_estimate",
 }  # fmt: skip
 
 
