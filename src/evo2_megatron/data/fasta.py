@@ -73,7 +73,9 @@ def read_fasta(path: str | os.PathLike[str], *, unique_ids: bool = False) -> Ite
         description = decode_header(header)
         name = description.split(None, 1)[0]
         if unique_ids:
-            _check_new(path, name, seen)
+            if name in seen:
+                raise same_name(path, name)
+            seen.add(name)
         yield FastaRecord(name, description, sequence)
         header, sequence = next_header, bases
 
@@ -231,10 +233,9 @@ def check_header(path, header: bytes) -> None:
         raise UserError(f"{path}: line ends are lone carriage returns; convert the file, for example with mac2unix")
 
 
-def _check_new(path, name: str, seen: set[str]) -> None:
-    if name in seen:
-        raise UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
-    seen.add(name)
+def same_name(path: str | os.PathLike[str], name: str) -> UserError:
+    """What to raise where a name occurs twice."""
+    return UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
 
 
 class FastaIndex:
@@ -274,7 +275,9 @@ class FastaIndex:
                 header = data[next_at + 1 : body_at].strip()
                 check_header(self.path, header)
                 name = record_id(header)
-                _check_new(self.path, name, seen)
+                if name in seen:
+                    raise same_name(self.path, name)
+                seen.add(name)
                 next_at = find_header(data, body_at, True)
                 self.ids.append(name)
                 self._spans.append((body_at, next_at if next_at >= 0 else len(data)))
