@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -113,6 +114,14 @@ def read_pieces(
             block = stream.read(BLOCK_BYTES)
             ended = not block
             messy = b"\r" in data or b"\t" in data
+            if at_line_start and not messy and data.startswith(b">") and (last_at := data.rfind(b"\n>") + 1):
+                records = _tidy_records(data[:last_at])
+                if records is not None:
+                    yield from records
+                    data = data[last_at:]
+                    if not ended:  # the last record may go on in the next block
+                        data += block
+                        continue
             header, body_at = None, 0
             header_at = find_header(data, 0, at_line_start)
             while header_at >= 0:
@@ -147,6 +156,18 @@ def read_pieces(
                 yield header, bases
             at_line_start = at_line_start and not body
             data = rest[len(body) :] + block
+
+
+def _tidy_records(data: bytes) -> list[tuple[bytes, bytes]] | None:
+    """Header and bases of whole records without tabs or carriage returns; None if their lines need a closer look."""
+    records = data[1:].split(b">")
+    if not all(map(bytes.endswith, records, repeat(b"\n"))):  # a '>' within a line
+        return None
+    parts = [record.partition(b"\n") for record in records]
+    pairs = [(header.strip(), lines.replace(b"\n", b"")) for header, _, lines in parts]
+    if not all(header and b" " not in bases for header, bases in pairs):
+        return None
+    return pairs
 
 
 @contextlib.contextmanager
