@@ -115,7 +115,7 @@ def read_pieces(
             ended = not block
             messy = b"\r" in data or b"\t" in data
             if at_line_start and not messy and data.startswith(b">") and (last_at := data.rfind(b"\n>") + 1):
-                records = _tidy_records(data[:last_at])
+                records = _tidy_records(data[1:last_at])
                 if records is not None:
                     yield from records
                     data = data[last_at:]
@@ -159,8 +159,11 @@ def read_pieces(
 
 
 def _tidy_records(data: bytes) -> list[tuple[bytes, bytes]] | None:
-    """Header and bases of whole records without tabs or carriage returns; None if their lines need a closer look."""
-    records = data[1:].split(b">")
+    """Header and bases of whole records, or None if their lines need a closer look.
+
+    ``data`` begins after the first ``>`` and has neither tabs nor carriage returns.
+    """
+    records = data.split(b">")
     if not all(map(bytes.endswith, records, repeat(b"\n"))):  # a '>' within a line
         return None
     parts = [record.partition(b"\n") for record in records]

@@ -112,8 +112,8 @@ def _numpy_check() -> Callable[[bytes], bool]:
     def needs_escapes(bases: bytes) -> bool:
         if not bases:
             return False
-        lowest = np.frombuffer(bases, np.uint8).min()
-        return bool(lowest < ord(" ") or b'"' in bases or b"\\" in bases or not bases.isascii())
+        codes = np.frombuffer(bases, np.uint8)
+        return bool(codes.min() < ord(" ") or codes.max() > ord("~") or b'"' in bases or b"\\" in bases)
 
     return needs_escapes
 
