@@ -5,9 +5,9 @@
 
 Each is a whole process, start included, with its files in the page cache and gffread's index (.fai) already there. The
 outputs are compared first. Every round runs one after the other, each twice in a row, and the second time counts: a
-virtual machine gives memory that was free for seconds back to its host and gets it again slowly, which would be measured
-as the time of writing. The table has medians, and the median of the ratios (theirs over ours) of the rounds; a line for
-reading and writing the same blocks in Python shows what bounds the rest. Memory is the largest peak of any round.
+virtual machine gives memory that was free for seconds back to its host and gets it again slowly, which would be
+measured as the time of writing. The table has medians, and the median of the ratios (theirs over ours) of the rounds;
+a line for reading and writing the same blocks in Python shows what bounds the rest. Memory is the largest peak.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def compare(
     seconds = [statistics.median(pair[i].seconds for pair in pairs) for i in (0, 1)]
     peaks = [max(pair[i].peak_mb for pair in pairs) for i in (0, 1)]
     ratio = statistics.median(second.seconds / first.seconds for first, second in pairs)
-    print(f"{name:42}{seconds[0]:9.2f}{seconds[1]:9.2f}{ratio:9.2f}{peaks[0]:11.0f}{peaks[1]:11.0f}", flush=True)
+    print(f"{name:46}{seconds[0]:9.2f}{seconds[1]:9.2f}{ratio:9.2f}{peaks[0]:11.0f}{peaks[1]:11.0f}", flush=True)
 
 
 def in_a_process(function: Callable[..., None], *arguments: object) -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put files, 8 bytes a base (default: /tmp)")
     args = parser.parse_args()
     gffread = Gffread()
-    print(f"{'seconds':42}{'ours':>9}{'theirs':>9}{'ratio':>9}{'ours, MB':>11}{'theirs, MB':>11}")
+    print(f"{'seconds':46}{'ours':>9}{'theirs':>9}{'ratio':>9}{'ours, MB':>11}{'theirs, MB':>11}")
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         folder = Path(work)
         # GENCODE with exon lines only; Ensembl with CDS lines too, as the real files have
