@@ -207,7 +207,7 @@ class _Reader:
                 continue
             contig, _, feature, start, end, _, strand, _, attributes = fields
             if feature == b"exon":
-                if start.isdigit() and end.isdigit() and len(end) < _MAX_DIGITS:
+                if start.isdigit() and end.isdigit() and len(start) < _MAX_DIGITS and len(end) < _MAX_DIGITS:
                     first, last = int(start) - 1, int(end)
                 else:
                     first = last = 0
