@@ -3,6 +3,7 @@
 
 import gzip
 import pickle
+import random
 
 import pytest
 
@@ -33,6 +34,46 @@ def test_read_fasta_at_every_block_border(tmp_path, monkeypatch, block):
     monkeypatch.setattr(fasta, "BLOCK_BYTES", block)
 
     assert list(read_fasta(write(tmp_path / "a.fa", MESSY))) == [FastaRecord(*record) for record in MESSY_RECORDS]
+
+
+def line_by_line(data):
+    """Headers and bases by what the module's first lines say; None if a record has no name."""
+    records = []
+    for line in data.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n"):
+        if line.startswith(b">"):
+            records.append((line[1:].strip(), b""))
+        else:
+            records[-1] = (records[-1][0], records[-1][1] + line.strip())
+    return None if any(not header for header, _ in records) else records
+
+
+TOKENS = [b"\n", b"\n>r", b"\n>s t\n", b"\n>u\nACGT\nAC\n", b"\n>v\n\n", b"AC", b"n*-", b"\n"]
+ODD_TOKENS = [b"\r\n", b" ", b"\t", b">", b"\n>", b"\n \n", b'"\\', b"\n >", b"\r\n>w \r\n"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_read_pieces_equals_reading_line_by_line(tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    tokens = TOKENS * 4 + rng.sample(ODD_TOKENS, seed % 4)  # tidy files too, and those with one odd line
+    start = rng.choice([b">a\n", b"\xef\xbb\xbf\n>a b\r\n", b" >a"])
+    data = start + b"".join(rng.choices(tokens, k=rng.randrange(60)))
+    path, expected = write(tmp_path / "a.fa", data), line_by_line(data)
+
+    for block in (*range(3, len(data) + 2), 1 << 18):  # 3: a byte order mark is never cut in two
+        monkeypatch.setattr(fasta, "BLOCK_BYTES", block)
+        if expected is None:
+            with pytest.raises(UserError, match="a record has no name"):
+                list(read_pieces(path))
+            continue
+        records = []
+        for header, bases in read_pieces(path):
+            assert header is not None or bases
+            if header is None:
+                assert records[-1][1], "the first piece of a record is empty only if the record is"
+                records[-1] = (records[-1][0], records[-1][1] + bases)
+            else:
+                records.append((header, bases))
+        assert records == expected
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 18])

@@ -184,6 +184,7 @@ def test_former_stitching(run, strand, start, expected):
         (exon(6, 5, transcript="X"), ["broken line", "an exon's line is broken"]),
         (exon(3, "4_0", transcript="X"), ["broken line", "an exon's line is broken"]),
         (exon(3, "9" * 5000, transcript="X"), ["broken line", "an exon's line is broken"]),
+        (exon("9" * 5000, 5, transcript="X"), ["broken line", "an exon's line is broken"]),
         (exon("", 5, transcript="X"), ["broken line", "an exon's line is broken"]),
         (exon(5, 1000, transcript="X"), ["past the end of its contig"]),
         (exon(1, 5, contig="three", transcript="X"), ["contig is not in the FASTA file"]),

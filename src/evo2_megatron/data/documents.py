@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.base_counts import BaseCounts
-from evo2_megatron.data.fasta import BLOCK_BYTES, ReadState, read_pieces, record_id
+from evo2_megatron.data.fasta import BLOCK_BYTES, ReadState, read_pieces, record_id, same_name
 from evo2_megatron.data.indexed_dataset import TokenCounter
 from evo2_megatron.data.nucleotides import BACK_TRANSCRIBE, COMPLEMENT, COMPLEMENT_UPPER_DNA, TRANSCRIBE
 from evo2_megatron.data.preprocess_config import PreprocessConfig
@@ -98,7 +98,7 @@ class DocumentMaker:
         if len(self._names) < _MAX_NAMES:
             key = hash(name)
             if key in self._names:
-                raise UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
+                raise same_name(path, name)
             self._names.add(key)
         else:
             self.names_unchecked = True

@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -73,7 +74,9 @@ def read_fasta(path: str | os.PathLike[str], *, unique_ids: bool = False) -> Ite
         description = decode_header(header)
         name = description.split(None, 1)[0]
         if unique_ids:
-            _check_new(path, name, seen)
+            if name in seen:
+                raise same_name(path, name)
+            seen.add(name)
         yield FastaRecord(name, description, sequence)
         header, sequence = next_header, bases
 
@@ -111,6 +114,14 @@ def read_pieces(
             block = stream.read(BLOCK_BYTES)
             ended = not block
             messy = b"\r" in data or b"\t" in data
+            if at_line_start and not messy and data.startswith(b">") and (last_at := data.rfind(b"\n>") + 1):
+                records = _tidy_records(data[1:last_at])
+                if records is not None:
+                    yield from records
+                    data = data[last_at:]
+                    if not ended:  # the last record may go on in the next block
+                        data += block
+                        continue
             header, body_at = None, 0
             header_at = find_header(data, 0, at_line_start)
             while header_at >= 0:
@@ -145,6 +156,21 @@ def read_pieces(
                 yield header, bases
             at_line_start = at_line_start and not body
             data = rest[len(body) :] + block
+
+
+def _tidy_records(data: bytes) -> list[tuple[bytes, bytes]] | None:
+    """Header and bases of whole records, or None if their lines need a closer look.
+
+    ``data`` begins after the first ``>`` and has neither tabs nor carriage returns.
+    """
+    records = data.split(b">")
+    if not all(map(bytes.endswith, records, repeat(b"\n"))):  # a '>' within a line
+        return None
+    parts = [record.partition(b"\n") for record in records]
+    pairs = [(header.strip(), lines.replace(b"\n", b"")) for header, _, lines in parts]
+    if not all(header and b" " not in bases for header, bases in pairs):
+        return None
+    return pairs
 
 
 @contextlib.contextmanager
@@ -231,10 +257,9 @@ def check_header(path, header: bytes) -> None:
         raise UserError(f"{path}: line ends are lone carriage returns; convert the file, for example with mac2unix")
 
 
-def _check_new(path, name: str, seen: set[str]) -> None:
-    if name in seen:
-        raise UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
-    seen.add(name)
+def same_name(path: str | os.PathLike[str], name: str) -> UserError:
+    """What to raise where a name occurs twice."""
+    return UserError(f"{path}: two records are named '{name}'; give each its own first word after '>'")
 
 
 class FastaIndex:
@@ -274,7 +299,9 @@ class FastaIndex:
                 header = data[next_at + 1 : body_at].strip()
                 check_header(self.path, header)
                 name = record_id(header)
-                _check_new(self.path, name, seen)
+                if name in seen:
+                    raise same_name(self.path, name)
+                seen.add(name)
                 next_at = find_header(data, body_at, True)
                 self.ids.append(name)
                 self._spans.append((body_at, next_at if next_at >= 0 else len(data)))

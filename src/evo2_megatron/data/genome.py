@@ -15,7 +15,6 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import BinaryIO
 
-from evo2_megatron.config import UserError
 from evo2_megatron.data import fasta
 
 BLOCK_BYTES = 1 << 17
@@ -39,10 +38,7 @@ class _Contig:
         """Add what follows."""
         self.starts.append(self.length)
         self.blocks.append((offset, len(lines), at_line_start))
-        if b"\r" in lines or b" " in lines or b"\t" in lines:
-            self.length += len(fasta.strip_lines(lines, at_line_start))
-        else:
-            self.length += len(lines) - lines.count(b"\n")
+        self.length += len(fasta.strip_lines(lines, at_line_start))  # counting line breaks would take longer
 
 
 class Genome:
@@ -56,6 +52,7 @@ class Genome:
         """
         self._contigs: dict[bytes, _Contig] = {}
         self._cached: tuple[bytes, int, bytes] = (b"", 0, b"")
+        self._cached_blocks: dict[tuple[int, int, bool], bytes] = {}
         with fasta.open_fasta(path) as stream:
             if isinstance(stream, io.BufferedReader) and Path(path).is_file():  # not a pipe
                 self._file: BinaryIO = Path(path).open("rb", buffering=0)  # noqa: SIM115 (see __exit__)
@@ -93,7 +90,11 @@ class Genome:
         where = self._contigs[contig]
         low = max(bisect_right(where.starts, start) - 1, 0)
         high = max(bisect_right(where.starts, end - 1), low + 1)
-        bases = b"".join(self._read(*block) for block in where.blocks[low:high])
+        former = self._cached_blocks  # what goes on from one block to the next needs the first again
+        self._cached_blocks = {
+            block: former[block] if block in former else self._read(*block) for block in where.blocks[low:high]
+        }
+        bases = b"".join(self._cached_blocks.values())
         self._cached = (contig, where.starts[low], bases)
         return where.starts[low], bases
 
@@ -116,9 +117,7 @@ class Genome:
                 fasta.check_header(path, header)
                 name = header.split(None, 1)[0]
                 if name in self._contigs:
-                    raise UserError(
-                        f"{path}: two records are named '{fasta.record_id(header)}'; give each its own first word"
-                    )
+                    raise fasta.same_name(path, fasta.decode_header(name))
                 contig = self._contigs[name] = _Contig()
                 at_line_start = True
                 header_at = fasta.find_header(data, at, True)

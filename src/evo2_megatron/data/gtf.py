@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import open_fasta
 
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 20
 _MAX_DIGITS = 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -144,7 +144,7 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
     if not Path(path).exists() or Path(path).is_dir():
         raise UserError(f"no such GTF file: {path}")
     reader = _Reader(path, report)
-    with open_fasta(path) as stream, _no_garbage_collection():
+    with open_fasta(path) as stream, no_garbage_collection():
         for lines in _blocks(path, stream):
             reader.read(lines)
         if not reader.transcripts:
@@ -156,7 +156,7 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Millions of objects are made that do not refer to each other: looking for cycles took a quarter of the time."""
     if not gc.isenabled():
         yield
@@ -207,7 +207,7 @@ class _Reader:
                 continue
             contig, _, feature, start, end, _, strand, _, attributes = fields
             if feature == b"exon":
-                if start.isdigit() and end.isdigit() and len(end) < _MAX_DIGITS:
+                if start.isdigit() and end.isdigit() and len(start) < _MAX_DIGITS and len(end) < _MAX_DIGITS:
                     first, last = int(start) - 1, int(end)
                 else:
                     first = last = 0

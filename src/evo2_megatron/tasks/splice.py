@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.genome import Genome
-from evo2_megatron.data.gtf import Problem, Transcript, read_gtf, text
+from evo2_megatron.data.gtf import Problem, Transcript, no_garbage_collection, read_gtf, text
 from evo2_megatron.data.nucleotides import COMPLEMENT
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
@@ -93,7 +93,7 @@ def splice(
         left_out[problem.kind] += 1
         report(problem)
 
-    with Genome(fasta_path) as genome:
+    with no_garbage_collection(), Genome(fasta_path) as genome:
         lengths = genome.lengths
         transcripts = [t for t in read_gtf(gtf_path, count) if _fits(t, lengths, count)]
         if not transcripts:
@@ -157,7 +157,7 @@ class _Sequences:
             else:
                 starts, ends = flanks(starts, ends, length, self._stitched, reverse=reverse)
                 join = JOIN
-        low, high = min(starts), max(ends)
+        low, high = (min(starts), max(ends)) if self._former else (starts[0], ends[-1])
         if high - low > _LONGEST_SPAN:
             pieces = [self._genome.bases(transcript.contig, start, end) for start, end in zip(starts, ends)]
         else:
@@ -220,11 +220,18 @@ def former_flanks(
 
 
 def _write(out: BinaryIO, transcripts: list[Transcript], sequences: _Sequences) -> int:
-    num_bases = 0
+    num_bases = num_waiting = 0
+    parts: list[bytes] = []
     for transcript in transcripts:
         sequence = sequences(transcript)
         num_bases += len(sequence) - sequence.count(JOIN) if sequences.joined else len(sequence)
-        out.write(b">%b|%b|%b\n%b\n" % (transcript.contig, transcript.gene_id, transcript.id, sequence))
+        num_waiting += len(sequence)
+        parts += (b">", transcript.contig, b"|", transcript.gene_id, b"|", transcript.id, b"\n", sequence, b"\n")
+        if num_waiting > _BUFFER_BYTES:  # joined once and longer than the stream's buffer: copied no further
+            out.write(b"".join(parts))
+            parts.clear()
+            num_waiting = 0
+    out.write(b"".join(parts))
     return num_bases
 
 
