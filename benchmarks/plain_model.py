@@ -100,14 +100,15 @@ class Operator(Parameters):
     def forward(self, u_BEL: Tensor, input_taps_EK: Tensor) -> Tensor:
         if self.symbol == "H":
             f_BEL = causal_conv(u_BEL, input_taps_EK)
-            post_gate, pre_gate, value = f_BEL[:, 0::3], f_BEL[:, 1::3], f_BEL[:, 2::3]
+            post_gate, pre_gate, value = f_BEL.unflatten(1, (-1, 3)).unbind(2)
             log_pole = -torch.exp(self.filter.p) * torch.exp(self.filter.gamma)
             return post_gate * modal_conv(pre_gate * value, log_pole, self.filter.R, self.conv_bias).y_BDL
         if self.symbol == "S":
             taps_GK, skip_D = self.short_conv.short_conv_weight.flatten(1), None
         else:
             taps_GK, skip_D = (self.filter.h * self.filter.decay).flip(1), self.conv_bias
-        return gated_conv(u_BEL, input_taps_EK, taps_GK.repeat_interleave(self.repeats, dim=0), skip_D)
+        taps_DK = taps_GK[:, None].expand(-1, self.repeats, -1).flatten(0, 1)
+        return gated_conv(u_BEL, input_taps_EK, taps_DK, skip_D)
 
 
 class Mixer(nn.Module):
