@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evo2_megatron.ops.toeplitz import channel_slices, diagonal_sums, toeplitz
+from evo2_megatron.ops.toeplitz import by_channel, channel_slices, diagonal_sums, toeplitz
 
 BLOCK_TOKENS = 32
 """Tokens convolved directly; what came before is seen through the state. 128 costs 1.3 times as much on a CPU."""
@@ -331,7 +331,8 @@ def _groups(num: int) -> tuple[int, int]:
 
 def _to_blocks(x_BDL: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:
     """[B, D, L] in any dtype to [D, B * M, T]; a view where nothing has to move."""
-    x_DBL = F.pad(x_BDL.transpose(0, 1).to(dtype), (layout.pad, 0)) if layout.pad else x_BDL.transpose(0, 1).to(dtype)
+    x_DBL = x_BDL.transpose(0, 1)
+    x_DBL = F.pad(x_DBL.to(dtype), (layout.pad, 0)) if layout.pad else by_channel(x_DBL, dtype)
     return x_DBL.reshape(x_DBL.shape[0], -1, layout.block)
 
 
