@@ -24,6 +24,9 @@ BLOCK_TOKENS = 32
 SCAN_RADIX = 16
 """Blocks joined by one product in the scan over blocks."""
 
+CPU_BLOCKS_ONE_BY_ONE = 64
+"""Up to here a CPU is done with one block after the other before it has built the tables of the products."""
+
 STATE_BLOCK_TOKENS = 512
 """Tokens summed by one product where only the state is wanted."""
 
@@ -351,7 +354,7 @@ def _powers(log_pole_DN: Tensor, num: int) -> Tensor:
 def _scan(written_RBM: Tensor, log_pole_R: Tensor, *, reverse: bool = False) -> Tensor:
     """State before every block, from zero: ``s[m + 1] = pole * s[m] + written[m]``. Reverse: after it, backwards."""
     R, B, M = written_RBM.shape
-    if M <= SCAN_RADIX:
+    if M <= (CPU_BLOCKS_ONE_BY_ONE if written_RBM.device.type == "cpu" else SCAN_RADIX):
         return _scan_one_by_one(written_RBM, log_pole_R, reverse=reverse)
     num_groups, size = _groups(M)
     pad = num_groups * size - M
