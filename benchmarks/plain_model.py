@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron costs: our training run beside the same model in plain PyTorch on the project's own operators.
 
-The plain model is torch.nn, ``evo2_megatron.ops`` and autograd, with torch's fused AdamW; it gets the weights of the
-run's first step, by name. Gradients of that step and the losses of all steps are compared. Then pairs are timed in the
-same process: one pass of Megatron Bridge's training loop with all that belongs to it (data, logging, norms, scheduler),
-and one step of the plain model on the same batch.
+The plain model is torch.nn, ``evo2_megatron.ops`` and autograd, with torch's fused AdamW; it gets the weights before
+the run's first step, by name. Gradients of that step and losses of all steps are compared. Pairs are timed in the same
+process: one pass of Megatron Bridge's training loop with all that belongs to it (data, logging, norms, scheduler), and
+one step of the plain model on the same batch.
 
-    python benchmarks/plain_model.py [--sizes evo2_tiny hidden_512] [--lengths 1024 8192] [--recompute none full]
+    python benchmarks/plain_model.py [--sizes evo2_tiny hidden_512] [--lengths 1024 8192] [--recompute none full] [--threads 2]
 
 Shape legend: B batch, L tokens, H channels, E = 3H projection rows, N heads, C channels per head, D = H.
 """
@@ -72,6 +72,8 @@ class NormLinear(Parameters):
 
 
 class GatedMLP(nn.Module):
+    """``W2 (g(W1 x) * V1 x)`` behind its norm."""
+
     def __init__(self, arch: Architecture, *, gelu: bool) -> None:
         super().__init__()
         self.linear_fc1 = NormLinear(arch.hidden_size, 2 * arch.ffn_hidden_size)
@@ -93,7 +95,7 @@ class Operator(Parameters):
         if symbol == "S":
             self.short_conv = Parameters(short_conv_weight=(G, 1, 7))
             return
-        self.filter = Parameters(**({"h": (G, 128)} if symbol == "D" else {n: (H, 16) for n in ("p", "gamma", "R")}))
+        self.filter = Parameters(**({"h": (G, 128)} if symbol == "D" else dict.fromkeys(("p", "gamma", "R"), (H, 16))))
         if symbol == "D":
             self.filter.register_buffer("decay", torch.empty(G, 128))
 
@@ -112,6 +114,8 @@ class Operator(Parameters):
 
 
 class Mixer(nn.Module):
+    """Projection, operator, projection back."""
+
     def __init__(self, symbol: str, arch: Architecture) -> None:
         super().__init__()
         H = arch.hidden_size
@@ -126,6 +130,8 @@ class Mixer(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.num_heads = arch.num_heads
@@ -148,6 +154,8 @@ def rotated(x_BNLC: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
+    """Mixer or attention, and MLP, each with a residual connection."""
+
     def __init__(self, symbol: str, arch: Architecture, *, gelu: bool) -> None:
         super().__init__()
         if symbol == "*":
@@ -222,6 +230,11 @@ class PlainTraining:
         self.optimizer.step()
 
 
+def now() -> tuple[float, float]:
+    """Seconds of time, and of CPU time of all threads, which neighbours on the machine disturb less."""
+    return time.perf_counter(), time.process_time()
+
+
 class Pairs:
     """A plain step after every step of Megatron Bridge's training loop."""
 
@@ -234,12 +247,14 @@ class Pairs:
         self.size, self.recompute = size, recompute
         self.plain: PlainTraining | None = None
         self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.seconds: list[tuple[float, float]] = []
+        self.seconds: list[list[tuple[float, float]]] = []
+        """By step: time of ours and of the plain model, and CPU time of both."""
+
         self.losses: list[tuple[float, float]] = []
         self.gradient_error = float("nan")
         self._get_batch, self._train_step = forward_step.get_batch, bridge.train_step
         forward_step.get_batch, bridge.train_step = self.get_batch, self.train_step
-        self._since = time.perf_counter()
+        self._since = now()
 
     def get_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Keep what the run trains on."""
@@ -251,19 +266,19 @@ class Pairs:
         """Megatron's step, then the plain one; the time since the last plain step is the loop's."""
         if self.plain is None:
             self._copy(model[0], optimizer)
-            self._since = time.perf_counter()
+            self._since = now()
         (lr,) = {group["lr"] for group in optimizer.param_groups}
         self.batches.clear()
         result = self._train_step(forward_step, data, model, optimizer, *args, **kwargs)
-        megatron_seconds = time.perf_counter() - self._since
-        start = time.perf_counter()
+        start = now()
         loss = self.plain.gradients(self.batches)
         if not self.losses:
             self._compare_gradients()
         self.plain.update(lr)
-        self.seconds.append((megatron_seconds, time.perf_counter() - start))
+        end = now()
+        self.seconds.append([(start[i] - self._since[i], end[i] - start[i]) for i in (0, 1)])
         self.losses.append((result[0]["lm loss"].item(), loss))
-        self._since = time.perf_counter()
+        self._since = now()
         return result
 
     def _copy(self, wrapped: nn.Module, optimizer: Any) -> None:
@@ -296,11 +311,11 @@ class Pairs:
         )
 
 
-def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str) -> None:
+def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, threads: int) -> None:
     """Train both on this process; write what was compared and timed."""
     from evo2_megatron.runtime import megatron
 
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(threads)
     add_hidden_512()
     megatron.enter()
     pairs = Pairs(size, recompute)
@@ -312,11 +327,11 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str) 
     (folder / "pairs.json").write_text(json.dumps(result))
 
 
-def compare(folder: Path, size: str, length: int, recompute: str) -> dict[str, Any]:
+def compare(folder: Path, size: str, length: int, recompute: str, threads: int) -> dict[str, Any]:
     """``worker`` in a process of its own; stops unless both models computed the same."""
     command = [sys.executable, __file__, "--worker", str(folder), tempfile.mkdtemp(dir=folder)]
-    command += [size, str(length), recompute]
-    environment = os.environ | {"OMP_NUM_THREADS": str(NUM_THREADS)}
+    command += [size, str(length), recompute, str(threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"training {size} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -333,29 +348,31 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=(1_024, 8_192), default=(1_024, 8_192))
     parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none", "full"))
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=NUM_THREADS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        folder, run_dir, size, length, recompute = args.worker
-        worker(Path(folder), Path(run_dir), size, int(length), recompute)
+        folder, run_dir, size, length, recompute, threads = args.worker
+        worker(Path(folder), Path(run_dir), size, int(length), recompute, int(threads))
         return
-    print(f"a step of training beside plain PyTorch, float32, {NUM_THREADS} threads; medians, and of the ratios of pairs")
-    print(
-        f"{'':10} {'tokens':>6} {'recompute':>9} {'ours/s':>8} {'plain/s':>8} {'cost':>5} {'gradients':>9} {'losses':>8}"
-    )
+    print(f"training beside plain PyTorch, float32, {args.threads} threads; medians, of the cost over the pairs")
+    print(f"{'':27} {'tokens per second':>17} {'cost in':>11} {'largest difference of':>22}")
+    columns = f"{'ours':>8} {'plain':>8} {'time':>5} {'CPU':>5} {'gradients':>10} {'losses':>11}"
+    print(f"{'':10} {'tokens':>6} {'recompute':>9} {columns}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         for size in args.sizes:
             for length in args.lengths:
                 for recompute in args.recompute:
-                    result = compare(folder, size, length, recompute)
+                    result = compare(folder, size, length, recompute, args.threads)
                     tokens = SAMPLES_PER_STEP[length] * length
-                    ours, plain = (tokens / statistics.median(s) for s in zip(*result["seconds"], strict=True))
-                    cost = statistics.median(ours / plain for ours, plain in result["seconds"])
+                    wall, cpu = zip(*result["seconds"], strict=True)
+                    ours, plain = (tokens / statistics.median(s) for s in zip(*wall, strict=True))
+                    cost, cpu_cost = (statistics.median(o / p for o, p in pairs) for pairs in (wall, cpu))
                     print(
-                        f"{size:10} {length:6,} {recompute:>9} {ours:8,.0f} {plain:8,.0f} {cost:5.2f} "
-                        f"{result['gradients']:9.1e} {result['loss_error']:8.1e}",
+                        f"{size:10} {length:6,} {recompute:>9} {ours:8,.0f} {plain:8,.0f} {cost:5.2f} {cpu_cost:5.2f} "
+                        f"{result['gradients']:10.1e} {result['loss_error']:7.1e} nat",
                         flush=True,
                     )
 

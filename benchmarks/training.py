@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of training through ``tasks.train``: tokens per second, and where the time of a step goes.
 
-Trains on phage lambda from indexed data, float32, two threads in all, on one and on two processes. The clock is around
-the calls themselves: the data iterator, Megatron's forward and backward step, every call into a process group and every
-wait for one, the optimizer with zeroing, checking and clipping of gradients. A call inside another counts for the inner
-one alone, so the parts add up to the time of the loop. The first steps are not counted.
+Trains on phage lambda from indexed data, float32, two threads in all, on one process and on two. The clock is around
+the calls themselves: the wait for data, Megatron's forward and backward step, every call into a process group and
+every wait for one, the optimizer with zeroing, checking and clipping of gradients. A call inside another counts for
+the inner one alone, so the parts add up to the time of the loop. The first steps are not counted.
 
     python benchmarks/training.py [--sizes evo2_tiny hidden_512] [--lengths 1024 8192] [--recompute none full]
 """

@@ -354,7 +354,8 @@ def _powers(log_pole_DN: Tensor, num: int) -> Tensor:
 def _scan(written_RBM: Tensor, log_pole_R: Tensor, *, reverse: bool = False) -> Tensor:
     """State before every block, from zero: ``s[m + 1] = pole * s[m] + written[m]``. Reverse: after it, backwards."""
     R, B, M = written_RBM.shape
-    if M <= (CPU_BLOCKS_ONE_BY_ONE if written_RBM.device.type == "cpu" else SCAN_RADIX):
+    one_by_one = CPU_BLOCKS_ONE_BY_ONE if written_RBM.device.type == "cpu" else SCAN_RADIX
+    if one_by_one >= M:
         return _scan_one_by_one(written_RBM, log_pole_R, reverse=reverse)
     num_groups, size = _groups(M)
     pad = num_groups * size - M
