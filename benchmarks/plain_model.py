@@ -6,7 +6,7 @@ the run's first step, by name. Gradients of that step and losses of all steps ar
 process: one pass of Megatron Bridge's training loop with all that belongs to it (data, logging, norms, scheduler), and
 one step of the plain model on the same batch.
 
-    python benchmarks/plain_model.py [--sizes evo2_tiny hidden_512] [--lengths 1024 8192] [--recompute none full] [--threads 2]
+    python benchmarks/plain_model.py [--sizes evo2_tiny hidden_512] [--lengths 1024 8192] [--recompute none full]
 
 Shape legend: B batch, L tokens, H channels, E = 3H projection rows, N heads, C channels per head, D = H.
 """
@@ -347,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=(1_024, 8_192), default=(1_024, 8_192))
-    parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none", "full"))
+    parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none",))
     parser.add_argument("--threads", type=int, default=NUM_THREADS)
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=(1_024, 8_192), default=(1_024, 8_192))
-    parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none", "full"))
+    parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none",))
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2), default=(1, 2))
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
