@@ -24,10 +24,13 @@ test-gpu: setup  ## the tests that need a GPU
 quickstart: setup  ## preprocess, train, score and generate on a real genome, in minutes
 	$(IN_ENV) examples/quickstart.sh
 
-bench: setup  ## speed and memory beside Vortex, gffread, pysam and cp
+bench: setup  ## speed and memory beside Vortex, plain PyTorch, gffread, pysam and cp
 	$(IN_ENV) python benchmarks/vortex.py
 	$(IN_ENV) python benchmarks/preprocess.py
 	$(IN_ENV) python benchmarks/data.py
+	$(IN_ENV) python benchmarks/training.py
+	$(IN_ENV) python benchmarks/plain_model.py
+	$(IN_ENV) python benchmarks/layers.py
 
 lint: setup  ## check style
 	$(IN_ENV) ruff check . && ruff format --check .

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from hidden_512 import ARCHITECTURE
+
 # the oracle lives with the parity tests; and this folder must go, or "import vortex" finds this file
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -28,16 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from torch import Tensor
 
-from evo2_megatron.architectures import Architecture
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
 from parity.our_model import our_model
 from parity.vortex_model import Vortex, random_weights
 
 NUM_THREADS = 2
-ARCHITECTURE = Architecture(
-    pattern="SDH*SDH*", hidden_size=512, ffn_hidden_size=1408, num_heads=4, num_groups=32, max_tokens=16_384
-)
 ROUNDS = {1_024: 7, 8_192: 3}
 """Length in tokens: rounds of every measurement."""
 

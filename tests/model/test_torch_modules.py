@@ -34,12 +34,22 @@ def test_the_layout_for_decoding_changes_no_value(one_process):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_without_gradients_the_linear_layers_give_the_same(one_process):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_linear_layers_give_the_same_without_megatrons_autograd_functions(one_process, monkeypatch, batch_size):
+    from evo2_megatron.model import torch_modules
+
     model = tiny_model("evo2_tiny", add_bias_output=True)
-    ids = torch.randint(0, 512, (2, 20))
-    with torch.no_grad():
-        short_cut = model(ids)
-    torch.testing.assert_close(short_cut, model(ids).detach(), rtol=1e-5, atol=1e-6)
+    ids = torch.randint(0, 512, (batch_size, 20))
+
+    def results() -> list[torch.Tensor]:
+        loss = model(ids, labels=ids)
+        return [loss.detach(), *torch.autograd.grad(loss.mean(), list(model.parameters()))]
+
+    short_cut, calls = results(), []
+    monkeypatch.setattr(torch_modules, "_takes_just_the_product", lambda layer, x: calls.append(layer))
+    for got, want in zip(short_cut, results(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4 * 4 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,13 @@ def test_causal_conv(agree, B, D, L, K):
     agree(causal_conv, causal_conv_ref, make(B, D, L, K)[:2])
 
 
+@pytest.mark.parametrize("K", TAPS)
+@pytest.mark.parametrize("L", [1, 7, 129])
+def test_channels_of_a_token_next_to_each_other(agree, L, K):
+    x_BDL, taps_DK, _ = make(2, 3, L, K)
+    agree(causal_conv, causal_conv_ref, [x_BDL.mT.contiguous().mT, taps_DK])
+
+
 @pytest.mark.parametrize("K", [1, 2, *TAPS])
 @pytest.mark.parametrize("L", [1, 3, 64, 129])
 def test_history_comes_before_the_sequence(agree, L, K):

@@ -22,6 +22,13 @@ def test_gated_conv(agree, B, D, L, K):
 
 
 @pytest.mark.parametrize("K", [7, 128])
+@pytest.mark.parametrize("L", [1, 7, 129])
+def test_channels_of_a_token_next_to_each_other(agree, L, K):
+    u_BEL, *rest = make(2, 3, L, K)
+    agree(gated_conv, gated_conv_ref, [u_BEL.mT.contiguous().mT, *rest])
+
+
+@pytest.mark.parametrize("K", [7, 128])
 def test_without_skip(agree, K):
     agree(gated_conv, gated_conv_ref, make(2, 3, 64, K)[:3])
 

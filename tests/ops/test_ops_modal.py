@@ -26,11 +26,19 @@ def test_modal_conv(agree, B, D, L):
     agree(modal_conv, modal_conv_ref, make(B, D, L))
 
 
+@pytest.mark.parametrize("L", [1, 31, 32, 129, 3000])
+def test_channels_of_a_token_next_to_each_other(agree, L):
+    """As a linear layer gives them; the last length has more blocks than are done one by one."""
+    x_BDL, *rest = make(2, 3, L, N=4)
+    agree(modal_conv, modal_conv_ref, [x_BDL.mT.contiguous().mT, *rest[:3]])
+
+
 @pytest.mark.parametrize("L", [1, 5, 6, 23, 24, 25, 77, 128])
 def test_many_levels_of_the_scan(agree, monkeypatch, L):
     """Blocks of 3 and groups of 2: a short sequence goes through as many levels as one of millions of tokens."""
     monkeypatch.setattr(modal, "BLOCK_TOKENS", 3)
     monkeypatch.setattr(modal, "SCAN_RADIX", 2)
+    monkeypatch.setattr(modal, "CPU_BLOCKS_ONE_BY_ONE", 2)
     agree(modal_conv, modal_conv_ref, make(2, 3, L, N=4))
 
 

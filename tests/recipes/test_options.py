@@ -5,6 +5,7 @@ import pytest
 
 from evo2_megatron.config import UserError
 from evo2_megatron.recipes.options import Schedule, TrainingOptions, schedule
+from evo2_megatron.runtime import megatron
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5, 12, 99, 100, 7_499, 7_500, 7_501, 9_999, 10_000, 1_000_000])
@@ -37,3 +38,10 @@ def test_default_warmup_shrinks_with_the_decay():
 def test_schedule_without_a_step_to_decay_in(given):
     with pytest.raises(UserError, match="--warmup-steps"):
         schedule(TrainingOptions(max_steps=10, **given))
+
+
+@pytest.mark.parametrize("gpu, cores, workers", [(False, 64, 0), (True, 64, 8), (True, 2, 2)])
+def test_loader_processes_only_where_a_gpu_computes(monkeypatch, gpu, cores, workers):
+    monkeypatch.setattr(megatron, "on_cuda", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert TrainingOptions().workers == workers

@@ -84,7 +84,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     _value(group, "--seq-length", _COUNT, "tokens per sample (default: 8192)")
     _value(group, "--seed", int, "of weights and dropout (default: 1234)")
     _value(group, "--dataset-seed", int, "of the sample order (default: that of --seed)")
-    _value(group, "--workers", int, "loader processes per dataset (default: 8, at most one per CPU core)")
+    _value(
+        group, "--workers", int, "loader processes per dataset (default: 8, at most one per CPU core; without a GPU 0)"
+    )
     _switch(group, "--eod-pad-in-loss-mask", "do not score the first base after an end of document")
     tokenizer = group.add_mutually_exclusive_group()
     _value(tokenizer, "--hf-tokenizer-model-path", Path, "tokenizer (default: the checkpoint's; else 256 entries)")

@@ -84,7 +84,9 @@ class HyenaMixer(MegatronModule):
             y_BDL = self._step(u_LBE[0], state)[..., None]
         else:
             y_BDL = self._extend(u_LBE.permute(1, 2, 0), state)
-        return self.dense(y_BDL.permute(2, 0, 1).contiguous())
+        y_LBD = y_BDL.permute(2, 0, 1)
+        # products on a CPU take either layout
+        return self.dense(y_LBD if y_LBD.device.type == "cpu" else y_LBD.contiguous())
 
     def _extend(self, u_BEL: Tensor, state: HyenaState) -> Tensor:
         history = state.input_conv.inputs_BDP

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def streams(f_BEx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Post-gate, pre-gate and value of every channel: the projection's rows interleave them with period 3."""
-    return f_BEx[:, 0::3], f_BEx[:, 1::3], f_BEx[:, 2::3]
+    # not three slices: the gradient of each would be a whole tensor, mostly of zeros
+    return f_BEx.unflatten(1, (-1, 3)).unbind(2)
 
 
 class HyenaOperator(ShardedParameters):
@@ -37,7 +38,9 @@ class HyenaOperator(ShardedParameters):
 
     def per_channel(self, filter_G: Tensor) -> Tensor:
         """Repeat the filter of each group for its channels; groups are contiguous."""
-        return filter_G.repeat_interleave(self.num_channels // filter_G.shape[0], dim=0)
+        # not repeat_interleave, whose gradient on a CPU adds up row by row
+        repeats = self.num_channels // filter_G.shape[0]
+        return filter_G[:, None].expand(-1, repeats, *filter_G.shape[1:]).flatten(0, 1)
 
     @abstractmethod
     def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evo2_megatron.ops.toeplitz import channel_slices, diagonal_sums, toeplitz
+from evo2_megatron.ops.toeplitz import by_channel, channel_slices, diagonal_sums, toeplitz
 
 FEW_TAPS = 8
 """Up to here shifted multiply-adds are the fastest way."""
@@ -95,7 +95,7 @@ class _CausalConv(torch.autograd.Function):
             return grad_x_BDL, None
         grad_taps_DK = torch.empty_like(taps_DK)
         for part in channel_slices(x_BDL):
-            grad_y, x = grad_y_BDL[:, part].to(taps_DK.dtype), x_BDL[:, part].to(taps_DK.dtype)
+            grad_y, x = (by_channel(signal[:, part], taps_DK.dtype) for signal in (grad_y_BDL, x_BDL))
             grad_taps_DK[part] = correlate_grad_taps(grad_y, x, taps_DK.shape[1])
         return grad_x_BDL, grad_taps_DK
 
@@ -104,10 +104,10 @@ def _in_slices(function: Callable[[Tensor, Tensor], Tensor], x_BDL: Tensor, taps
     """Apply ``function`` to one slice of channels after the other, in the dtype of the taps."""
     parts = list(channel_slices(x_BDL))
     if len(parts) == 1:
-        return function(x_BDL.to(taps_DK.dtype), taps_DK).to(x_BDL.dtype)
+        return function(by_channel(x_BDL, taps_DK.dtype), taps_DK).to(x_BDL.dtype)
     y_BDL = torch.empty(x_BDL.shape, dtype=x_BDL.dtype, device=x_BDL.device)
     for part in parts:
-        y_BDL[:, part] = function(x_BDL[:, part].to(taps_DK.dtype), taps_DK[part])
+        y_BDL[:, part] = function(by_channel(x_BDL[:, part], taps_DK.dtype), taps_DK[part])
     return y_BDL
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evo2_megatron.ops.causal_conv import correlate, correlate_grad_taps, correlate_grad_x
-from evo2_megatron.ops.toeplitz import channel_slices
+from evo2_megatron.ops.toeplitz import by_channel, channel_slices
 
 _COPIES = 4
 """Intermediates of the size of a slice of y: the three input streams and their product."""
@@ -47,7 +47,7 @@ class _GatedConv(torch.autograd.Function):
         y_BDL = torch.empty(B, inner_taps_DK.shape[0], L, dtype=u_BEL.dtype, device=u_BEL.device)
         for part in channel_slices(y_BDL, copies=_COPIES):
             rows = slice(3 * part.start, 3 * part.stop)
-            streams_BEL = correlate(u_BEL[:, rows].to(input_taps_EK.dtype), input_taps_EK[rows])
+            streams_BEL = correlate(by_channel(u_BEL[:, rows], input_taps_EK.dtype), input_taps_EK[rows])
             post_gate, pre_gate, value = _streams(streams_BEL)
             inner = _inner(pre_gate * value, inner_taps_DK[part], None if skip_D is None else skip_D[part])
             y_BDL[:, part] = inner.mul_(post_gate)
@@ -63,11 +63,11 @@ class _GatedConv(torch.autograd.Function):
         for part in channel_slices(grad_y_BDL, copies=2 * _COPIES):
             rows = slice(3 * part.start, 3 * part.stop)
             skip = None if skip_D is None else skip_D[part]
-            u = u_BEL[:, rows].to(input_taps_EK.dtype)
+            u = by_channel(u_BEL[:, rows], input_taps_EK.dtype)
             streams_BEL = correlate(u, input_taps_EK[rows])
             post_gate, pre_gate, value = _streams(streams_BEL)
             z = pre_gate * value
-            grad_y = grad_y_BDL[:, part].to(z.dtype)
+            grad_y = by_channel(grad_y_BDL[:, part], z.dtype)
             grad_inner = grad_y * post_gate
             if grad_inner_taps_DK is not None:
                 grad_inner_taps_DK[part] = correlate_grad_taps(grad_inner, z, inner_taps_DK.shape[1])

@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evo2_megatron.ops.toeplitz import channel_slices, diagonal_sums, toeplitz
+from evo2_megatron.ops.toeplitz import by_channel, channel_slices, diagonal_sums, toeplitz
 
 BLOCK_TOKENS = 32
 """Tokens convolved directly; what came before is seen through the state. 128 costs 1.3 times as much on a CPU."""
 
 SCAN_RADIX = 16
 """Blocks joined by one product in the scan over blocks."""
+
+CPU_BLOCKS_ONE_BY_ONE = 64
+"""Up to here a CPU is done with one block after the other before it has built the tables of the products."""
 
 STATE_BLOCK_TOKENS = 512
 """Tokens summed by one product where only the state is wanted."""
@@ -331,7 +334,8 @@ def _groups(num: int) -> tuple[int, int]:
 
 def _to_blocks(x_BDL: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:
     """[B, D, L] in any dtype to [D, B * M, T]; a view where nothing has to move."""
-    x_DBL = F.pad(x_BDL.transpose(0, 1).to(dtype), (layout.pad, 0)) if layout.pad else x_BDL.transpose(0, 1).to(dtype)
+    x_DBL = x_BDL.transpose(0, 1)
+    x_DBL = F.pad(x_DBL.to(dtype), (layout.pad, 0)) if layout.pad else by_channel(x_DBL, dtype)
     return x_DBL.reshape(x_DBL.shape[0], -1, layout.block)
 
 
@@ -350,7 +354,8 @@ def _powers(log_pole_DN: Tensor, num: int) -> Tensor:
 def _scan(written_RBM: Tensor, log_pole_R: Tensor, *, reverse: bool = False) -> Tensor:
     """State before every block, from zero: ``s[m + 1] = pole * s[m] + written[m]``. Reverse: after it, backwards."""
     R, B, M = written_RBM.shape
-    if M <= SCAN_RADIX:
+    one_by_one = CPU_BLOCKS_ONE_BY_ONE if written_RBM.device.type == "cpu" else SCAN_RADIX
+    if one_by_one >= M:
         return _scan_one_by_one(written_RBM, log_pole_R, reverse=reverse)
     num_groups, size = _groups(M)
     pad = num_groups * size - M

@@ -6,6 +6,7 @@ Shape legend: D channels, K taps, S rows (tokens that come in), W columns (token
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +32,15 @@ def diagonal_sums(x_DSW: Tensor) -> Tensor:
     # rows of W + S read as rows one longer: column j of row s is then entry (s, s + j), or a zero
     flat = F.pad(F.pad(x_DSW, (0, S)).flatten(1), (0, S))
     return flat.view(D, S, W + S + 1)[..., :W].sum(1)
+
+
+def by_channel(x_BDL: Tensor, dtype: torch.dtype) -> Tensor:
+    """The signal in ``dtype``, the tokens of a channel next to each other; a view where it already is so.
+
+    What comes from a linear layer has the channels of a token next to each other. Convolving that takes several times
+    as long as one copy of it: no step of it can use vector instructions, and batched products copy matrix by matrix.
+    """
+    return x_BDL.to(dtype).contiguous()
 
 
 def channel_slices(x_BDL: Tensor, *, copies: int = 1) -> Iterator[slice]:

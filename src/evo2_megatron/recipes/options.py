@@ -19,6 +19,14 @@ LORA_TARGETS = ["dense_projection", "dense", "linear_qkv", "linear_proj", "linea
 """All linear layers of the stack."""
 
 
+def default_workers() -> int:
+    """Loader processes per dataset: with a GPU 8, at most one per core.
+
+    Without one, none: a sample takes less time to make than to fetch from another process, and the cores are busy.
+    """
+    return min(8, os.cpu_count() or 1) if megatron.on_cuda() else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
     """What a user may choose about a training run. The defaults are the recipe; one field per flag of train_evo2."""
@@ -39,7 +47,7 @@ class TrainingOptions:
     seq_length: int = 8192  # tokens
     seed: int = 1234
     dataset_seed: int | None = None  # None: seed
-    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))  # loader processes per dataset
+    workers: int = field(default_factory=default_workers)  # loader processes per dataset
     eod_pad_in_loss_mask: bool = False
     tokenizer: str | Path = field(default_factory=tokenizer.tokenizer_dir)
 
