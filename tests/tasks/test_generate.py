@@ -252,6 +252,18 @@ def test_closing_the_steps_frees_the_caches(model):
     assert len(decoding.rows[0].token_ids) == 1, "what was drawn is still known"
 
 
+def test_samples_of_a_prompt_share_its_prefill(model):
+    settings = GenerationSettings(max_new_tokens=30, sampling=Sampling(temperature=0.5), return_log_probs=True)
+    prompts = [PROMPTS[5], PROMPTS[0] * 5, PROMPTS[5], PROMPTS[5] + [65], PROMPTS[5]]
+    decoding = Decoding(model, settings, prompts, seeds=[1, 2, 3, 4, 5])
+    together = decoding.run()
+    assert together.num_prefill_tokens == 2 * 40
+    for prompt, seed, got in zip(prompts, (1, 2, 3, 4, 5), together.generations):
+        (alone,) = generate(model, [prompt], settings, seeds=[seed])
+        assert got.token_ids == alone.token_ids
+        torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(alone.log_probs), **TOLERANCE)
+
+
 def test_a_batch_counts_its_work(model):
     settings = GenerationSettings(max_new_tokens=4, sampling=GREEDY, stop_ids=())
     done = Decoding(model, settings, [[65] * 5, [66] * 7], seeds=[0, 1]).run()

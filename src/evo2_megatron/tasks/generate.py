@@ -132,7 +132,7 @@ class GeneratedBatch(NamedTuple):
     """In the order of the batch's prompts."""
 
     num_prefill_tokens: int
-    """Tokens processed in blocks, all sequences together."""
+    """Tokens processed in blocks, all sequences together; a beginning that several share counts once."""
 
     prefill_seconds: float
     """Time to the first drawn token."""
@@ -220,7 +220,7 @@ class Decoding:
         self.rows = [settings.new_completion() for _ in prompts]
         """One for each prompt, in their order."""
         self.prefill_seconds = self.decode_seconds = 0.0
-        self.num_steps = 0
+        self.num_steps = self.num_prefill_tokens = 0
 
     def run(self) -> GeneratedBatch:
         """Go to the end."""
@@ -238,8 +238,7 @@ class Decoding:
         prompt_BT, uniform_BT = (tensor.to(device) for tensor in self._buffers(end))
         length_B = torch.tensor(self._lengths, device=device)
 
-        state = self._model.new_inference_state(len(self.rows), end, last_token_logits_only=True)
-        logits_BV = prefill(self._model, prompt_BT[:, :shortest], state, chunk=self._settings.prefill_chunk)
+        state, logits_BV = self._begin(prompt_BT[:, :shortest], end)
         blocked_V = self._settings.blocked(logits_BV.shape[-1], device)
         for position in range(shortest, end):
             drawn_B = draw(logits_BV, uniform_BT[:, position], self._settings.sampling, blocked_V=blocked_V)
@@ -255,11 +254,25 @@ class Decoding:
                 drawn_B = torch.where(position < length_B, prompt_BT[:, position], drawn_B)
             logits_BV = forward_last(self._model, drawn_B[:, None], state)
 
+    def _begin(self, start_BT: Tensor, end: int) -> tuple[InferenceState, Tensor]:
+        """Caches and logits_BV after the tokens that every sequence has."""
+        # samples of one prompt begin alike: what they share is computed once
+        start_UT, row_B = start_BT.unique(dim=0, return_inverse=True)
+        shared = len(start_UT) < len(start_BT)
+        start_BT = start_UT if shared else start_BT
+        self.num_prefill_tokens = start_BT.numel()
+        state = self._model.new_inference_state(len(start_BT), end, last_token_logits_only=True)
+        logits_BV = prefill(self._model, start_BT, state, chunk=self._settings.prefill_chunk)
+        if shared:
+            state.select(row_B)
+            logits_BV = logits_BV[row_B]
+        return state, logits_BV
+
     def result(self) -> GeneratedBatch:
         """What a finished batch gave."""
         return GeneratedBatch(
             [row.generation(log_probs=self._settings.return_log_probs) for row in self.rows],
-            num_prefill_tokens=len(self.rows) * min(self._lengths),
+            num_prefill_tokens=self.num_prefill_tokens,
             prefill_seconds=self.prefill_seconds,
             num_steps=self.num_steps,
             decode_seconds=self.decode_seconds,
