@@ -2,6 +2,7 @@
 """infer_evo2 from the command line: what the flags mean, what is printed, and how errors are shown."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -99,6 +100,19 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "include_prompt": True,
     }
     assert call("--top-p", "0.9")["settings"].sampling == Sampling(top_p=0.9)
+
+
+def test_the_documentation_names_every_flag_and_no_other():
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    groups = {group.title: group for group in infer.build_parser()._action_groups}
+    every = {flag for group in groups.values() for action in group._group_actions for flag in action.option_strings}
+    ours = {
+        action.option_strings[0]
+        for title in ("prompts", "output", "sampling", "stopping", "length and memory")
+        for action in groups[title]._group_actions
+    }
+    named = set(re.findall(r"--[a-z][a-z-]+", text))
+    assert named - every == set() and ours - named - {"--stop-at-eod"} == set()
 
 
 def test_environment_variables_stand_in_for_flags(call, monkeypatch):
