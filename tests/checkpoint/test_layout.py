@@ -30,6 +30,12 @@ def test_a_folder_of_iterations(tmp_path, tracker, expected):
     assert resolve_checkpoint_path(tmp_path) == tmp_path / iteration_name(expected)
 
 
+def test_the_folder_of_a_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    make_iterations(tmp_path / "checkpoints", complete=[9], interrupted=[12])
+    assert resolve_checkpoint_path(tmp_path) == tmp_path / "checkpoints" / iteration_name(9)
+
+
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         resolve_checkpoint_path(tmp_path / "nowhere")

@@ -11,12 +11,13 @@ from evo2_megatron.config import ParallelConfig
 
 NEEDED = ["--fasta", "x.fa", "--ckpt-dir", "ckpt"]
 EVERY_FLAG = """
---output-dir out --write-interval batch --files-per-subdir 7 --num-nodes 2 --devices 8
+--output-dir out --output-format npz pt --write-interval batch --files-per-subdir 7 --num-nodes 2 --devices 8
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
 --no-sequence-parallel --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops
---micro-batch-size 5 --min-length 100 --prepend-bos --embedding-layer -2 --num-layers 3
+--micro-batch-size 5 --min-length 100 --prepend-bos --embedding-layer -2 0 --num-layers 3
 --hybrid-override-pattern SDH --seq-len-interpolation-factor 16 --mask-phylogenetic-tags
---max-seq-length 9000 --chunk-length 4096 --base-ckpt-dir base
+--both-strands --max-batch-tokens 5000 --pooling-window 3:9 --max-seq-length 9000 --chunk-length 4096
+--base-ckpt-dir base
 """
 """The flags of the former command, and ours."""
 
@@ -38,8 +39,7 @@ def call(monkeypatch):
 
 
 def test_defaults(call):
-    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences
-    from evo2_megatron.tasks.prediction_runner import Output
+    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences
 
     assert call() == {
         "fasta": Path("x.fa"),
@@ -55,12 +55,14 @@ def test_defaults(call):
 
 
 def test_every_flag_arrives(call, monkeypatch):
-    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences
+    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Sequences, Window
 
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     seen = call(*shlex.split(EVERY_FLAG))
-    assert seen["files"] == Files(output_dir=Path("out"), write_interval="batch", files_per_subdir=7)
+    assert seen["files"] == Files(
+        output_dir=Path("out"), write_interval="batch", files_per_subdir=7, formats=("npz", "pt")
+    )
     assert seen["changes"] == ModelChanges(
         num_layers=3,
         hybrid_override_pattern="SDH",
@@ -72,12 +74,15 @@ def test_every_flag_arrives(call, monkeypatch):
         prepend_bos=True,
         mask_phylogenetic_tags=True,
         max_seq_length=9000,
+        both_strands=True,
         micro_batch_size=5,
+        max_batch_tokens=5000,
         min_length=100,
         chunk_length=4096,
     )
     assert seen["parallel"] == ParallelConfig(tensor=4, pipeline=3, context=2, sequence_parallel=False)
-    assert (seen["output"].embedding_layer, seen["output"].log_probs) == (-2, None)
+    assert (seen["output"].embedding_layers, seen["output"].log_probs) == ((-2, 0), None)
+    assert seen["output"].pooling == Window(3, 9)
     assert (seen["precision"], seen["base_ckpt_dir"]) == ("bf16_mixed", Path("base"))
 
 
@@ -106,6 +111,11 @@ def test_log_probs(call, argv, expected):
         (["--devices", "8"], "--devices is 8, but torchrun started 1; leave it out"),
         ([], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
+        (["--pooling-window", "9"], "'9' is not FIRST:LAST, two numbers such as 101:200"),
+        (["--pooling-window", "9:3", "--embedding-layer", "1"], "--pooling-window 9:3: give the first and the last"),
+        (["--pooling", "mean"], "--pooling says how to pool hidden states; add --embedding-layer"),
+        (["--output-format", "csv"], "invalid choice: 'csv'"),
+        (["--output-format", "npz", "--write-interval", "batch"], "--write-interval batch is about .pt files"),
         (["--micro-batch-size", "0"], "0 is not 1 or more"),
         (["--write-interval", "sometimes"], "invalid choice: 'sometimes'"),
     ],

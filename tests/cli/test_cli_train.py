@@ -49,6 +49,30 @@ LORA = """
 """The same, for LoRA."""
 
 
+FORMER_FLAGS = """
+--dataset-config --mock-data --fasta-data --sharded-eden-data --fasta-file --sequence-db-dir --train-window-db
+--val-window-db --test-window-db --stride --window-min-length-threshold --rc-aug --dataset-dir --seq-length --seed
+--dataset-seed --workers --eod-pad-in-loss-mask --hf-tokenizer-model-path --hf-tokenizer-model-name --model-size
+--num-layers --hybrid-override-pattern --ffn-hidden-size --hidden-dropout --attention-dropout --add-bias-output
+--seq-len-interpolation-factor --no-fp32-residual-connection --spike-no-more-embedding-init
+--use-targeted-variance-loss --use-subquadratic-ops --cross-entropy-loss-fusion --no-renormalize-loss
+--no-calculate-per-token-loss --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size
+--sequence-parallel --micro-batch-size --global-batch-size --max-steps --early-stop-on-step --eval-interval
+--eval-iters --gc-interval --garbage-collect-at-inference --enable-preemption --debug-ddp-parity-freq
+--no-check-for-nan-in-grad --debug --nvidia-fault-tolerance --lr --min-lr --wd --adam-beta1 --adam-beta2 --adam-eps
+--clip-grad --use-precision-aware-optimizer --bf16-main-grads --log-num-zeros-in-grad --no-weight-decay-embeddings
+--average-in-collective --optim-fmt-pre-mcore-014 --optim-full-reshardable --warmup-steps --constant-steps
+--decay-steps --mixed-precision-recipe --no-fp8-wgrad --no-fp8-param-gather --grad-reduce-in-fp32
+--overlap-param-gather --overlap-grad-reduce --align-param-gather --use-megatron-comm-overlap-llama3-8k
+--tp-comm-overlap-backend --no-activation-checkpointing --selective-activation-checkpointing
+--activation-checkpoint-recompute-num-layers --result-dir --experiment-name --finetune-ckpt-dir --ckpt-async-save
+--ckpt-format --most-recent-k --log-interval --disable-tensorboard-logger --wandb-project --wandb-entity
+--wandb-run-name --nsys-profiling --nsys-start-step --nsys-end-step --nsys-ranks --lora-finetune --lora-dim
+--lora-alpha --lora-dropout --lora-target-modules --lora-skip-freeze-modules
+"""
+"""All that the former recipe's command takes, in the order of its documentation."""
+
+
 def options_of(argv: list[str]) -> dict:
     """What the command passes on: only what the user said."""
     args = train.build_parser().parse_args(argv)
@@ -104,6 +128,16 @@ def test_lora_command_parses_as_written():
         "lora_dropout": 0.1,
         "lora_target_modules": ["dense_projection", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
     }
+
+
+def test_every_flag_of_the_former_recipe_is_known():
+    """The values they take are in ``tests/recipes/test_pretrain.py``, and what is refused is below."""
+    actions = train.build_parser()._option_string_actions
+    flags = set(FORMER_FLAGS.split())
+    assert len(flags) == 102 and flags <= actions.keys()
+    refused = {flag for flag in flags if actions[flag].dest == "unavailable"}
+    assert refused == {"--fasta-data", "--fasta-file", "--use-targeted-variance-loss", "--optim-fmt-pre-mcore-014"}
+    assert refused == train._UNAVAILABLE.keys()
 
 
 @pytest.mark.parametrize("text, names", [("", []), (" a , b.*,", ["a", "b.*"]), ("a", ["a"])])

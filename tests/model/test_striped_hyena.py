@@ -149,16 +149,32 @@ def test_batch_mates_and_the_future_change_nothing(one_process):
         torch.testing.assert_close(model(ids)[:1, :100], alone[:, :100], rtol=1e-4, atol=1e-6)
 
 
-def test_hidden_after_layer_is_the_raw_residual_stream(one_process):
+def test_hidden_after_layers_is_the_raw_residual_stream(one_process):
     model = small("evo2_tiny")
     ids = torch.randint(0, 512, (2, 20))
     with torch.no_grad():
-        hidden = model(ids, hidden_after_layer=3)
+        first, hidden = model(ids, hidden_after_layers=[0, 3])
         logits = model.output_layer(
             model.decoder.final_norm(hidden), weight=model.shared_embedding_or_output_weight()
         )[0]
         torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-6)
-        assert model(ids, hidden_after_layer=0).shape == (2, 20, 16)
+        (alone,) = model(ids, hidden_after_layers=[0])
+        assert alone.shape == (2, 20, 16) and torch.equal(first, alone)
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 300])
+def test_log_probs_of_the_next_tokens(one_process, length, monkeypatch):
+    model = small("evo2_tiny")
+    torch.manual_seed(0)
+    ids, next_ids = torch.randint(0, 512, (2, 2, length))
+    with torch.no_grad():
+        expected = model(ids).double().log_softmax(-1).gather(-1, next_ids[..., None])[..., 0]
+        whole = model(ids, log_probs_of=next_ids)
+        monkeypatch.setattr("evo2_megatron.model.striped_hyena.LOSS_BLOCK_TOKENS", 101)
+        in_blocks = model(ids, log_probs_of=next_ids)
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(in_blocks, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method, block", [("uniform", 1), ("uniform", 3), ("block", 2)])

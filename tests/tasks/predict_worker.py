@@ -6,6 +6,7 @@ Run by test_predict_distributed.py: ``predict_worker.py CHECKPOINT FASTA FOLDER`
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,19 +20,23 @@ def predictions(checkpoint, fasta, parallel):
     """Everything that depends on the layout: split logits, gathered logits, pieces, split hidden states."""
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.data.fasta_dataset import FastaDataset
-    from evo2_megatron.tasks.prediction_runner import Output, Runner
+    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.prediction_settings import Output, Window
 
     items = list(FastaDataset(fasta, prepend_bos=True))
     with process_groups(parallel):
         loaded = load_model(checkpoint, parallel=parallel)
         assert loaded.provider.sequence_parallel == parallel.splits_activations
+        runner = partial(Runner, loaded.model, precision=loaded.precision)
+        embedding = Output(embedding_layers=(-1,))
         return {
-            "log_probs": Runner(loaded, Output(log_probs="per_token"))(items),
-            "log_probs_in_pieces": Runner(loaded, Output(log_probs="per_token"), chunk_length=15)(items),
-            "logits": Runner(loaded, Output())(items),
-            "embeddings": Runner(loaded, Output(embedding_layer=-1))(items),
-            "embeddings_in_pieces": Runner(loaded, Output(embedding_layer=-1), chunk_length=15)(items),
-            "padded": Runner(loaded, Output(), min_length=100)(items),
+            "log_probs": runner(Output(log_probs="per_token"))(items),
+            "log_probs_in_pieces": runner(Output(log_probs="per_token"), chunk_length=15)(items),
+            "logits": runner(Output())(items),
+            "embeddings": runner(embedding, layers=[3])(items),
+            "embeddings_in_pieces": runner(embedding, layers=[3], chunk_length=15)(items),
+            "pooled": runner(Output(embedding_layers=(3,), pooling=Window(2, 7)), layers=[3])(items),
+            "padded": runner(Output(), min_length=100)(items),
         }
 
 

@@ -36,9 +36,8 @@ def fasta(tmp_path_factory):
 @pytest.fixture
 def predict(checkpoint, fasta, tmp_path):
     """predict() into ``tmp_path/out``; returns the rows by record name, in the order of seq_idx."""
-    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences
     from evo2_megatron.tasks.predict import predict as run
-    from evo2_megatron.tasks.prediction_runner import Output
+    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences
 
     def pick(kind, settings):
         return kind(**{f.name: settings.pop(f.name) for f in fields(kind) if f.name in settings})
@@ -106,14 +105,15 @@ def test_per_token(predict, logits, prepend_bos, micro_batch_size):
 def test_sum_and_mean(predict, logits, how, prepend_bos, tmp_path):
     rows = predict(log_probs=how, prepend_bos=prepend_bos, micro_batch_size=3, min_length=150)
     lines = (tmp_path / "out" / "scores.tsv").read_text().splitlines()
-    assert lines[0].split("\t") == ["id", "length", {"sum": "log_likelihood", "mean": "mean_log_likelihood"}[how]]
+    assert lines[0].split("\t") == ["id", "length", "num_scored", "log_likelihood", "mean_log_likelihood"]
     assert [line.split("\t")[:2] for line in lines[1:]] == [[name, str(len(x))] for name, x in RECORDS.items()]
     for line, (name, row) in zip(lines[1:], rows.items()):
         log_probs = expected_log_probs(logits[name, prepend_bos])
         expected = log_probs.sum() / (max(len(log_probs), 1) if how == "mean" else 1)
         assert set(row) == {"log_probs_seqs", "seq_idx"}
         assert row["log_probs_seqs"].item() == pytest.approx(expected.item(), rel=1e-5)
-        assert float(line.split("\t")[2]) == pytest.approx(row["log_probs_seqs"].item())
+        assert int(line.split("\t")[2]) == len(log_probs)
+        assert float(line.split("\t")[3 if how == "sum" else 4]) == pytest.approx(row["log_probs_seqs"].item())
     assert prepend_bos or rows["one"]["log_probs_seqs"] == 0
 
 
@@ -145,7 +145,7 @@ def test_embeddings(predict, checkpoint, layer, chunk_length, caplog):
     from evo2_megatron.runtime.distributed import process_groups
 
     with caplog.at_level("INFO"):
-        rows = predict(embedding_layer=layer, chunk_length=chunk_length, micro_batch_size=2)
+        rows = predict(embedding_layers=(layer,), chunk_length=chunk_length, micro_batch_size=2)
     used = layer % 4 + 1
     assert f"Model initialized with {used} layers" in caplog.text
     assert f"Embedding extraction after layer {used - 1}: using {used} of 4 layers" in caplog.text
@@ -179,9 +179,9 @@ def test_the_first_layers_only(predict):
     assert torch.equal(by_number["z"]["token_logits"], by_pattern["z"]["token_logits"])
     assert not torch.allclose(by_number["z"]["token_logits"], predict(micro_batch_size=6)["z"]["token_logits"])
     # layer -1 of two layers is layer 1 of four
-    last = predict(num_layers=2, embedding_layer=-1, micro_batch_size=6)
+    last = predict(num_layers=2, embedding_layers=(-1,), micro_batch_size=6)
     assert torch.equal(
-        last["z"]["hidden_embeddings"], predict(embedding_layer=1, micro_batch_size=6)["z"]["hidden_embeddings"]
+        last["z"]["hidden_embeddings"], predict(embedding_layers=(1,), micro_batch_size=6)["z"]["hidden_embeddings"]
     )
 
 
@@ -203,7 +203,8 @@ def test_throughput_is_reported(predict, caplog, monkeypatch):
     with caplog.at_level("INFO"):
         predict(log_probs="sum", micro_batch_size=4)
     num_tokens = sum(map(len, RECORDS.values()))
-    assert "Predicted 4 of 6 sequences, " in caplog.text and "time left 0:00:0" in caplog.text
+    for text in ("Predicted 4 sequences, ", " % of the bases, ", "time left 0:00:0"):
+        assert text in caplog.text
     assert f"Predicted 6 sequences, {num_tokens} tokens in " in caplog.text
 
 
@@ -211,13 +212,13 @@ def test_earlier_results_are_replaced(predict, tmp_path):
     predict(write_interval="batch")
     predict(log_probs="sum")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "predictions__rank_0__dp_rank_0.pt", "scores.tsv", "seq_idx_map.json",
+        "manifest.json", "predictions__rank_0__dp_rank_0.pt", "scores.tsv", "seq_idx_map.json",
     }  # fmt: skip
 
 
 def test_without_output_dir(checkpoint, fasta, caplog):
-    from evo2_megatron.tasks.predict import Sequences
     from evo2_megatron.tasks.predict import predict as run
+    from evo2_megatron.tasks.prediction_settings import Sequences
 
     with caplog.at_level("INFO"):
         run(fasta, checkpoint, sequences=Sequences(micro_batch_size=6))
@@ -227,9 +228,9 @@ def test_without_output_dir(checkpoint, fasta, caplog):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"embedding_layer": 100}, "Invalid embedding_layer 100: the model has 4 layers; choose -4 to 3"),
-        ({"embedding_layer": -5}, "Invalid embedding_layer -5"),
-        ({"embedding_layer": 1, "log_probs": "sum"}, "Cannot use --output-log-prob-seqs with --embedding-layer"),
+        ({"embedding_layers": (100,)}, "Invalid embedding_layer 100: the model has 4 layers; choose -4 to 3"),
+        ({"embedding_layers": (2, -5)}, "Invalid embedding_layer -5"),
+        ({"embedding_layers": (1,), "log_probs": "sum"}, "Cannot use --output-log-prob-seqs with --embedding-layer"),
         ({"parallel": ParallelConfig(tensor=2)}, "1 processes do not fit"),
         ({"precision": "bf16_with_mxfp8_mixed"}, "choose --mixed-precision-recipe bf16_mixed"),
     ],
@@ -241,7 +242,7 @@ def test_what_is_refused(predict, tmp_path, settings, message):
 
 
 def test_a_folder_that_cannot_be_written(megatron, tmp_path, monkeypatch):
-    from evo2_megatron.tasks.predict import Files
+    from evo2_megatron.tasks.prediction_settings import Files
 
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"no permission to write in {tmp_path}$"):
@@ -265,18 +266,6 @@ def test_too_long_a_sequence(predict, checkpoint, tmp_path, monkeypatch):
             predict(path=path, prepend_bos=True)
     assert len(predict(path=path, log_probs="sum", max_seq_length=257)) == 2
     assert len(predict(path=path, log_probs="sum", seq_len_interpolation_factor=2.0)) == 2
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 3, 7, 12])
-def test_copies_share_all_sequences_and_none_gets_an_empty_batch(megatron, count, size):
-    from evo2_megatron.tasks.prediction_runner import shard
-
-    batches = [batch for rank in range(size) for batch in shard(count, 3, rank=rank, size=size)]
-    assert sorted(i for batch in batches for i in batch) == list(range(count))
-    assert all(batches)
-    if size == 2 and count == 7:
-        assert list(shard(count, 3, rank=1, size=2)) == [range(3, 6)]
 
 
 @pytest.mark.parametrize("multiple, expected", [(1, 5), (4, 8), (5, 5)])

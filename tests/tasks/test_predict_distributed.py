@@ -38,8 +38,8 @@ def torchrun(*command, processes=2):
 
 @pytest.mark.slow
 def test_two_copies(inputs, tmp_path):
-    from evo2_megatron.tasks.predict import Files, Sequences, predict
-    from evo2_megatron.tasks.prediction_runner import Output
+    from evo2_megatron.tasks.predict import predict
+    from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
 
     checkpoint, fasta = inputs
     predict(
@@ -65,9 +65,11 @@ def test_two_copies(inputs, tmp_path):
     torchrun("--no-python", sys.executable, "-c", code, *arguments)
 
     names = [f"predictions__rank_{i}__dp_rank_{i}.pt" for i in range(2)]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [*names, "scores.tsv", "seq_idx_map.json"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "manifest.json", *names, "scores.tsv", "seq_idx_map.json"
+    ]  # fmt: skip
     parts = [torch.load(tmp_path / "two" / name, weights_only=True) for name in names]
-    assert [part["seq_idx"].tolist() for part in parts] == [[0, 1, 2, 6], [3, 4, 5]]
+    assert [part["seq_idx"].tolist() for part in parts] == [[0, 1, 2, 3, 4, 6], [5]]
     whole = torch.load(tmp_path / "one" / names[0], weights_only=True)["log_probs_seqs"]
     for part in parts:
         torch.testing.assert_close(part["log_probs_seqs"], whole[part["seq_idx"]], rtol=1e-5, atol=1e-4)

@@ -6,13 +6,7 @@ import json
 import pytest
 import torch
 
-from evo2_megatron.tasks.prediction_files import (
-    PredictionWriter,
-    concatenate,
-    remove_stale_files,
-    write_index,
-    write_scores,
-)
+from evo2_megatron.tasks.prediction_files import TensorFiles, concatenate, remove_stale_files, write_index
 
 
 def batch(first, length, rows=2):
@@ -23,9 +17,8 @@ def batch(first, length, rows=2):
     }
 
 
-def writer(folder, **settings):
-    defaults = {"interval": "epoch", "rank": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
-    return PredictionWriter(folder, **(defaults | settings))
+def tensor_files(folder, **settings):
+    return TensorFiles(folder, **({"rank": 0, "data_parallel_rank": 0, "data_parallel_size": 1} | settings))
 
 
 def names(folder):
@@ -34,11 +27,8 @@ def names(folder):
 
 def test_epoch_mode(tmp_path):
     out = tmp_path / "made"
-    write = writer(out, rank=5, data_parallel_rank=2, data_parallel_size=3)
-    write.add(batch(0, 4))
-    write.add(batch(2, 7, rows=1))
-    assert not out.exists()
-    write.finish()
+    # longer sequences first, as they are run; rows by number, as they are read
+    tensor_files(out, rank=5, data_parallel_rank=2, data_parallel_size=3).write_all([batch(2, 7, rows=1), batch(0, 4)])
 
     assert names(out) == ["predictions__rank_5__dp_rank_2.pt"]
     result = torch.load(out / "predictions__rank_5__dp_rank_2.pt", weights_only=True)
@@ -49,16 +39,15 @@ def test_epoch_mode(tmp_path):
 
 
 def test_a_process_without_batches_writes_nothing(tmp_path):
-    writer(tmp_path).finish()
+    tensor_files(tmp_path).write_all([])
     assert names(tmp_path) == []
 
 
 def test_batch_mode(tmp_path):
-    write = writer(tmp_path, interval="batch")
-    for first in (0, 2):
-        write.add(batch(first, 4))
+    files = tensor_files(tmp_path)
+    for number, first in enumerate((0, 2)):
+        files.write_batch(number, batch(first, 4))
     assert names(tmp_path) == [f"predictions__rank_0__dp_rank_0__batch_{i}.pt" for i in range(2)]
-    write.finish()
     result = torch.load(tmp_path / "predictions__rank_0__dp_rank_0__batch_1.pt", weights_only=True)
     assert result["seq_idx"].tolist() == [2, 3] and result["batch_idx"].tolist() == [1]
     assert result["batch_idx"].dtype == torch.int64
@@ -67,9 +56,8 @@ def test_batch_mode(tmp_path):
 def test_files_per_subdir_counts_the_files_of_all_copies(tmp_path):
     for copy in range(2):
         settings = {"rank": copy, "data_parallel_rank": copy, "data_parallel_size": 2, "files_per_subdir": 3}
-        write = writer(tmp_path, interval="batch", **settings)
-        for first in range(4):
-            write.add(batch(first, 4))
+        for number in range(4):
+            tensor_files(tmp_path, **settings).write_batch(number, batch(number, 4))
     folders = [name.split("/")[0] for name in names(tmp_path)]
     assert sorted(folders) == ["subdir_1"] * 3 + ["subdir_2"] * 3 + ["subdir_3"] * 2
     assert "subdir_1/predictions__rank_1__dp_rank_1__batch_0.pt" in names(tmp_path)
@@ -85,15 +73,14 @@ def test_concatenate(shapes):
         assert torch.equal(kept, part) and (part.dim() == 1 or not rows[:, part.shape[1] :].any())
 
 
-def test_index_and_scores(tmp_path):
+def test_index(tmp_path):
     write_index(tmp_path, ["chr10", "chr2"])
     assert json.loads((tmp_path / "seq_idx_map.json").read_text()) == {"chr10": 0, "chr2": 1}
-    write_scores(tmp_path, "log_likelihood", [("chr10", 12, -1.25), ("chr2", 1, 0.0)])
-    assert (tmp_path / "scores.tsv").read_text() == "id\tlength\tlog_likelihood\nchr10\t12\t-1.25\nchr2\t1\t0\n"
 
 
 def test_only_our_own_stale_files_are_removed(tmp_path, caplog):
-    ours = ["predictions__rank_7__dp_rank_3.pt", "seq_idx_map.json", "scores.tsv"]
+    ours = ["predictions__rank_7__dp_rank_3.pt", "seq_idx_map.json", "scores.tsv", "bases.parquet", "manifest.json"]
+    ours += ["embeddings.npz", "logits-00001-of-00002.safetensors", "logits.safetensors.index.json"]
     ours += [f"subdir_{i}/predictions__rank_0__dp_rank_0__batch_{i}.pt" for i in (1, 2)]
     others = [
         "predictions.pt",
@@ -109,7 +96,7 @@ def test_only_our_own_stale_files_are_removed(tmp_path, caplog):
         remove_stale_files(tmp_path)
     assert names(tmp_path) == sorted(others)
     assert not (tmp_path / "subdir_2").exists()
-    assert "Removed 5 result files of an earlier run" in caplog.text
+    assert "Removed 10 result files of an earlier run" in caplog.text
     remove_stale_files(tmp_path / "nowhere")
 
 

@@ -3,7 +3,7 @@
 
 ::
 
-    <checkpoints>/
+    <run>/checkpoints/
       latest_checkpointed_iteration.txt    number of the newest complete iteration
       latest_train_state.pt                copy of that iteration's train_state.pt
       iter_0000001/
@@ -25,6 +25,7 @@ from evo2_megatron.config import UserError
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 TRACKER = "latest_checkpointed_iteration.txt"
 LATEST_TRAIN_STATE = "latest_train_state.pt"
 RUN_CONFIG = "run_config.yaml"
@@ -62,7 +63,7 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     Complete means that ``run_config.yaml``, which is written last, exists.
 
     Args:
-        path: A checkpoint (``.../iter_0000100``) or the folder of a run's checkpoints.
+        path: A checkpoint (``.../iter_0000100``), the folder of a run's checkpoints, or the run's folder.
         flag: Where the user gave the path, for the error.
 
     Raises:
@@ -76,6 +77,8 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     if (path / RUN_CONFIG).is_file():
         return path
     iterations = _iterations(path)
+    if not iterations and (path / CHECKPOINTS).is_dir():
+        return resolve_checkpoint_path(path / CHECKPOINTS, flag=flag)
     if not iterations:
         raise UserError(f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>")
     complete = {number: folder for number, folder in iterations.items() if (folder / RUN_CONFIG).is_file()}

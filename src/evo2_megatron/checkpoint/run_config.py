@@ -198,11 +198,13 @@ def read_run_config(checkpoint: Path) -> RunConfig:
         checkpoint: Folder that holds ``run_config.yaml`` (see ``layout.resolve_checkpoint_path``).
 
     Raises:
-        UserError: The file is not plain YAML, or has no ``model`` section.
+        UserError: The file is not there, not plain YAML, or has no ``model`` section.
     """
     path = Path(checkpoint) / RUN_CONFIG
     try:
         sections = yaml.load(path.read_text(), Loader=_YAML_LOADER)
+    except FileNotFoundError:
+        raise UserError(f"{path} is gone; is another run still writing and clearing that folder?") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, Mapping) or not isinstance(sections.get("model"), Mapping):

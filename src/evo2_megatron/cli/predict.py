@@ -48,8 +48,8 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError("--log-prob-collapse-option says how to report log-probabilities; add --output-log-prob-seqs")
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.predict import Files, ModelChanges, Sequences, check_launch, predict
-    from evo2_megatron.tasks.prediction_runner import CHUNK_LENGTH, Output
+    from evo2_megatron.tasks.predict import check_launch, predict
+    from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Files, ModelChanges, Output, Sequences, Window
 
     check_launch(num_nodes=args.num_nodes, devices=args.devices)
     predict(
@@ -57,18 +57,22 @@ def _main(argv: Sequence[str] | None) -> None:
         args.ckpt_dir,
         output=Output(
             log_probs=(args.log_prob_collapse_option or "mean") if args.output_log_prob_seqs else None,
-            embedding_layer=args.embedding_layer,
+            embedding_layers=tuple(args.embedding_layer or ()),
+            pooling=Window(*args.pooling_window) if args.pooling_window else args.pooling,
         ),
         files=Files(
             output_dir=args.output_dir,
+            formats=tuple(dict.fromkeys(args.output_format)),
             write_interval=args.write_interval,
             files_per_subdir=args.files_per_subdir,
         ),
         sequences=Sequences(
             prepend_bos=args.prepend_bos,
             mask_phylogenetic_tags=args.mask_phylogenetic_tags,
+            both_strands=args.both_strands,
             max_seq_length=args.max_seq_length,
             micro_batch_size=args.micro_batch_size,
+            max_batch_tokens=args.max_batch_tokens,
             min_length=args.min_length,
             chunk_length=args.chunk_length or CHUNK_LENGTH,
         ),
@@ -83,6 +87,13 @@ def _main(argv: Sequence[str] | None) -> None:
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
     )
+
+
+def _window(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, two numbers such as 101:200")
+    return int(first), int(last)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +112,30 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--embedding-layer",
         type=int,
+        nargs="+",
         metavar="N",
-        help="hidden states after this layer instead of logits; 0 is the first layer, -1 the last (default: logits)",
+        help="hidden states after these layers instead of logits; 0 is the first layer, -1 the last (default: logits)",
+    )
+    pooling = group.add_mutually_exclusive_group()
+    pooling.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        help="one vector per sequence, the mean over its bases or that of the last (default: one per base)",
+    )
+    pooling.add_argument(
+        "--pooling-window",
+        type=_window,
+        metavar="FIRST:LAST",
+        help="the same, the mean over these bases, counted from 1 (default: none)",
+    )
+    group.add_argument(
+        "--output-format",
+        nargs="+",
+        choices=("pt", "tsv", "parquet", "npz", "safetensors"),
+        default=["pt"],
+        metavar="FORMAT",
+        help="pt; of log-probabilities also tsv, parquet; of embeddings parquet, npz, safetensors; of logits npz, "
+        "safetensors (default: pt)",
     )
     group.add_argument(
         "--write-interval",
@@ -121,7 +154,20 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sequences")
     group.add_argument(
-        "--micro-batch-size", type=groups.positive_int, default=1, metavar="N", help="sequences at a time (default: 1)"
+        "--micro-batch-size",
+        type=groups.positive_int,
+        metavar="N",
+        help="most sequences at a time (default: as --max-batch-tokens allows)",
+    )
+    group.add_argument(
+        "--max-batch-tokens",
+        type=groups.positive_int,
+        metavar="N",
+        help="most tokens at a time, of sequences of similar length; fewer if memory runs out (default: 65536, and "
+        "16384 without a GPU)",
+    )
+    group.add_argument(
+        "--both-strands", action="store_true", help="mean of the results of a sequence and its reverse complement"
     )
     group.add_argument(
         "--min-length",

@@ -17,8 +17,8 @@ _FASTA = "training does not read FASTA; make .bin/.idx files with preprocess_evo
 _UNAVAILABLE = {
     "--fasta-data": _FASTA,
     "--fasta-file": _FASTA,
-    "--use-targeted-variance-loss": "the targeted variance loss is not available; leave the flag out",
-    "--optim-fmt-pre-mcore-014": "Megatron Core writes one optimizer format only; leave the flag out",
+    "--use-targeted-variance-loss": "no such loss is known here, and the former recipe ignored the flag; leave it out",
+    "--optim-fmt-pre-mcore-014": "Megatron Core 0.16 no longer writes that format; leave the flag out",
 }
 """Flags of older versions that this one cannot honour: accepting them silently would train something else."""
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import FastaIndex
+from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.phylogenetic_mask import phylogenetic_tag_mask
 from evo2_megatron.data.tokenizer import EOD, encode_sequence
 
@@ -69,8 +70,23 @@ class FastaDataset(Dataset):
             ``tokens``, ``position_ids`` and ``loss_mask`` (1: scored when it is the target; 0: prepended or masked),
             all int64 [length]; ``seq_idx``, int64 scalar.
         """
+        return self._sample(index, self._encode(index))
+
+    def opposite_strand(self, index: int) -> dict[str, Tensor]:
+        """The sample of the reverse complement; a lineage tag in front stays there, as it is.
+
+        Raises:
+            UserError: A lineage tag stands elsewhere.
+        """
+        sequence = self._encode(index)
+        start = sequence.find(b"|", 1) + 1 if sequence.startswith(b"|") else 0
+        if b"|" in sequence[start:]:
+            raise UserError(f"{self._name(index)} has a lineage tag after its first base; score one strand only")
+        return self._sample(index, sequence[:start] + reverse_complement(sequence[start:]))
+
+    def _sample(self, index: int, ids: bytes) -> dict[str, Tensor]:
         prefix = bytes([EOD]) if self._prepend_bos else b""
-        tokens = torch.frombuffer(bytearray(prefix + self._encode(index)), dtype=torch.uint8).long()
+        tokens = torch.frombuffer(bytearray(prefix + ids), dtype=torch.uint8).long()
         loss_mask = torch.ones_like(tokens)
         if self._mask_tags:
             loss_mask[:] = torch.from_numpy(phylogenetic_tag_mask(tokens.numpy(), eod=EOD))

@@ -6,6 +6,7 @@ Shape legend: L tokens, B batch, H channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -83,30 +84,41 @@ class HyenaStack(MegatronModule):
         rotary_pos_emb: Tensor,
         inference_context: InferenceState | None = None,
         *,
-        hidden_after_layer: int | None = None,
-    ) -> Tensor:
+        hidden_after_layers: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Run the layers of this stage.
 
         Args:
             hidden_states: Residual stream [L, B, H]; wrapped, it is freed as soon as the first layer is done with it.
             rotary_pos_emb: Angles [L, 1, 1, C] for the attention layers.
             inference_context: Caches to continue from.
-            hidden_after_layer: Stop after this local layer, counted from 0, and return the raw residual stream.
+            hidden_after_layers: Return the raw residual stream after each of these local layers, counted from 0 and
+                ascending, and stop after the last.
 
         Returns:
-            Residual stream [L, B, H], after the final norm on the last stage.
+            Residual stream [L, B, H], after the final norm on the last stage; or one for each of those layers.
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
-        last = len(self.layers) if hidden_after_layer is None else hidden_after_layer + 1
         with get_fp8_context(self.config) if self._one_fp8_context() else nullcontext():
             if self.training and self.config.recompute_granularity == "full":
                 hidden_states = self._forward_recomputed(hidden_states, rotary_pos_emb)
+            elif hidden_after_layers is None:
+                hidden_states = self._forward_layers(
+                    0, len(self.layers), hidden_states, rotary_pos_emb, inference_context
+                )
             else:
-                hidden_states = self._forward_layers(0, last, hidden_states, rotary_pos_emb, inference_context)
-        if self.final_norm is not None and hidden_after_layer is None:
+                kept, start = [], 0
+                for layer in hidden_after_layers:
+                    hidden_states = self._forward_layers(
+                        start, layer + 1, hidden_states, rotary_pos_emb, inference_context
+                    )
+                    kept.append(hidden_states)
+                    start = layer + 1
+                return tuple(kept)
+        if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
         # pipeline communication frees the data of what it has sent, which must not be a view
         return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)

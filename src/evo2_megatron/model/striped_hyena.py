@@ -6,6 +6,7 @@ Shape legend: B batch, L tokens, V vocabulary rows of this process, H channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,8 +89,9 @@ class StripedHyenaModel(LanguageModule):
         inference_context: InferenceState | None = None,
         runtime_gather_output: bool | None = None,
         *,
-        hidden_after_layer: int | None = None,
-    ) -> Tensor:
+        log_probs_of: Tensor | None = None,
+        hidden_after_layers: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Next-token logits, or the loss when there are labels.
 
         Args:
@@ -100,10 +102,14 @@ class StripedHyenaModel(LanguageModule):
             loss_mask: [B, L], 1 where a label counts; None: everywhere.
             inference_context: Caches to continue from; brought up to date in place.
             runtime_gather_output: Gather the vocabulary over tensor parallelism; always so in inference.
-            hidden_after_layer: Return the residual stream [B, L, H] after this layer, counted from 0, and stop there.
+            log_probs_of: Ids [B, L] of the tokens that follow: return their log-probabilities instead of logits, of
+                which there is then only a block of tokens at a time.
+            hidden_after_layers: Return the residual stream after each of these layers of this stage, counted from 0
+                and ascending, and stop after the last.
 
         Returns:
-            Logits [B, L, V]; or weighted loss in nat per token, float32 [B, L]; or [L, B, H] on earlier stages.
+            Logits [B, L, V]; or weighted loss in nat per token, float32 [B, L]; or log-probabilities in nat, float32
+            [B, L]; or [B, L, H] for each layer asked for; or [L, B, H] on earlier stages.
         """
         assert attention_mask is None, "attention is causal; a mask would be ignored"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -112,14 +118,16 @@ class StripedHyenaModel(LanguageModule):
             WrappedTensor(hidden_states) if self.pre_process else None,
             rotary_pos_emb,
             inference_context,
-            hidden_after_layer=hidden_after_layer,
+            hidden_after_layers=hidden_after_layers,
         )
         if inference_context is not None:
             inference_context.num_tokens_seen += input_ids.shape[1]
-        if hidden_after_layer is not None:
-            return hidden_states.transpose(0, 1).contiguous()
+        if hidden_after_layers is not None:
+            return tuple(hidden_LBH.transpose(0, 1).contiguous() for hidden_LBH in hidden_states)
         if not self.post_process:
             return hidden_states
+        if log_probs_of is not None:
+            return -self._cross_entropy(hidden_states, self._output_weight(), log_probs_of)
         return self._head(hidden_states, labels, loss_mask, inference_context, runtime_gather_output)
 
     def _rotary_angles(
@@ -144,7 +152,7 @@ class StripedHyenaModel(LanguageModule):
             runtime_gather_output = True
             if inference_context.last_token_logits_only:
                 hidden_states = hidden_states[-1:]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self._output_weight()
         if labels is None:
             logits_LBV, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
             return logits_LBV.transpose(0, 1).contiguous()
@@ -156,6 +164,10 @@ class StripedHyenaModel(LanguageModule):
             split_group=self.pg_collection.cp,
         )
         return loss_BL * weight_BL
+
+    def _output_weight(self) -> Tensor | None:
+        """The embedding's, if the output layer has none of its own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _cross_entropy(self, hidden_LBH: Tensor, weight: Tensor | None, labels_BL: Tensor) -> Tensor:
         """Loss in nat per token, float32 [B, L]; of long sequences the logits of a block of tokens exist at a time.

@@ -7,6 +7,7 @@ Shape legend: L tokens, B batch, H channels, N heads, C channels per head, S tok
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from torch.nn.attention.bias import causal_lower_right
 from evo2_megatron.model.context_parallel import SplitSequence
 
 _MASKED_QUERIES = 512
-"""Queries that attend together where some keys came before them all."""
+"""Queries that attend together where some keys came before them all, at most."""
+
+_MASKED_SCORES = 1 << 23
+"""The same as queries x keys: what the mask for them holds on a CPU, 32 MiB in float32, whatever the length."""
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
@@ -130,22 +134,26 @@ def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, d
         return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout)
     if L == S:
         return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout, is_causal=True)
-    parts = []
-    # the mask's diagonal ends in its lower right corner; on a CPU it becomes a tensor, so not for all queries at once
-    for start in range(0, L, _MASKED_QUERIES):
-        part_BNLC = query_BNLC[:, :, start : start + _MASKED_QUERIES]
-        seen = S - L + start + part_BNLC.shape[2]
-        if query_BNLC.is_meta:
-            # planning watches every operation, which torch's mask object does not allow; memory and shape are the same
-            options = {"is_causal": True}
-        else:
-            options = {"attn_mask": causal_lower_right(part_BNLC.shape[2], seen)}
-        parts.append(
-            F.scaled_dot_product_attention(
-                part_BNLC, key_BNSC[:, :, :seen], value_BNSC[:, :, :seen], dropout_p=dropout, **options
-            )
+    if query_BNLC.is_cuda or query_BNLC.is_meta:
+        # a kernel of its own, which holds no mask. Planning, on no device, watches every operation, which torch's mask
+        # object does not allow; memory and shape are the same
+        options = {"is_causal": True} if query_BNLC.is_meta else {"attn_mask": causal_lower_right(L, S)}
+        return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout, **options)
+    num_queries = min(_MASKED_QUERIES, L, max(32, _MASKED_SCORES // S))
+    # the last columns of one mask serve all blocks: a tensor for each, a little larger every time, would leave gaps
+    # in the heap that none of them fits into
+    mask_QK = query_BNLC.new_zeros(num_queries, S + num_queries)
+    mask_QK[:, S:] = query_BNLC.new_full((num_queries, num_queries), -math.inf).triu(1)
+    context_BNLC = torch.empty_like(query_BNLC)
+    for start in range(0, L, num_queries):
+        part_BNLC = query_BNLC[:, :, start : start + num_queries]
+        size = part_BNLC.shape[2]
+        seen = S - L + start + size
+        mask = mask_QK[:size, S + size - seen : S + size]
+        context_BNLC[:, :, start : start + size] = F.scaled_dot_product_attention(
+            part_BNLC, key_BNSC[:, :, :seen], value_BNSC[:, :, :seen], attn_mask=mask, dropout_p=dropout
         )
-    return torch.cat(parts, dim=2)
+    return context_BNLC
 
 
 class TorchCoreAttention(MegatronModule):

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
@@ -20,101 +24,24 @@ from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks.prediction_files import PredictionWriter, remove_stale_files, write_index, write_scores
-from evo2_megatron.tasks.prediction_runner import CHUNK_LENGTH, Output, Runner, shard
+from evo2_megatron.tasks import prediction_parts
+from evo2_megatron.tasks.batching import Backoff, plan_batches
+from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
+from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
+from evo2_megatron.tasks.prediction_parts import Parts
+from evo2_megatron.tasks.prediction_results import Results, tensor_record, without_tensors
+from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
 logger = logging.getLogger(__name__)
 
+BATCH_TOKENS_CUDA = 65_536
+BATCH_TOKENS_CPU = 16_384
+"""Tokens of a batch unless told otherwise: enough to keep the device busy, few enough for a small one's memory."""
+
 _PROGRESS_SECONDS = 10.0
-_SCORE_COLUMNS = {"sum": "log_likelihood", "mean": "mean_log_likelihood"}
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Files:
-    """Where results go, and how many files."""
-
-    output_dir: Path | None = None
-    """None: everything is computed, and nothing is written."""
-
-    write_interval: Literal["epoch", "batch"] = "epoch"
-    files_per_subdir: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.files_per_subdir is not None and self.write_interval != "batch":
-            raise UserError(
-                "--files-per-subdir needs --write-interval batch: in epoch mode there is one file per rank"
-            )
-        if self.output_dir is not None:
-            folder = self.output_dir.absolute()
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            if not existing.is_dir():
-                raise UserError(f"--output-dir {self.output_dir}: {existing} is a file; give a folder")
-            if not os.access(existing, os.W_OK | os.X_OK):
-                raise UserError(f"--output-dir {self.output_dir}: no permission to write in {existing}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChanges:
-    """How the model differs from the one in the checkpoint; None: not at all."""
-
-    num_layers: int | None = None
-    """Keep only the first layers."""
-
-    hybrid_override_pattern: str | None = None
-    """The same, as the pattern of the layers to keep."""
-
-    seq_len_interpolation_factor: float | None = None
-    """Divide positions by this before the rotary embedding; lengthens the position range in proportion."""
-
-    vortex_style_fp8: bool | None = None
-    use_subquadratic_ops: bool | None = None
-
-    def pattern(self, run_config: RunConfig) -> str:
-        """Pattern of the layers to keep."""
-        whole = run_config.pattern
-        pattern = self.hybrid_override_pattern
-        if pattern is None:
-            pattern = whole[: self.num_layers]
-        if not pattern or not whole.startswith(pattern) or self.num_layers not in (None, len(pattern)):
-            raise UserError(
-                f"--num-layers {self.num_layers} and --hybrid-override-pattern {self.hybrid_override_pattern} do not "
-                f"name the first layers of the checkpoint's pattern {whole}; give a number up to {len(whole)}"
-            )
-        return pattern
-
-    def overrides(self, pattern: str) -> dict[str, Any]:
-        """Fields of the provider, for a model with the layers of ``pattern``."""
-        values = {
-            "num_layers": len(pattern),
-            "hybrid_override_pattern": pattern,
-            "seq_len_interpolation_factor": self.seq_len_interpolation_factor,
-            "vortex_style_fp8": self.vortex_style_fp8,
-            "use_subquadratic_ops": self.use_subquadratic_ops,
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sequences:
-    """How records become samples, and samples batches."""
-
-    prepend_bos: bool = False
-    """Put the end-of-document token, id 0, in front, as in training; then the first base is scored, too."""
-
-    mask_phylogenetic_tags: bool = False
-    """Do not score lineage tags (``|d__Bacteria;...|``) inside sequences."""
-
-    max_seq_length: int | None = None
-    """Most tokens to accept; None: what the checkpoint was trained for."""
-
-    micro_batch_size: int = 1
-    """Sequences per forward pass."""
-
-    min_length: int = 1
-    """Tokens that every batch is padded to, at least."""
-
-    chunk_length: int = CHUNK_LENGTH
-    """Longer sequences go through the model in pieces of this many tokens."""
+Batch = dict[str, Tensor]
 
 
 def predict(
@@ -131,8 +58,9 @@ def predict(
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
-    Copies of the model share the sequences: of each block of ``micro_batch_size`` x copies, copy r takes the r-th
-    part. A sequence's result depends neither on the others in its batch nor on padding. The files are described in
+    Sequences of similar length share a batch, and copies of the model share the batches. A sequence's result depends
+    neither on the others in its batch nor on padding. Finished batches are kept in the output folder: a job that was
+    killed goes on where it was, and its results are those of one that was not. The files are described in
     ``tasks/prediction_files.py``; ``seq_idx`` is the place in the FASTA file.
 
     Args:
@@ -150,30 +78,32 @@ def predict(
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
     """
     parallel.check_world_size(distributed.world_size())
+    files.check_can_hold(output)
+    sequences.check_can_make(output)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
-    base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
+    base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
-    used_pattern = pattern[: _layers_needed(output, len(pattern))]
+    layers = output.layers_of(len(pattern))
     dataset = FastaDataset(fasta, prepend_bos=sequences.prepend_bos, mask_tags=sequences.mask_phylogenetic_tags)
     _check_lengths(dataset, sequences.max_seq_length or _position_range(run_config, changes))
+    _check_window(dataset, output, int(sequences.prepend_bos))
     with distributed.process_groups(parallel, seed=run_config.seed):
         loaded = load_model(
             checkpoint,
             parallel=parallel,
             precision=precision,
-            provider_overrides=changes.overrides(used_pattern),
+            provider_overrides=changes.overrides(pattern[: layers[-1] + 1] if layers else pattern),
             base_ckpt_dir=base_ckpt_dir,
         )
         _log_setup(loaded, output, len(pattern), dataset)
-        runner = Runner(loaded, output, min_length=sequences.min_length, chunk_length=sequences.chunk_length)
-        scores = _run(runner, dataset, files, sequences.micro_batch_size)
-        if files.output_dir is not None and distributed.rank() == 0:
-            if output.log_probs in _SCORE_COLUMNS:
-                num_bases = [length - sequences.prepend_bos for length in dataset.lengths]
-                rows = zip(dataset.ids, num_bases, (scores[i] for i in range(len(dataset))))
-                write_scores(files.output_dir, _SCORE_COLUMNS[output.log_probs], rows)
-            write_index(files.output_dir, dataset.ids)
+        run = _Prediction(loaded, dataset, output, files, sequences, layers)
+        if files.output_dir is None:
+            run.compute()
+            return
+        facts = {"output": output, "sequences": sequences, "changes": changes, "parallel": parallel}
+        settings = as_json(facts) | {"fasta": str(fasta), "fasta_sha256": prediction_parts.sha256_of_file(fasta)}
+        run.compute_and_write(settings, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
 
 
 def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
@@ -183,18 +113,6 @@ def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
     for flag, asked, found in (("--num-nodes", num_nodes, nodes), ("--devices", devices, per_node)):
         if asked not in (None, found):
             raise UserError(f"{flag} is {asked}, but torchrun started {found}; leave it out, torchrun decides")
-
-
-def _layers_needed(output: Output, num_layers: int) -> int:
-    layer = output.embedding_layer
-    if layer is None:
-        return num_layers
-    if not -num_layers <= layer < num_layers:
-        raise UserError(
-            f"Invalid embedding_layer {layer}: the model has {num_layers} layers; "
-            f"choose {-num_layers} to {num_layers - 1}"
-        )
-    return layer % num_layers + 1
 
 
 def _position_range(run_config: RunConfig, changes: ModelChanges) -> int:
@@ -214,15 +132,141 @@ def _check_lengths(dataset: FastaDataset, limit: int) -> None:
             )
 
 
+def _check_window(dataset: FastaDataset, output: Output, num_prepended: int) -> None:
+    if not isinstance(output.pooling, Window):
+        return
+    for name, length in zip(dataset.ids, dataset.lengths):
+        if length - num_prepended < output.pooling.last:
+            raise UserError(
+                f"Sequence {name!r} has {length - num_prepended} bases, fewer than the {output.pooling.last} that "
+                "--pooling-window reaches to; leave it out, or move the window"
+            )
+
+
+@dataclass(slots=True)
+class _Prediction:
+    """A loaded model, and what it is to do."""
+
+    loaded: LoadedModel
+    dataset: FastaDataset
+    output: Output
+    files: Files
+    sequences: Sequences
+    layers: list[int]
+
+    def compute(self) -> None:
+        """Run everything, and keep nothing."""
+        if distributed.rank() == 0:
+            logger.info("No --output-dir was given: results are computed and dropped")
+        for _ in self._results(self._batches(), done=set()):
+            pass
+
+    def compute_and_write(self, settings: dict[str, Any], identity: list[Any]) -> None:
+        """Run what an earlier job has not, and write the files."""
+        first, batches = distributed.rank() == 0, self._batches()
+        digest = CheckpointDigest(self.loaded.checkpoint) if first else None
+        copies = distributed.data_parallel_size()
+        if first:
+            key = settings | {"checkpoint": identity, "precision": self.loaded.precision, "device": _device()}
+            if self.files.write_interval == "batch":
+                key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
+            prediction_parts.begin(self.files.output_dir, key, batches)
+        torch.distributed.barrier()
+        parts = Parts(self.files.output_dir, batches)
+        done = [parts.done() if first else None]
+        torch.distributed.broadcast_object_list(done, src=0)
+        tensor_files = _tensor_files(self.files) if "pt" in self.files.formats else None
+        for number, result in self._results(batches, done=done[0]):
+            if distributed.is_model_parallel_writer():
+                self._keep(number // copies, number, result, parts, tensor_files)
+        torch.distributed.barrier()
+        if (
+            tensor_files is not None
+            and self.files.write_interval == "epoch"
+            and distributed.is_model_parallel_writer()
+        ):
+            mine = range(distributed.data_parallel_rank(), len(batches), copies)
+            tensor_files.write_all([tensor_record(parts.batch(number), self.output) for number in mine])
+        if first:
+            results = Results(
+                parts=parts, dataset=self.dataset, output=self.output, prepended=int(self.sequences.prepend_bos)
+            )
+            results.write(self.files)
+            write_index(self.files.output_dir, self.dataset.ids)
+            write_manifest(self.files.output_dir, manifest(self.loaded, digest.result(), settings))
+        torch.distributed.barrier()
+        if first:
+            parts.remove()
+
+    def _keep(
+        self, number_here: int, number: int, result: Batch, parts: Parts, tensor_files: TensorFiles | None
+    ) -> None:
+        if tensor_files is not None and self.files.write_interval == "batch":
+            tensor_files.write_batch(number_here, tensor_record(result, self.output))
+            if self.files.formats == ("pt",):
+                result = without_tensors(result)
+        parts.add(number, result)  # last: a batch that is here is written
+
+    def _batches(self) -> list[list[int]]:
+        tokens = self.sequences.max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+        strands = 1 + self.sequences.both_strands
+        return plan_batches(
+            [max(length, self.sequences.min_length) for length in self.dataset.lengths],
+            max_tokens=tokens // strands,
+            max_sequences=self.sequences.micro_batch_size,
+        )
+
+    def _results(self, batches: list[list[int]], done: set[int]) -> Iterator[tuple[int, Batch]]:
+        """Run this copy's share of what is not done; on the last pipeline stage, yield (number, results)."""
+        runner = Runner(
+            self.loaded.model,
+            self.output,
+            precision=self.loaded.precision,
+            layers=self.layers,
+            min_length=self.sequences.min_length,
+            chunk_length=self.sequences.chunk_length,
+        )
+        run = Backoff(runner, can_split=distributed.world_size() == distributed.data_parallel_size())
+        copy, copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
+        mine = [number for number in range(copy, len(batches), copies) if number not in done]
+        progress = _Progress([sum(self.dataset.lengths[i] for i in batches[number]) for number in mine])
+        for number in mine:
+            result = self._run_batch(run, batches[number])
+            progress.advance(len(batches[number]))
+            if result is not None:
+                yield number, result
+        torch.distributed.barrier()
+        progress.finish()
+
+    def _run_batch(self, run: Backoff, batch: Sequence[int]) -> Batch | None:
+        items = [self.dataset[index] for index in batch]
+        if not self.sequences.both_strands:
+            return run(items)
+        both = run([*items, *(self.dataset.opposite_strand(index) for index in batch)])
+        if both is None:
+            return None
+        one, other = ({name: values[part] for name, values in both.items()} for part in _halves(len(batch)))
+        whole = ("seq_idx", "num_scored")
+        return {name: values if name in whole else (values + other[name]) / 2 for name, values in one.items()}
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(0, size), slice(size, None)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if megatron.on_cuda() else "CPU"
+
+
 def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: FastaDataset) -> None:
     if distributed.rank() != 0:
         return
     provider = loaded.provider
     logger.info("Model initialized with %d layers", provider.num_layers)
-    if output.embedding_layer is not None:
+    if output.embedding_layers:
         logger.info(
-            "Embedding extraction after layer %d: using %d of %d layers",
-            provider.num_layers - 1, provider.num_layers, num_layers,
+            "Embedding extraction after layer %s: using %d of %d layers",
+            ", ".join(map(str, output.layers_of(num_layers))), provider.num_layers, num_layers,
         )  # fmt: skip
     logger.info(
         "%d sequences, %d tokens; tensor parallel %d, data parallel %d, precision %s, device %s",
@@ -231,41 +275,9 @@ def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: Fa
     )  # fmt: skip
 
 
-def _run(runner: Runner, dataset: FastaDataset, files: Files, micro_batch_size: int) -> dict[int, float]:
-    """Predict and write this copy's share; return the scores of all copies, if sequences have one score each."""
-    copy, num_copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
-    writer = _writer(files)
-    scores: dict[int, float] = {}
-    progress = _Progress(dataset)
-    for batch in shard(len(dataset), micro_batch_size, rank=copy, size=num_copies):
-        result = runner([dataset[index] for index in batch])
-        if writer is not None and result is not None:
-            writer.add(result)
-            if runner.output.log_probs in _SCORE_COLUMNS:
-                scores.update(zip(result["seq_idx"].tolist(), result["log_probs_seqs"].tolist()))
-        progress.show(done=batch.start + micro_batch_size * num_copies)
-    if writer is not None:
-        writer.finish()
-    of_each: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_each, scores)
-    progress.finish()
-    return {index: score for of_one in of_each for index, score in of_one.items()}
-
-
-def _writer(files: Files) -> PredictionWriter | None:
-    """Clear the folder, and make the writer of those processes that write."""
-    if files.output_dir is None:
-        if distributed.rank() == 0:
-            logger.info("No --output-dir was given: results are computed and dropped")
-        return None
-    if distributed.rank() == 0:
-        remove_stale_files(files.output_dir)
-    torch.distributed.barrier()
-    if not distributed.is_model_parallel_writer():
-        return None
-    return PredictionWriter(
+def _tensor_files(files: Files) -> TensorFiles:
+    return TensorFiles(
         files.output_dir,
-        interval=files.write_interval,
         files_per_subdir=files.files_per_subdir,
         rank=distributed.rank(),
         data_parallel_rank=distributed.data_parallel_rank(),
@@ -274,31 +286,52 @@ def _writer(files: Files) -> PredictionWriter | None:
 
 
 class _Progress:
-    """A log line every few seconds on rank 0: how far, how fast, how long still."""
+    """On rank 0: a bar on a terminal, elsewhere a log line every few seconds: how far, how fast, how long still.
 
-    def __init__(self, dataset: FastaDataset) -> None:
-        self._lengths, self._num_tokens = dataset.lengths, sum(dataset.lengths)
+    Copies of the model have batches of about the same sizes, so that one stands for all.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        """``tokens``: of each batch that is to be run here."""
+        self._tokens, self._copies = list(tokens), distributed.data_parallel_size()
+        self._batches = self._sequences = self._done = 0
         self._start = self._last_shown = time.perf_counter()
+        self._bar = None
+        if distributed.rank() == 0 and sys.stderr.isatty():
+            total = self._copies * sum(tokens)
+            self._bar = tqdm(total=total, unit="base", unit_scale=True, desc="Predicting", dynamic_ncols=True)
 
-    def show(self, *, done: int) -> None:
-        """``done`` counts the sequences of all copies, which advance about alike."""
+    def advance(self, num_sequences: int) -> None:
+        """One more batch is done."""
+        tokens = self._tokens[self._batches] * self._copies
+        self._batches += 1
+        self._sequences += num_sequences * self._copies
+        self._done += tokens
+        if self._bar is not None:
+            self._bar.update(tokens)
         now = time.perf_counter()
-        if distributed.rank() != 0 or now - self._last_shown < _PROGRESS_SECONDS:
+        if self._bar is not None or distributed.rank() != 0 or now - self._last_shown < _PROGRESS_SECONDS:
             return
         self._last_shown = now
-        done = min(done, len(self._lengths))
-        seconds, tokens = now - self._start, sum(self._lengths[:done])
-        left = timedelta(seconds=round(seconds * (self._num_tokens - tokens) / tokens))
+        seconds, total = now - self._start, self._copies * sum(self._tokens)
+        left = timedelta(seconds=round(seconds * (total - self._done) / self._done))
         logger.info(
-            "Predicted %d of %d sequences, %.1f sequences/s, %.0f tokens/s, time left %s",
-            done, len(self._lengths), done / seconds, tokens / seconds, left,
+            "Predicted %d sequences, %.0f %% of the bases, %.1f sequences/s, %.0f bases/s, time left %s",
+            self._sequences, 100 * self._done / total, self._sequences / seconds, self._done / seconds, left,
         )  # fmt: skip
 
     def finish(self) -> None:
         """Figures of the whole run; writing is part of the time, loading is not."""
+        if self._bar is not None:
+            self._bar.close()
+        # of all copies, one process each
+        counts = torch.tensor([self._sequences, self._done], device=megatron.device()) // self._copies
+        if not distributed.is_model_parallel_writer():
+            counts.zero_()
+        torch.distributed.all_reduce(counts)
         if distributed.rank() == 0:
-            seconds, count = time.perf_counter() - self._start, len(self._lengths)
+            seconds, (num_sequences, num_tokens) = time.perf_counter() - self._start, counts.tolist()
             logger.info(
                 "Predicted %d sequences, %d tokens in %.2f s: %.1f sequences/s, %.0f tokens/s",
-                count, self._num_tokens, seconds, count / seconds, self._num_tokens / seconds,
+                num_sequences, num_tokens, seconds, num_sequences / seconds, num_tokens / seconds,
             )  # fmt: skip

@@ -5,8 +5,12 @@
 
     predictions__rank_0__dp_rank_0.pt             epoch mode: one file per copy of the model
     predictions__rank_0__dp_rank_0__batch_3.pt    batch mode: one per batch; in subdir_1, subdir_2, ... if asked for
-    seq_idx_map.json                              sequence name to the ``seq_idx`` of its row; written last
-    scores.tsv                                    one line per sequence, where it has one score
+    seq_idx_map.json                              sequence name to the ``seq_idx`` of its row
+    scores.tsv, scores.parquet                    one line per sequence
+    bases.tsv, bases.parquet                      one line per base that is scored, or that has an embedding
+    embeddings.parquet, .npz, .safetensors        one vector per sequence, or per base
+    logits.npz, .safetensors
+    manifest.json                                 what made all this; written last
 
 A ``.pt`` file is a dict of tensors for ``torch.load``. Rows of different files belong together by ``seq_idx``.
 """
@@ -17,9 +21,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,9 +31,12 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "seq_idx_map.json"
-SCORES_FILE = "scores.tsv"
+MANIFEST_FILE = "manifest.json"
 
-_PREDICTION = re.compile(r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt")
+_OURS = re.compile(
+    r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt|seq_idx_map\.json|manifest\.json|scores\.(tsv|parquet)"
+    r"|bases\.(tsv|parquet)|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
+)
 _SUBDIR = re.compile(r"subdir_\d+")
 
 Batch = dict[str, Tensor]
@@ -44,7 +51,7 @@ def remove_stale_files(output_dir: Path) -> None:
         path
         for folder in (output_dir, *subdirs)
         for path in folder.iterdir()
-        if path.is_file() and (_PREDICTION.fullmatch(path.name) or path.name in (INDEX_FILE, SCORES_FILE))
+        if path.is_file() and _OURS.fullmatch(path.name)
     ]
     for path in stale:
         path.unlink()
@@ -55,14 +62,13 @@ def remove_stale_files(output_dir: Path) -> None:
         logger.info("Removed %d result files of an earlier run from %s", len(stale), output_dir)
 
 
-class PredictionWriter:
-    """Write the batches of one copy of the model, all into one file at the end or each into its own at once."""
+class TensorFiles:
+    """The ``.pt`` files of one copy of the model."""
 
     def __init__(
         self,
         output_dir: Path,
         *,
-        interval: Literal["epoch", "batch"],
         rank: int,
         data_parallel_rank: int,
         data_parallel_size: int,
@@ -72,46 +78,40 @@ class PredictionWriter:
 
         Args:
             output_dir: Made when the first file is written.
-            interval: ``epoch`` holds all results in memory until ``finish``; ``batch`` holds one batch.
             rank: This process among all.
             data_parallel_rank: This copy of the model among ``data_parallel_size``.
             data_parallel_size: Copies of the model.
             files_per_subdir: In batch mode, fill ``subdir_1`` with this many files of all copies, then ``subdir_2``.
         """
         self._output_dir = output_dir
-        self._interval = interval
         self._stem = f"predictions__rank_{rank}__dp_rank_{data_parallel_rank}"
         self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
         self._files_per_subdir = files_per_subdir
-        self._num_batches = 0
-        self._held: list[Batch] = []
 
-    def add(self, batch: Batch) -> None:
-        """Take one batch; its tensors must be on the CPU."""
-        if self._interval == "epoch":
-            self._held.append(batch)
-        else:
-            numbered = batch | {"batch_idx": torch.tensor([self._num_batches])}
-            _write(self._folder() / f"{self._stem}__batch_{self._num_batches}.pt", _saves(numbered))
-        self._num_batches += 1
+    def write_batch(self, number: int, batch: Batch) -> None:
+        """Write a file with one batch: this copy's batch ``number``, counted from 0."""
+        numbered = batch | {"batch_idx": torch.tensor([number])}
+        path = self._folder(number) / f"{self._stem}__batch_{number}.pt"
+        write_beside(path, lambda file: torch.save(numbered, file))
 
-    def finish(self) -> None:
-        """Write what is held; a process without batches writes no file."""
-        if self._held:
-            _write(self._output_dir / f"{self._stem}.pt", _saves(concatenate(self._held)))
-            self._held = []
+    def write_all(self, batches: Sequence[Batch]) -> None:
+        """Write one file with all batches of this copy, rows by ``seq_idx``; without batches, none."""
+        if batches:
+            joined = _sorted(concatenate(list(batches)))
+            write_beside(self._output_dir / f"{self._stem}.pt", lambda file: torch.save(joined, file))
 
-    def _folder(self) -> Path:
+    def _folder(self, number: int) -> Path:
         if self._files_per_subdir is None:
             return self._output_dir
-        place = self._num_batches * self._dp_size + self._dp_rank
+        place = number * self._dp_size + self._dp_rank
         return self._output_dir / f"subdir_{place // self._files_per_subdir + 1}"
 
 
 def concatenate(batches: list[Batch]) -> Batch:
     """Join batches along axis 0; axis 1, the position, is filled with zeros on the right to the longest.
 
-    Empties ``batches`` as it goes, so that results which fill half of the memory can still be joined.
+    Vectors per sequence have no positions, but one length. Empties ``batches`` as it goes, so that results which fill
+    half of the memory can still be joined.
     """
     return {name: _concatenate([batch.pop(name) for batch in batches]) for name in list(batches[0])}
 
@@ -129,28 +129,26 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return joined
 
 
+def _sorted(batch: Batch) -> Batch:
+    order = batch["seq_idx"].argsort()
+    if torch.equal(order, torch.arange(len(order))):
+        return batch
+    return {name: batch.pop(name)[order] for name in list(batch)}
+
+
 def write_index(output_dir: Path, ids: Sequence[str]) -> None:
     """Write ``seq_idx_map.json``: ``{name: seq_idx}``, in the order of the FASTA file."""
     text = json.dumps({name: i for i, name in enumerate(ids)})
-    _write(output_dir / INDEX_FILE, lambda file: file.write(text.encode()))
+    write_beside(output_dir / INDEX_FILE, lambda file: file.write(text.encode()))
 
 
-def write_scores(output_dir: Path, column: str, rows: Iterable[tuple[str, int, float]]) -> None:
-    """Write ``scores.tsv``: a header line, then name, length in bases and score.
-
-    Args:
-        column: ``log_likelihood`` (nat) or ``mean_log_likelihood`` (nat per base that was scored).
-        rows: In the order of the FASTA file.
-    """
-    lines = [f"id\tlength\t{column}\n", *(f"{name}\t{length}\t{score:.9g}\n" for name, length, score in rows)]
-    _write(output_dir / SCORES_FILE, lambda file: file.write("".join(lines).encode()))
+def write_manifest(output_dir: Path, facts: dict[str, Any]) -> None:
+    """Write ``manifest.json``."""
+    text = json.dumps(facts, indent=2) + "\n"
+    write_beside(output_dir / MANIFEST_FILE, lambda file: file.write(text.encode()))
 
 
-def _saves(batch: Batch) -> Callable[[BinaryIO], object]:
-    return lambda file: torch.save(batch, file)
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside and rename: a file that exists is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

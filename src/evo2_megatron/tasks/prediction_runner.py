@@ -2,167 +2,218 @@
 """Batches of sequences through a trained model, and what is kept of each.
 
 Shape legend: B sequences, L tokens of the longest, S = L rounded up to what the parallel layout needs, C tokens of a
-piece, X vocabulary rows or hidden channels.
+piece, V vocabulary rows, H hidden channels, X either of the two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from evo2_megatron import layouts
-from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.data.tokenizer import PAD
 from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.scoring import Collapse, collapse_log_probs, next_token_log_probs
+from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Output, Window
 
-CHUNK_LENGTH = 65_536
-"""Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
-    """What is computed for each sequence: logits, unless one of the two fields is set."""
-
-    log_probs: Collapse | None = None
-    """Log-probability of the sequence: their sum, their mean over scored tokens, or one value per token."""
-
-    embedding_layer: int | None = None
-    """Residual stream after this layer, counted from 0, or from -1 backwards; before the final norm."""
-
-    def __post_init__(self) -> None:
-        if self.log_probs is not None and self.embedding_layer is not None:
-            raise UserError(
-                "Cannot use --output-log-prob-seqs with --embedding-layer: hidden states have no probabilities; "
-                "leave one of the two out"
-            )
+    from evo2_megatron.model.provider import StripedHyenaProvider
 
 
 class Runner:
     """One forward pass per batch, and what is kept of it."""
 
     def __init__(
-        self, loaded: LoadedModel, output: Output, *, min_length: int = 1, chunk_length: int = CHUNK_LENGTH
+        self,
+        model: MegatronModule,
+        output: Output,
+        *,
+        precision: str,
+        layers: Sequence[int] = (),
+        min_length: int = 1,
+        chunk_length: int = CHUNK_LENGTH,
     ) -> None:
         """Use it on all processes of a copy of the model alike.
 
         Args:
-            loaded: Model with as many layers as the output needs.
+            model: In evaluation mode, with as many layers as the output needs; its wrapper for 16 bits will do, too.
             output: What to compute.
+            precision: Name of the model's precision recipe.
+            layers: What ``output.layers_of`` gives; the last must be the model's last.
             min_length: Tokens that every batch is padded to, at least.
             chunk_length: Longer sequences go through the model in pieces of this many tokens.
+
+        Raises:
+            UserError: Several layers, which lie on different pipeline stages.
         """
         from megatron.core.utils import unwrap_model
 
-        self.model, self.output = loaded.model, output
-        self._inner = unwrap_model(loaded.model)
+        self.model, self.output, self.layers = model, output, list(layers)
+        self._inner = unwrap_model(model)
+        provider = self._inner.config
         self._groups = self._inner.pg_collection
+        if len(layers) > 1 and self._groups.pp.size() > 1:
+            raise UserError("several --embedding-layer need the layers in one place; use --pipeline-parallel-size 1")
         layout = ParallelConfig(
             tensor=self._groups.tp.size(),
             context=self._groups.cp.size(),
-            sequence_parallel=loaded.provider.sequence_parallel,
+            sequence_parallel=provider.sequence_parallel,
         )
         self._splits_activations = layout.splits_activations
-        self._multiple = math.lcm(layouts.sequence_multiple(layout), _precision_multiple(loaded) * layout.context)
+        of_part = _precision_multiple(provider, precision)
+        self._multiple = math.lcm(layouts.sequence_multiple(layout), of_part * layout.context)
         # results are padded to the length asked for; what the layout wants beyond it is cut off again
         self._shown_length = min_length
         self._min_length = max(min_length, layouts.min_sequence_length(layout))
-        self._chunk = math.ceil(chunk_length / self._multiple) * self._multiple
+        self.chunk_length = chunk_length
 
     @torch.no_grad()
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-        """Results of one batch, on the CPU; their names and shapes are those of ``predict_evo2``'s files.
+        """Results of one batch, on the CPU; None on all pipeline stages but the last.
 
-        ``token_logits`` [B, L, V] or ``hidden_embeddings`` [B, L, H], float32, with ``tokens`` and ``pad_mask`` (1 for
-        a token that counts), int64 [B, L]; or ``log_probs_seqs``, float32 [B], or [B, L - 1] with a boolean
-        ``loss_mask``. And ``seq_idx``, int64 [B]. None on all pipeline stages but the last.
+        - Log-probabilities: ``log_likelihood``, float64 [B], the sum in nat over the ``num_scored`` tokens, int64 [B];
+          ``per_token`` also ``log_probs_seqs``, float32 [B, L - 1], 0 where ``loss_mask``, bool, is not set.
+        - Logits, ``token_logits`` [B, L, V], or hidden states [B, L, H], float32, with ``tokens`` and ``pad_mask`` (1
+          for a token that counts), int64 [B, L]; pooled, hidden states [B, H] only. Their name is that of
+          ``hidden_name``.
+
+        And ``seq_idx``, int64 [B].
         """
         batch = collate(items, self._min_length, self._multiple)
         longest = max(self._shown_length, *(len(item["tokens"]) for item in items))
         tokens_BS = batch["tokens"].to(megatron.device())
-        with_log_probs = self.output.log_probs is not None
-        values_BSX = self._log_probs(tokens_BS) if with_log_probs else self._values(tokens_BS)
-        if values_BSX is None:
+        indices = {"seq_idx": batch["seq_idx"]}
+        if self.output.log_probs is not None:
+            log_probs_BS = self._log_probs(tokens_BS)
+            if log_probs_BS is None:
+                return None
+            return self._scores(log_probs_BS[:, : longest - 1], batch["loss_mask"][:, 1:longest].bool()) | indices
+        if self.output.pooling is not None:
+            pooled = self._pooled(tokens_BS, batch["loss_mask"])
+            return None if pooled is None else pooled | indices
+        values = self._values(tokens_BS)
+        if values is None:
             return None
-        if with_log_probs:
-            return self._collapsed(values_BSX[:, : longest - 1], batch, longest)
-        name = "token_logits" if self.output.embedding_layer is None else "hidden_embeddings"
-        return {
-            name: values_BSX[:, :longest].float(),
-            "pad_mask": batch["loss_mask"][:, :longest],
-            "seq_idx": batch["seq_idx"],
-            "tokens": batch["tokens"][:, :longest],
-        }
+        same_for_all = {name: batch[name][:, :longest] for name in ("loss_mask", "tokens")}
+        return (
+            {name: values_BSX[:, :longest].float() for name, values_BSX in values.items()}
+            | {"pad_mask": same_for_all["loss_mask"], "tokens": same_for_all["tokens"]}
+            | indices
+        )
 
-    def _values(self, tokens_BS: Tensor) -> Tensor | None:
-        pieces = [values_BCX.cpu() for _, values_BCX in self._pieces(tokens_BS)]
-        return torch.cat(pieces, dim=1) if pieces else None
+    def hidden_name(self, layer: int) -> str:
+        """What the hidden states after a layer are called: ``hidden_embeddings``, with ``_layer_N`` if ambiguous."""
+        return "hidden_embeddings" if len(self.output.embedding_layers) == 1 else f"hidden_embeddings_layer_{layer}"
+
+    def _values(self, tokens_BS: Tensor) -> dict[str, Tensor] | None:
+        pieces = [{name: part.cpu() for name, part in values.items()} for _, values in self._pieces(tokens_BS)]
+        if not pieces:
+            return None
+        return {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
 
     def _log_probs(self, tokens_BS: Tensor) -> Tensor | None:
         """Log-probability of the next token; at the last position of something that is no token."""
-        next_BS = self._my_part(tokens_BS.roll(-1, dims=1))
-        pieces = []
-        for start, logits_BCV in self._pieces(tokens_BS, gather=False):
-            is_whole = logits_BCV.shape[-1] == self._inner.vocab_size
-            group = None if is_whole else self._groups.tp
-            next_BC = next_BS[:, start : start + logits_BCV.shape[1]]
-            log_probs_BC = next_token_log_probs(logits_BCV, next_BC, vocab_group=group)
-            pieces.append(self._all_parts(log_probs_BC).cpu())
+        pieces = [values["log_probs"].cpu() for _, values in self._pieces(tokens_BS)]
         return torch.cat(pieces, dim=1) if pieces else None
 
-    def _collapsed(self, log_probs_BL: Tensor, batch: dict[str, Tensor], longest: int) -> dict[str, Tensor]:
-        counts_BL = batch["loss_mask"][:, 1:longest].bool()
-        how = self.output.log_probs
-        result = {"log_probs_seqs": collapse_log_probs(log_probs_BL, counts_BL, how), "seq_idx": batch["seq_idx"]}
-        return result | {"loss_mask": counts_BL} if how == "per_token" else result
+    def _scores(self, log_probs_BL: Tensor, counts_BL: Tensor) -> dict[str, Tensor]:
+        # where(), not a product: log-probabilities of padding may be anything, and 0 * nan is nan
+        kept_BL = torch.where(counts_BL, log_probs_BL, 0.0)
+        # in float64 a million terms lose no digit
+        result = {"log_likelihood": kept_BL.sum(-1, dtype=torch.float64), "num_scored": counts_BL.sum(-1)}
+        return result | ({"log_probs_seqs": kept_BL, "loss_mask": counts_BL} if self._per_token else {})
 
-    def _pieces(self, tokens_BS: Tensor, *, gather: bool = True) -> Iterator[tuple[int, Tensor]]:
-        """Run the model, over long sequences piece by piece with its caches; yield (start, logits or hidden state).
+    @property
+    def _per_token(self) -> bool:
+        return self.output.log_probs == "per_token"
+
+    def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor] | None:
+        """One vector for each sequence, summed up piece by piece."""
+        weight_BS = _pooling_weights(mask_BS, self.output.pooling).to(megatron.device())
+        sums: dict[str, Tensor] = {}
+        for start, values in self._pieces(tokens_BS):
+            for name, values_BCH in values.items():
+                weight_BC = weight_BS[:, start : start + values_BCH.shape[1]]
+                part_BH = torch.einsum("bc,bch->bh", weight_BC, values_BCH.float())
+                sums[name] = part_BH if name not in sums else sums[name] + part_BH
+        return {name: sum_BH.cpu() for name, sum_BH in sums.items()} or None
+
+    def _pieces(self, tokens_BS: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Run the model, over long sequences piece by piece with its caches; yield (start, results [B, C, ...]).
 
         Sequences that are split over processes go through in one piece. Only the last pipeline stage yields.
-
-        Args:
-            tokens_BS: Whole sequences.
-            gather: Whether to join what tensor- and context-parallel processes have; else, each yields its own.
         """
         from evo2_megatron.model.pipeline import forward_through_stages
 
         num_tokens = tokens_BS.shape[1]
-        in_pieces = num_tokens > self._chunk and self._groups.cp.size() == 1
-        length = self._chunk if in_pieces else num_tokens
+        in_pieces = num_tokens > self._chunk(tokens_BS.shape[0]) and self._groups.cp.size() == 1
+        length = self._chunk(tokens_BS.shape[0]) if in_pieces else num_tokens
         state = self._inner.new_inference_state(*tokens_BS.shape) if in_pieces else None
-        is_last = self._groups.pp.rank() == self._groups.pp.size() - 1
-        wants_hidden = self.output.embedding_layer is not None
+        next_BS = tokens_BS.roll(-1, dims=1)
         for start in range(0, num_tokens, length):
-            values_BCX = forward_through_stages(
+            piece = slice(start, start + length)
+            values = forward_through_stages(
                 self.model,
-                self._my_part(tokens_BS[:, start : start + length]),
+                self._my_part(tokens_BS[:, piece]),
                 inference_context=state,
-                # log-probabilities need three numbers per token from each process instead of its logits
-                runtime_gather_output=gather,
-                hidden_after_layer=len(self._inner.decoder.layers) - 1 if wants_hidden and is_last else None,
+                runtime_gather_output=True,
+                **self._wanted(self._my_part(next_BS[:, piece])),
             )
-            if values_BCX is None:
-                continue
-            if wants_hidden and self._splits_activations:
-                values_BCX = torch.cat(_of_all(values_BCX, self._groups.tp), dim=1)
-            yield start, self._all_parts(values_BCX) if gather else values_BCX
+            if values is not None:
+                yield start, {name: self._all_parts(part, name) for name, part in self._named(values).items()}
+
+    def _chunk(self, batch_size: int) -> int:
+        """Tokens of a piece; of several sequences at a time the pieces are shorter."""
+        return math.ceil(self.chunk_length / batch_size / self._multiple) * self._multiple
+
+    def _wanted(self, next_BC: Tensor) -> dict[str, object]:
+        if self.output.log_probs is not None:
+            return {"log_probs_of": next_BC}
+        if not self.layers:
+            return {}
+        if self._groups.pp.size() == 1:
+            return {"hidden_after_layers": self.layers}
+        is_last = self._groups.pp.rank() == self._groups.pp.size() - 1
+        return {"hidden_after_layers": [len(self._inner.decoder.layers) - 1]} if is_last else {}
+
+    def _named(self, values: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+        if self.output.log_probs is not None:
+            return {"log_probs": values}
+        if not self.layers:
+            return {"token_logits": values}
+        return {self.hidden_name(layer): hidden_BCH for layer, hidden_BCH in zip(self.layers, values)}
 
     def _my_part(self, values_BS: Tensor) -> Tensor:
         """What this process has of whole sequences."""
         group = self._groups.cp
         return zigzag_split(values_BS, 1, num_ranks=group.size(), rank=group.rank()) if group.size() > 1 else values_BS
 
-    def _all_parts(self, values_BCX: Tensor) -> Tensor:
-        """Whole sequences from what each process has of them."""
+    def _all_parts(self, values: Tensor, name: str) -> Tensor:
+        """Whole sequences [B, C, ...] from what each process has of them."""
+        if self._splits_activations and name.startswith("hidden"):
+            values = torch.cat(_of_all(values, self._groups.tp), dim=1)
         group = self._groups.cp
-        return zigzag_unsplit(_of_all(values_BCX, group), 1) if group.size() > 1 else values_BCX
+        return zigzag_unsplit(_of_all(values, group), 1) if group.size() > 1 else values
+
+
+def _pooling_weights(mask_BS: Tensor, pooling: Literal["mean", "last"] | Window) -> Tensor:
+    """What each token counts in the pooled vector: float32 [B, S], rows of sum 1, 0 where no base is."""
+    # bases counted from 1: a token in front and masked tags are none
+    number_BS = mask_BS.cumsum(1) * mask_BS
+    if pooling == "last":
+        kept_BS = (number_BS == number_BS.amax(1, keepdim=True)) & (mask_BS > 0)
+    elif pooling == "mean":
+        kept_BS = mask_BS > 0
+    else:
+        kept_BS = (number_BS >= pooling.first) & (number_BS <= pooling.last)
+    return kept_BS / kept_BS.sum(1, keepdim=True).clamp(min=1)
 
 
 def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tensor]:
@@ -171,11 +222,11 @@ def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tenso
     return parts
 
 
-def _precision_multiple(loaded: LoadedModel) -> int:
+def _precision_multiple(provider: StripedHyenaProvider, precision: str) -> int:
     """What the number of tokens that a process has must be divisible by for 8-bit products."""
-    if loaded.provider.fp8 or loaded.provider.fp4 or uses_fp8(loaded.precision):
+    if provider.fp8 or provider.fp4 or uses_fp8(precision):
         return 32  # rows of a block of MXFP8, the largest of all formats
-    return 8 if loaded.provider.vortex_style_fp8 else 1
+    return 8 if provider.vortex_style_fp8 else 1
 
 
 def collate(items: Sequence[dict[str, Tensor]], min_length: int = 1, multiple: int = 1) -> dict[str, Tensor]:
@@ -194,15 +245,3 @@ def collate(items: Sequence[dict[str, Tensor]], min_length: int = 1, multiple: i
         tokens_BS[row, : len(item["tokens"])] = item["tokens"]
         mask_BS[row, : len(item["tokens"])] = item["loss_mask"]
     return {"tokens": tokens_BS, "loss_mask": mask_BS, "seq_idx": torch.stack([item["seq_idx"] for item in items])}
-
-
-def shard(num_sequences: int, micro_batch_size: int, *, rank: int, size: int) -> Iterator[range]:
-    """Batches of one copy of the model: of each block of ``micro_batch_size * size`` sequences, the ``rank``-th part.
-
-    A copy that would get an empty part of the last block gets none.
-    """
-    for block in range(0, num_sequences, micro_batch_size * size):
-        start = block + rank * micro_batch_size
-        batch = range(start, min(start + micro_batch_size, num_sequences))
-        if batch:
-            yield batch

@@ -26,6 +26,7 @@ from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import distributed, megatron, training_repairs
 from evo2_megatron.runtime.precision import precision_settings
 from evo2_megatron.tasks import train_checks, train_lora
+from evo2_megatron.tasks.starting_weights import load_and_compare
 
 if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import CallbackContext
@@ -206,7 +207,8 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
 
     def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
         (stage,) = model
-        load.load_weights(stage, start.base, stored, dropped_layers=())
+        fill = functools.partial(load.load_weights, stage, start.base, stored, dropped_layers=())
+        load_and_compare(stage, fill, precision_recipe(options))
         return model
 
     config.model.register_pre_wrap_hook(load_weights)

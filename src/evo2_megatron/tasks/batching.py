@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sequences go through the model together, and what happens when memory does not suffice for them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from evo2_megatron.config import UserError
+from evo2_megatron.tasks.prediction_files import concatenate
+from evo2_megatron.tasks.prediction_runner import Runner
+
+logger = logging.getLogger(__name__)
+
+MIN_CHUNK = 256
+"""Pieces are not made shorter than this: what is left then is the model itself."""
+
+Item = dict[str, Tensor]
+Batch = dict[str, Tensor]
+
+
+def plan_batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None) -> list[list[int]]:
+    """Put sequences of similar length together, the longest first: what does not fit into memory shows at once.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
+        max_sequences: Most sequences of a batch.
+
+    Returns:
+        Positions in ``lengths``, each once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        last = batches[-1] if batches else None
+        # the first is the longest, so that it is what the others are padded to
+        if last is None or len(last) == max_sequences or (len(last) + 1) * lengths[last[0]] > max_tokens:
+            batches.append([index])
+        else:
+            last.append(index)
+    return batches
+
+
+class Backoff:
+    """Runs batches; one that does not fit into memory is run in halves, and then one sequence in shorter pieces."""
+
+    def __init__(self, runner: Runner, *, can_split: bool) -> None:
+        """``can_split``: False where other processes take part in a batch, which could not follow."""
+        self._runner, self._can_split = runner, can_split
+        self._max_tokens: float = float("inf")
+
+    def __call__(self, items: Sequence[Item]) -> Batch | None:
+        """What the runner gives for these sequences.
+
+        Raises:
+            UserError: There is not memory enough for one sequence in the shortest pieces.
+        """
+        num_tokens = len(items) * max(len(item["tokens"]) for item in items)
+        if num_tokens <= self._max_tokens or len(items) == 1:
+            failed, result = _try(self._runner, items)
+            if not failed:
+                return result
+            self._shrink(items, num_tokens)
+            return self(items)
+        middle = len(items) // 2
+        return concatenate([self(items[:middle]), self(items[middle:])])
+
+    def _shrink(self, items: Sequence[Item], num_tokens: int) -> None:
+        longest = max(len(item["tokens"]) for item in items)
+        advice = f"{len(items)} sequence(s) of up to {longest} tokens"
+        if not self._can_split:
+            raise UserError(
+                f"not enough memory for {advice}; lower --max-batch-tokens or --chunk-length, or use more processes"
+            )
+        if len(items) > 1:
+            self._max_tokens = num_tokens // 2
+            logger.warning("Not enough memory for %s; going on with batches half as large", advice)
+            return
+        shorter = min(self._runner.chunk_length, longest) // 2
+        if shorter < MIN_CHUNK:
+            raise UserError(f"not enough memory for {advice}, even in pieces of {2 * shorter}; use more processes")
+        self._runner.chunk_length = shorter
+        logger.warning("Not enough memory for %s; going on in pieces of %d tokens", advice, shorter)
+
+
+def _try(run: Callable[[Sequence[Item]], Batch | None], items: Sequence[Item]) -> tuple[bool, Batch | None]:
+    """Whether memory ran out, and the result if not. The error, which holds what was computed, is gone by then."""
+    try:
+        return False, run(items)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        # PyTorch has a class for this on GPUs only
+        if "can't allocate memory" not in str(error):
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return True, None

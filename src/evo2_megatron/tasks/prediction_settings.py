@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prediction computes, from which sequences, by which model, and where results go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from evo2_megatron.checkpoint.run_config import RunConfig
+from evo2_megatron.config import UserError
+
+CHUNK_LENGTH = 65_536
+"""Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
+
+LogProbs = Literal["sum", "mean", "per_token"]
+
+
+class Window(NamedTuple):
+    """Bases of a sequence, counted from 1, both ends included."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What is computed for each sequence: logits, unless log-probabilities or embeddings are asked for."""
+
+    log_probs: LogProbs | None = None
+    """Log-likelihood of the sequence, its mean over scored tokens, or with both of these one value per token."""
+
+    embedding_layers: tuple[int, ...] = ()
+    """Residual stream after these layers, counted from 0, or from -1 backwards; before the final norm."""
+
+    pooling: Literal["mean", "last"] | Window | None = None
+    """One vector per sequence and layer instead of one per base: the mean over its bases or over some of them, or that
+    of the last."""
+
+    def __post_init__(self) -> None:
+        if self.log_probs is not None and self.embedding_layers:
+            raise UserError(
+                "Cannot use --output-log-prob-seqs with --embedding-layer: hidden states have no probabilities; "
+                "leave one of the two out"
+            )
+        if self.pooling is not None and not self.embedding_layers:
+            raise UserError("--pooling says how to pool hidden states; add --embedding-layer")
+        if isinstance(self.pooling, Window) and not 1 <= self.pooling.first <= self.pooling.last:
+            raise UserError(
+                f"--pooling-window {self.pooling.first}:{self.pooling.last}: give the first and the last base, "
+                "counted from 1"
+            )
+
+    def layers_of(self, num_layers: int) -> list[int]:
+        """The embedding's layers counted from 0, ascending, each once; UserError where there is no such layer."""
+        for layer in self.embedding_layers:
+            if not -num_layers <= layer < num_layers:
+                raise UserError(
+                    f"Invalid embedding_layer {layer}: the model has {num_layers} layers; "
+                    f"choose {-num_layers} to {num_layers - 1}"
+                )
+        return sorted({layer % num_layers for layer in self.embedding_layers})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """Where results go, in which files."""
+
+    output_dir: Path | None = None
+    """None: everything is computed, and nothing is written."""
+
+    formats: tuple[Literal["pt", "tsv", "parquet", "npz", "safetensors"], ...] = ("pt",)
+
+    write_interval: Literal["epoch", "batch"] = "epoch"
+    """Whether there is one ``.pt`` file per copy of the model, or one per batch."""
+
+    files_per_subdir: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.write_interval == "batch" and "pt" not in self.formats:
+            raise UserError("--write-interval batch is about .pt files; add pt to --output-format, or leave it out")
+        if self.files_per_subdir is not None and self.write_interval != "batch":
+            raise UserError(
+                "--files-per-subdir needs --write-interval batch: in epoch mode there is one file per rank"
+            )
+        if self.output_dir is not None:
+            folder = self.output_dir.absolute()
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            if not existing.is_dir():
+                raise UserError(f"--output-dir {self.output_dir}: {existing} is a file; give a folder")
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise UserError(f"--output-dir {self.output_dir}: no permission to write in {existing}")
+
+    def check_can_hold(self, output: Output) -> None:
+        """Raise UserError for a format that such results are not written in."""
+        if output.log_probs is not None:
+            kind, possible = "log-probabilities", ("pt", "tsv", "parquet")
+        elif output.embedding_layers:
+            kind, possible = "embeddings", ("pt", "parquet", "npz", "safetensors")
+        else:
+            kind, possible = "logits", ("pt", "npz", "safetensors")
+        for name in self.formats:
+            if name not in possible:
+                raise UserError(f"{kind} are not written as --output-format {name}; choose from {', '.join(possible)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChanges:
+    """How the model differs from the one in the checkpoint; None: not at all."""
+
+    num_layers: int | None = None
+    """Keep only the first layers."""
+
+    hybrid_override_pattern: str | None = None
+    """The same, as the pattern of the layers to keep."""
+
+    seq_len_interpolation_factor: float | None = None
+    """Divide positions by this before the rotary embedding; lengthens the position range in proportion."""
+
+    vortex_style_fp8: bool | None = None
+    use_subquadratic_ops: bool | None = None
+
+    def pattern(self, run_config: RunConfig) -> str:
+        """Pattern of the layers to keep."""
+        whole = run_config.pattern
+        pattern = self.hybrid_override_pattern
+        if pattern is None:
+            pattern = whole[: self.num_layers]
+        if not pattern or not whole.startswith(pattern) or self.num_layers not in (None, len(pattern)):
+            raise UserError(
+                f"--num-layers {self.num_layers} and --hybrid-override-pattern {self.hybrid_override_pattern} do not "
+                f"name the first layers of the checkpoint's pattern {whole}; give a number up to {len(whole)}"
+            )
+        return pattern
+
+    def overrides(self, pattern: str) -> dict[str, Any]:
+        """Fields of the provider, for a model with the layers of ``pattern``."""
+        values = {
+            "num_layers": len(pattern),
+            "hybrid_override_pattern": pattern,
+            "seq_len_interpolation_factor": self.seq_len_interpolation_factor,
+            "vortex_style_fp8": self.vortex_style_fp8,
+            "use_subquadratic_ops": self.use_subquadratic_ops,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """How records become samples, and samples batches."""
+
+    prepend_bos: bool = False
+    """Put the end-of-document token, id 0, in front, as in training; then the first base is scored, too."""
+
+    mask_phylogenetic_tags: bool = False
+    """Do not score lineage tags (``|d__Bacteria;...|``) inside sequences."""
+
+    both_strands: bool = False
+    """Take the mean of the results of a sequence and of its reverse complement."""
+
+    max_seq_length: int | None = None
+    """Most tokens to accept; None: what the checkpoint was trained for."""
+
+    micro_batch_size: int | None = None
+    """Most sequences per forward pass; None: as ``max_batch_tokens`` allows."""
+
+    max_batch_tokens: int | None = None
+    """Most tokens per forward pass, padding included; None: what suits the device. Less if memory runs out."""
+
+    min_length: int = 1
+    """Tokens that every batch is padded to, at least."""
+
+    chunk_length: int = CHUNK_LENGTH
+    """Longer sequences go through the model in pieces of this many tokens."""
+
+    def check_can_make(self, output: Output) -> None:
+        """Raise UserError where results of two strands have no mean."""
+        scores = output.log_probs in ("sum", "mean")
+        if self.both_strands and not scores and output.pooling != "mean":
+            raise UserError(
+                "--both-strands takes the mean of two results per sequence: use it with --pooling mean, or with "
+                "--log-prob-collapse-option sum or mean"
+            )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of the weights that a fine-tuning begins with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+
+from helpers import tiny_model
+
+
+@pytest.fixture
+def model(one_process):
+    torch.manual_seed(3)
+    return tiny_model().train()
+
+
+def losses(caplog) -> tuple[float, float]:
+    match = re.search(r"per base: (\S+) with the loaded weights, (\S+) with random ones", caplog.text)
+    return float(match[1]), float(match[2])
+
+
+def knows_dna(model) -> dict[str, torch.Tensor]:
+    """Weights that find A, C, G and T a hundred thousand times as probable as anything else."""
+    weights = copy.deepcopy(model.state_dict())
+    embedding = weights["embedding.word_embeddings.weight"]
+    embedding[:] = -1.0
+    embedding[list(b"ACGT")] = 1.0
+    return weights
+
+
+def test_weights_that_know_something(model, caplog):
+    from evo2_megatron.tasks.starting_weights import load_and_compare
+
+    weights = knows_dna(model)
+    caplog.set_level(logging.INFO)
+    load_and_compare(model, lambda: model.load_state_dict(weights), "fp32")
+    loaded, random = losses(caplog)
+    # the logarithms of 4 letters, and of 512 rows
+    assert loaded == pytest.approx(1.386, abs=0.01) and random == pytest.approx(6.238, abs=0.2)
+    assert model.training and "no better" not in caplog.text
+
+
+def test_weights_that_know_nothing(model, caplog):
+    from evo2_megatron.tasks.starting_weights import load_and_compare
+
+    caplog.set_level(logging.INFO)
+    load_and_compare(model, lambda: None, "fp32")
+    loaded, random = losses(caplog)
+    assert loaded == random and "no better there than random ones" in caplog.text
