@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """infer_evo2 from the command line: what the flags mean, what is printed, and how errors are shown."""
 
+import json
+import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.cli import infer
 from evo2_megatron.config import ParallelConfig
 
 EVERY_FLAG = """
 --prompt-file prompts.jsonl --output-file out/records.jsonl --return-log-probs --max-new-tokens 7 --temperature 0.5
---top-k 4 --seed 0 --max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
+--top-k 4 --top-p 0.9 --seed 0 --num-samples 2 --output-format fasta --include-prompt --stream --alphabet ACGT
+--stop-string TAA --stop-string TAG --include-stop-string --no-stop-at-eod
+--max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
 --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops --base-ckpt-dir base
 """
@@ -52,6 +60,9 @@ def test_defaults(call):
         "base_ckpt_dir": None,
         "provider_overrides": {},
         "output_file": None,
+        "output_format": None,
+        "num_samples": 1,
+        "include_prompt": False,
     }
 
 
@@ -61,18 +72,22 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
     from evo2_megatron.tasks.sampling import Sampling
 
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text('{"id": "x", "prompt": "ACGT"}\n')
+    Path("prompts.jsonl").write_text('{"id": "x", "prompt": "ACGT", "seed": 9}\n')
     seen = call("--prompt", "not used", *shlex.split(EVERY_FLAG))
-    del seen["on_record"]
+    assert callable(seen.pop("on_piece"))
     assert seen == {
-        "prompts": [Prompt("x", "ACGT")],
+        "prompts": [Prompt("x", "ACGT", 9)],
         "ckpt_dir": Path("ckpt"),
         "settings": GenerationSettings(
             max_new_tokens=7,
-            sampling=Sampling(temperature=0.5, top_k=4, seed=0),
+            sampling=Sampling(temperature=0.5, top_k=4, top_p=0.9, seed=0),
             return_log_probs=True,
             max_batch_size=3,
             prefill_chunk=128,
+            alphabet="ACGT",
+            stop_strings=("TAA", "TAG"),
+            include_stop_string=True,
+            stop_at_eod=False,
         ),
         "max_seq_length": 9000,
         "parallel": ParallelConfig(tensor=4, pipeline=3, context=2),
@@ -80,8 +95,24 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "base_ckpt_dir": Path("base"),
         "provider_overrides": {"vortex_style_fp8": True, "use_subquadratic_ops": True},
         "output_file": Path("out/records.jsonl"),
+        "output_format": "fasta",
+        "num_samples": 2,
+        "include_prompt": True,
     }
     assert call("--top-p", "0.9")["settings"].sampling == Sampling(top_p=0.9)
+
+
+def test_the_documentation_names_every_flag_and_no_other():
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    groups = {group.title: group for group in infer.build_parser()._action_groups}
+    every = {flag for group in groups.values() for action in group._group_actions for flag in action.option_strings}
+    ours = {
+        action.option_strings[0]
+        for title in ("prompts", "output", "sampling", "stopping", "length and memory")
+        for action in groups[title]._group_actions
+    }
+    named = set(re.findall(r"--[a-z][a-z-]+", text))
+    assert named - every == set() and ours - named - {"--stop-at-eod"} == set()
 
 
 def test_environment_variables_stand_in_for_flags(call, monkeypatch):
@@ -98,10 +129,128 @@ def test_records_are_printed(call, capsys):
     assert capsys.readouterr().out == "=== [phage 7] Generated Text ===\nGT\n\n"
 
 
+def test_prompt_files_of_every_kind(call, tmp_path):
+    from evo2_megatron.tasks.prompts import Prompt
+
+    for name, content in (("x.fa", ">a b\nAC\nGT\n"), ("x.txt", "ACGT\n"), ("x.jsonl", '{"prompt": "ACGT"}\n')):
+        (tmp_path / name).write_text(content)
+        want = Prompt("a" if name == "x.fa" else "0", "ACGT")
+        assert call("--prompt-file", str(tmp_path / name))["prompts"] == [want]
+
+
+def record(**more):
+    usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    return {
+        "id": "phage 7", "prompt": "AC", "completion": "GT", "finish_reason": "length", "usage": usage, "seed": 1
+    } | more  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, printed",
+    [
+        (
+            ["fasta"],
+            ">phage_7 seed=1 finish_reason=length prompt_tokens=2 completion_tokens=2 total_tokens=4\nGT\n" * 2,
+        ),
+        (["text"], "id\tseed\tfinish_reason\tsequence\n" + "phage_7\t1\tlength\tGT\n" * 2),
+        (
+            ["text", "--include-prompt"],
+            "id\tseed\tfinish_reason\tsequence\n" + "phage_7\t1\tlength\tACGT\n" * 2,
+        ),
+        (["jsonl"], f"{json.dumps(record())}\n" * 2),
+    ],
+)
+def test_records_are_printed_in_a_format(call, capsys, flags, printed):
+    show = call("--output-format", *flags)["on_record"]
+    show(record())
+    show(record())
+    assert capsys.readouterr().out == printed
+
+
+def test_a_format_for_the_file_leaves_what_is_printed(call, capsys):
+    call("--output-format", "text", "--output-file", "x")["on_record"](record(sample=3))
+    assert capsys.readouterr().out == "=== [phage 7.3] Generated Text ===\nGT\n\n"
+
+
+def test_stream_of_one_prints_at_once_what_is_printed_without(call, capsys):
+    from evo2_megatron.tasks.infer import Piece
+
+    show = call("--stream")["on_piece"]
+    printed = []
+    for text, reason in (("G", None), ("T", None), ("", "stop")):
+        show(Piece("0", None, text, None, reason))
+        printed.append(capsys.readouterr().out)
+    assert printed == ["=== [0] Generated Text ===\nG", "T", "\n\n"]
+    call()["on_record"](record(id="0"))
+    assert capsys.readouterr().out == "".join(printed)
+
+
+def test_stream_of_many_prints_lines_with_ids(call, capsys):
+    from evo2_megatron.tasks.infer import Piece
+
+    show = call("--stream", "--num-samples", "2")["on_piece"]
+    for number in range(130):
+        for sample, base in enumerate("AC"):
+            if number < 70 or sample == 0:
+                end = number == (129, 69)[sample]
+                show(Piece("0", sample, base, None, "length" if end else None))
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["0.0", "A" * 60],
+        ["0.1", "C" * 60],
+        ["0.1", "C" * 10],
+        ["0.0", "A" * 60],
+        ["0.0", "A" * 10],
+    ]
+
+
+def run_command(checkpoint, *flags):
+    program = [sys.executable, "-c", "from evo2_megatron.cli.infer import main; main()"]
+    return [*program, "--ckpt-dir", str(checkpoint), "--prompt", "ACGT", "--stream", *flags]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_an_interrupted_run_leaves_nothing_under_the_final_name(checkpoint, tmp_path, number, status):
+    out = tmp_path / "out.fa"
+    flags = ["--max-new-tokens", "100000", "--max-seq-length", "200000", "--no-stop-at-eod", "--output-file", str(out)]
+    process = subprocess.Popen(
+        run_command(checkpoint, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.read(40).startswith("=== [0] Generated Text ===\n"), "bases come before the end"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and errors.splitlines()[-1] == "infer_evo2: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_run(checkpoint, tmp_path):
+    flags = ["--max-new-tokens", "100000", "--max-seq-length", "200000", "--no-stop-at-eod"]
+    process = subprocess.Popen(
+        run_command(checkpoint, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.read(40)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and "Traceback" not in errors and "Broken" not in errors
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--top-k 4 --top-p 0.9", "give only one of them"),
+        ("--stream --output-format fasta", "give --output-file for the records"),
+        ("--output-format fastq", "invalid choice: 'fastq'"),
+        ("--num-samples 0", "0 is not 1 or more"),
+        ("--alphabet=", "give at least one letter"),
+        ("--stop-string=", "a stop string is empty"),
+        ("--stop-string TAN --alphabet ACGT", "'TAN' has 'N', which is not in the alphabet 'ACGT'"),
+        ("--stop-at-eod=no", "ignored explicit argument"),
         ("--top-p 1.5", "top_p is 1.5"),
         ("--temperature -1", "temperature is -1.0"),
         ("--seed -1", "seed is -1"),

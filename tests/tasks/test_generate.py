@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import gc
+
 import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.generate import Decoder, GenerationSettings, generate, plan_batches
+from evo2_megatron.model.inference_state import InferenceState
+from evo2_megatron.tasks.generate import Decoding, GenerationSettings, generate, plan_batches
 from evo2_megatron.tasks.sampling import Sampling
 from helpers import tiny_model
 
@@ -116,6 +120,30 @@ def test_a_prompt_does_not_depend_on_its_batch(model, sampling):
             torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), **TOLERANCE)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(top_k=4, top_p=0.9)], ids=str)
+def test_two_calls_equal_one(model, sampling):
+    """From a prompt of 1, from one below the filters' lengths, and over the longest filter's 128 tokens."""
+    settings = GenerationSettings(sampling=sampling, return_log_probs=True, stop_ids=())
+    for prompt, cut, total in ((PROMPTS[1], 1, 12), (PROMPTS[0], 6, 20), (PROMPTS[5], 70, 100)):
+        first, second, both = (dataclasses.replace(settings, max_new_tokens=n) for n in (cut, total - cut, total))
+        (whole,) = generate(model, [prompt], both, seeds=[7])
+        (begin,) = generate(model, [prompt], first, seeds=[7])
+        (rest,) = generate(model, [prompt + begin.token_ids], second, seeds=[7])
+        assert begin.token_ids + rest.token_ids == whole.token_ids
+        torch.testing.assert_close(
+            torch.tensor(begin.log_probs + rest.log_probs), torch.tensor(whole.log_probs), **TOLERANCE
+        )
+
+
+def test_a_seed_gives_the_same_sequence_in_every_company(model):
+    settings = GenerationSettings(max_new_tokens=12, sampling=Sampling(temperature=0.5), max_batch_size=6)
+    seeds = [11, 3, 11, 5, 8, 2**52]
+    together = generate(model, PROMPTS, settings, seeds=seeds)
+    assert together[::-1] == generate(model, PROMPTS[::-1], settings, seeds=seeds[::-1])
+    for prompt, seed, want in zip(PROMPTS, seeds, together):
+        assert generate(model, [prompt], settings, seeds=[seed]) == [want]
+
+
 def test_prefill_chunk_does_not_change_the_result(model):
     settings = {"max_new_tokens": 10, "sampling": Sampling(temperature=0.1), "max_batch_size": 6}
     whole = run(model, PROMPTS, **settings, prefill_chunk=0)
@@ -154,9 +182,91 @@ def test_special_tokens_and_padding_entries_are_never_drawn(model):
     assert set(drawn) == {0, *range(5, 12)}
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=2.0), Sampling(top_k=6)], ids=str)
+def test_only_letters_of_the_alphabet_are_drawn(model, sampling):
+    settings = {"max_new_tokens": 60, "sampling": sampling, "return_log_probs": True, "stop_at_eod": False}
+    (got,) = run(model, [PROMPTS[0]], **settings, alphabet="ACGT")
+    assert set(got.text) <= set("ACGT") and len(got.text) == 60
+    assert sampling == GREEDY or len(set(got.text)) > 1
+    # what an unrestricted pass over the same sequence says of these letters
+    with torch.inference_mode():
+        log_prob_TV = model(torch.tensor([PROMPTS[0] + got.token_ids]))[0].log_softmax(-1)
+    want = log_prob_TV[len(PROMPTS[0]) - 1 : -1].gather(1, torch.tensor(got.token_ids)[:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(got.log_probs), want, **TOLERANCE)
+    assert want.exp().max() < 0.5, "the model itself would have drawn others"
+    if sampling == GREEDY:
+        letters = torch.tensor([ord(c) for c in "ACGT"])
+        assert got.token_ids[0] == letters[log_prob_TV[len(PROMPTS[0]) - 1, letters].argmax()]
+
+
+def test_the_end_of_the_document_may_be_drawn_beside_the_alphabet(model):
+    settings = {"max_new_tokens": 400, "sampling": Sampling(temperature=1e6), "alphabet": "AC"}
+    (ended,) = run(model, [[65]], **settings)
+    assert ended.finish_reason == "stop" and set(ended.text) <= set("AC")
+    (endless,) = run(model, [[65]], **settings, stop_at_eod=False)
+    assert endless.finish_reason == "length" and len(endless.text) == 400
+    (endless,) = run(model, [[65]], max_new_tokens=400, sampling=Sampling(temperature=1e6), stop_at_eod=False)
+    assert min(endless.token_ids) > 4 and endless.finish_reason == "length"
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings(model, include):
+    settings = {"max_new_tokens": 30, "return_log_probs": True, "alphabet": "ACGT", "stop_at_eod": False}
+    free, other = run(model, [PROMPTS[0], PROMPTS[5]], **settings)
+    stop = free.text[7:10]
+    at = free.text.index(stop)
+    stopped, other_stopped = run(
+        model,
+        [PROMPTS[0], PROMPTS[5]],
+        **settings,
+        stop_strings=("A" * 25, stop),
+        include_stop_string=include,
+        max_batch_size=2,
+    )
+    end = at + 3 if include else at
+    assert (stopped.text, stopped.finish_reason, stopped.stop_string) == (free.text[:end], "stop", stop)
+    torch.testing.assert_close(torch.tensor(stopped.log_probs), torch.tensor(free.log_probs[:end]), **TOLERANCE)
+    # the other of the batch ends by its own text
+    want = other.text.partition(stop)[0]
+    assert other_stopped.text == (want + stop if include and stop in other.text else want)
+
+
+def test_a_stop_string_in_the_prompt_does_not_count(model):
+    (got,) = run(model, [[65] * 4], max_new_tokens=4, alphabet="A", stop_strings=("AAAAA",), stop_at_eod=False)
+    assert (got.text, got.finish_reason) == ("AAAA", "length")
+
+
+def count_states():
+    gc.collect()
+    return sum(isinstance(o, InferenceState) for o in gc.get_objects())
+
+
+def test_closing_the_steps_frees_the_caches(model):
+    before = count_states()
+    decoding = Decoding(model, GenerationSettings(max_new_tokens=9), [[65]], seeds=[0])
+    steps = decoding.steps()
+    next(steps)
+    assert count_states() == before + 1 and not torch.is_inference_mode_enabled()
+    steps.close()
+    assert count_states() == before and list(steps) == []
+    assert len(decoding.rows[0].token_ids) == 1, "what was drawn is still known"
+
+
+def test_samples_of_a_prompt_share_its_prefill(model):
+    settings = GenerationSettings(max_new_tokens=30, sampling=Sampling(temperature=0.5), return_log_probs=True)
+    prompts = [PROMPTS[5], PROMPTS[0] * 5, PROMPTS[5], PROMPTS[5] + [65], PROMPTS[5]]
+    decoding = Decoding(model, settings, prompts, seeds=[1, 2, 3, 4, 5])
+    together = decoding.run()
+    assert together.num_prefill_tokens == 2 * 40
+    for prompt, seed, got in zip(prompts, (1, 2, 3, 4, 5), together.generations):
+        (alone,) = generate(model, [prompt], settings, seeds=[seed])
+        assert got.token_ids == alone.token_ids
+        torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(alone.log_probs), **TOLERANCE)
+
+
 def test_a_batch_counts_its_work(model):
-    decoder = Decoder(model, GenerationSettings(max_new_tokens=4, sampling=GREEDY, stop_ids=()))
-    done = decoder.run([[65] * 5, [66] * 7], sequence_numbers=[0, 1])
+    settings = GenerationSettings(max_new_tokens=4, sampling=GREEDY, stop_ids=())
+    done = Decoding(model, settings, [[65] * 5, [66] * 7], seeds=[0, 1]).run()
     # 2 x 5 prompt tokens at once; then 2 of the longer prompt and 3 of its 4 new ones go in one by one
     assert (done.num_prefill_tokens, done.num_steps) == (10, 5)
     assert done.prefill_seconds > 0 and done.decode_seconds > 0
@@ -179,6 +289,11 @@ def test_output_that_is_not_finite_is_an_error(one_process):
         ({"prefill_chunk": -1}, "prefill_chunk is -1"),
         ({"sampling": Sampling(top_k=512)}, "top_k is 512"),
         ({"prompts": [[65], []]}, "empty"),
+        ({"stop_strings": ("TAA", "")}, "stop string is empty"),
+        ({"stop_strings": ("TAN",), "alphabet": "ACGT"}, "'TAN' has 'N', which is not in the alphabet 'ACGT'"),
+        ({"stop_strings": ("\u0394",)}, "stop string '\u0394' has '\u0394', which is not among the tokenizer's 512"),
+        ({"alphabet": "AC\x00"}, "alphabet .* is not among the tokenizer's 512 tokens"),
+        ({"vocab_size": 256, "alphabet": "A\u0101"}, "not among the tokenizer's 256 tokens"),
     ],
 )
 def test_bad_settings(model, settings, message):

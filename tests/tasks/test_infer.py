@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks import infer as infer_module
+from evo2_megatron.tasks import cache_memory, generation_model
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.infer import infer
 from evo2_megatron.tasks.prompts import Prompt
@@ -42,12 +43,12 @@ def test_records(checkpoint, tmp_path):
     records = infer(PROMPTS, checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl", on_record=finished.append)
 
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
-    assert [(r["id"], r["prompt"]) for r in records] == PROMPTS
+    assert [Prompt(r["id"], r["prompt"]) for r in records] == PROMPTS
     # the shortest come first
     assert [r["id"] for r in finished] == ["one", "one", "tag", "long"]
     assert sorted(finished, key=str) == sorted(records, key=str)
     for record in records:
-        assert list(record) == ["id", "prompt", "completion", "finish_reason", "usage", "logprobs"]
+        assert list(record) == ["id", "prompt", "completion", "finish_reason", "usage", "seed", "logprobs"]
         assert record["finish_reason"] == "length" and len(record["completion"]) == 8
         num_prompt = len(record["prompt"])
         assert record["usage"] == {
@@ -66,6 +67,55 @@ def test_batch_size_does_not_change_the_records(checkpoint):
         return [r["completion"] for r in infer(PROMPTS, checkpoint, settings)]
 
     assert completions(1) == completions(3)
+
+
+def test_a_record_can_be_made_again_alone(checkpoint):
+    """By its own seed, whatever number its prompt had, in whatever company."""
+    prompts = [*PROMPTS, Prompt("own", "TT", seed=77)]
+    settings = GenerationSettings(max_new_tokens=8, max_batch_size=3)
+    records = infer(prompts, checkpoint, settings, num_samples=2)
+    assert [(r["id"], r["sample"]) for r in records] == [(p.id, sample) for p in prompts for sample in (0, 1)]
+    assert len({r["seed"] for r in records}) == 10 and records[0]["seed"] == 1234 and records[8]["seed"] == 77
+    for record in records[::-3]:
+        by_flag = GenerationSettings(max_new_tokens=8, sampling=Sampling(seed=record["seed"]))
+        (alone,) = infer([Prompt("0", record["prompt"])], checkpoint, by_flag)
+        (by_field,) = infer([Prompt("0", record["prompt"], seed=record["seed"])], checkpoint, settings)
+        assert alone == by_field
+        assert (alone["completion"], alone["seed"]) == (record["completion"], record["seed"])
+
+
+def test_continuing_a_record_equals_one_call(checkpoint):
+    prompts = [Prompt("a", "ACGT"), Prompt("b", "GG")]
+
+    def completions(prompts, num_new):
+        return infer(prompts, checkpoint, GenerationSettings(max_new_tokens=num_new, max_batch_size=2))
+
+    whole, begin = completions(prompts, 20), completions(prompts, 9)
+    more = [Prompt(r["id"], r["prompt"] + r["completion"], r["seed"]) for r in begin]
+    rest = completions(more, 11)
+    assert [a["completion"] + b["completion"] for a, b in zip(begin, rest)] == [r["completion"] for r in whole]
+
+
+def test_the_length_limit_is_the_models_whatever_its_folder_is_called(megatron, checkpoint, tmp_path):
+    folder = tmp_path / "evo2_40b_7b_1m" / checkpoint.name
+    shutil.copytree(checkpoint, folder)
+    with pytest.raises(UserError, match="exceeds the 256 that the checkpoint was trained for"):
+        infer([Prompt("x", "A" * 250)], folder, SETTINGS)
+    other = write_tiny_checkpoint(tmp_path / "evo2_7b", seq_length=40)
+    with pytest.raises(UserError, match="exceeds the 40 that the checkpoint was trained for"):
+        infer([Prompt("x", "A" * 33)], other, SETTINGS)
+    assert infer([Prompt("x", "A" * 32)], other, SETTINGS)
+
+
+def test_fasta_with_log_probs(checkpoint, tmp_path):
+    settings = GenerationSettings(max_new_tokens=70, return_log_probs=True, alphabet="ACGT", stop_at_eod=False)
+    (want,) = infer(PROMPTS[:1], checkpoint, settings, output_file=tmp_path / "out.fa", include_prompt=True)
+    header, *lines = (tmp_path / "out.fa").read_text().splitlines()
+    assert "".join(lines) == want["prompt"] + want["completion"] and list(map(len, lines)) == [60, 50]
+    values = dict(pair.split("=") for pair in header.split()[1:])
+    total = sum(want["logprobs"]["completion_logprobs"])
+    assert float(values["log_prob_sum"]) == pytest.approx(total, rel=1e-5)
+    assert float(values["log_prob_mean"]) == pytest.approx(total / 70, rel=1e-5)
 
 
 def test_no_log_probs_unless_asked_for(checkpoint):
@@ -96,7 +146,7 @@ def test_log_lines_carry_measured_figures(checkpoint, caplog):
     for line in (
         "[PERF] Batch 3 of 3: 1 sequences, prefill 40 tokens",
         "decode 7 steps",
-        "[PERF] Total: 4 prompts, 32",
+        "[PERF] Total: 4 sequences, 32",
     ):
         assert line in caplog.text
     assert "[MEMORY] After model setup" in caplog.text and "[MEMORY] After generation" in caplog.text
@@ -132,10 +182,10 @@ def test_longer_than_trained_only_when_asked_for(checkpoint):
 def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
     # one attention layer of 128 channels, keys and values in float32, and 1 MB of what does not grow
     tokens, per_token, fixed = 100, 2 * 128 * 4, 10**6
-    whole = infer_module._cache_bytes
-    monkeypatch.setattr(infer_module, "_cache_bytes", lambda model, n: whole(model, n) - whole(model, 0) + fixed)
-    free = (tokens * per_token + fixed) * SETTINGS.max_batch_size / infer_module.CACHE_SHARE
-    monkeypatch.setattr(infer_module, "_free_bytes", lambda: free + 1)
+    whole = cache_memory._cache_bytes
+    monkeypatch.setattr(cache_memory, "_cache_bytes", lambda model, n: whole(model, n) - whole(model, 0) + fixed)
+    free = (tokens * per_token + fixed) * SETTINGS.max_batch_size / cache_memory.CACHE_SHARE
+    monkeypatch.setattr(cache_memory, "_free_bytes", lambda: free + 1)
     infer([Prompt("x", "A" * 92)], checkpoint, SETTINGS)
     with pytest.raises(UserError, match="'x' has 93 tokens.*exceeds the 100 that a batch's caches have memory for"):
         infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
@@ -150,6 +200,11 @@ def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
         ({"prompts": [Prompt("a", "A" * 300)]}, "Prompt 'a' has 300 tokens"),
         ({"max_seq_length": 9, "prompts": [Prompt("a", "AC")]}, "exceeds the 9 of --max-seq-length"),
         ({"settings": GenerationSettings(sampling=Sampling(top_k=512))}, "top_k is 512"),
+        ({"settings": GenerationSettings(alphabet="AC\x01")}, "alphabet 'AC.x01' has"),
+        ({"settings": GenerationSettings(stop_strings=("\u0394",))}, "stop string '\u0394' has"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"output_format": "fasta"}, "two FASTA records would be named 'one'"),
+        ({"include_prompt": True}, "leave out --include-prompt"),
         ({"parallel": ParallelConfig(context=2)}, "--context-parallel-size 1"),
         ({"parallel": ParallelConfig(sequence_parallel=True)}, "--sequence-parallel"),
         ({"parallel": ParallelConfig(tensor=2)}, "1 processes do not fit"),
@@ -157,7 +212,7 @@ def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
     ],
 )
 def test_bad_requests_end_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, changes, message):
-    monkeypatch.delattr(infer_module, "load_model")
+    monkeypatch.delattr(generation_model, "load_model")
     request = {"prompts": PROMPTS, "ckpt_dir": checkpoint, "settings": SETTINGS} | changes
     with pytest.raises(UserError, match=message) as caught:
         infer(**request, output_file=tmp_path / "out.jsonl")
@@ -168,7 +223,7 @@ def test_bad_requests_end_before_the_model_is_loaded(checkpoint, tmp_path, monke
 @pytest.mark.parametrize("layout", [[], ["--tensor-parallel-size", "2"], ["--pipeline-parallel-size", "2"]], ids=str)
 def test_two_processes_give_the_records_of_one(checkpoint, tmp_path, layout):
     (tmp_path / "prompts.jsonl").write_text(
-        "".join(f"{json.dumps(p._asdict() | {'prompt': p.text})}\n" for p in PROMPTS)
+        "".join(f"{json.dumps({'id': p.id, 'prompt': p.text})}\n" for p in PROMPTS)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     program = [sys.executable, "-c", "from evo2_megatron.cli.infer import main; main()"]

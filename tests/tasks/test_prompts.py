@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
+import gzip
 
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.prompts import Prompt, RecordFile, read_prompts
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt, read_prompts
 
 
 def test_read_prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(
-        '{"id": "a b", "prompt": "ACGT", "more": 1}\n\n{"prompt": "|d__B|"}\r\n{"id": 7, "prompt": "N"}\n  \n'
+        '{"id": "a b", "prompt": "ACGT", "more": 1, "seed": 0}\n\n'
+        '{"prompt": "|d__B|"}\r\n{"id": 7, "prompt": "N"}\n  \n'
     )
-    assert read_prompts(path) == [Prompt("a b", "ACGT"), Prompt("2", "|d__B|"), Prompt("7", "N")]
+    assert read_prompts(path) == [Prompt("a b", "ACGT", 0), Prompt("2", "|d__B|"), Prompt("7", "N")]
 
 
 def test_read_prompts_keeps_line_separators_inside_a_string(tmp_path):
@@ -22,8 +23,63 @@ def test_read_prompts_keeps_line_separators_inside_a_string(tmp_path):
 
 
 def test_read_prompts_of_an_empty_file(tmp_path):
-    (tmp_path / "empty").write_text("")
-    assert read_prompts(tmp_path / "empty") == []
+    for name in ("empty", "empty.fa", "empty.jsonl", "empty.txt"):
+        (tmp_path / name).write_text("\n")
+        assert read_prompts(tmp_path / name) == []
+
+
+FASTA = b"\xef\xbb\xbf>one first of two\r\nACGT\r\nacgtN\r\n\r\n>two\r\n|d__B|G\r\n"
+
+
+@pytest.mark.parametrize("name", ["x.fa", "x.FASTA", "x.fna", "x.txt", "x", "x.fa.gz", "x.gz"])
+def test_fasta(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(FASTA) if name.endswith("gz") else FASTA)
+    assert read_prompts(path) == [Prompt("one", "ACGTacgtN"), Prompt("two", "|d__B|G")]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.txt.gz"])
+def test_text(tmp_path, name):
+    content = b"ACGT\r\n\n  |d__B;s__Escherichia coli|\t\nN"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read_prompts(path) == [Prompt("0", "ACGT"), Prompt("2", "|d__B;s__Escherichia coli|"), Prompt("3", "N")]
+
+
+@pytest.mark.parametrize("name", ["x", "x.txt", "x.jsonl.gz", "x.ndjson"])
+def test_json_lines_under_other_names(tmp_path, name):
+    content = b'\n {"prompt": "ACGT"}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read_prompts(path) == [Prompt("1", "ACGT")]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.fa", b"ACGT\n", "is not FASTA: it starts with 'ACGT'"),
+        ("x.fa", b'{"prompt": "A"}', "is not FASTA"),
+        ("x.jsonl", b">a\nACGT\n", "line 1 is not JSON"),
+        ("x.json", b'[{"prompt": "A"}]', "line 1 is not a JSON object"),
+        ("x.fa", b">a\nAC\xc3\xa9\n", "record 'a' of .*x.fa contains"),
+        ("x.fa", b">\nACGT\n", "a record has no name"),
+        ("x.txt.gz", gzip.compress(b"ACGT" * 100)[:20], "damaged or cut off"),
+        ("x.txt", b"ACGT\n\xff", "not UTF-8"),
+    ],
+)
+def test_files_that_are_not_what_they_seem(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_prompts(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_encode_prompt():
+    assert encode_prompt(Prompt("x", "AC<EOS>"), 512) == [65, 67, 0]
+    with pytest.raises(UserError, match="Prompt 'x' is empty"):
+        encode_prompt(Prompt("x", ""), 512)
+    with pytest.raises(UserError, match="Prompt 'x' has '\u0101' at character 2.*256 tokens"):
+        encode_prompt(Prompt("x", "A\u0101"), 256)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +91,9 @@ def test_read_prompts_of_an_empty_file(tmp_path):
         (b'{"prompt": 5}', "line 1: 'prompt' is 5"),
         (b'{"prompt": null}', "line 1: 'prompt' is None"),
         (b"\xff\xfe", "not UTF-8"),
+        (b'{"prompt": "A", "seed": -1}', "line 1: 'seed' is -1"),
+        (b'{"prompt": "A", "seed": true}', "line 1: 'seed' is True"),
+        (b'{"prompt": "A", "seed": "1"}', "line 1: 'seed' is '1'"),
     ],
 )
 def test_bad_prompt_files(tmp_path, content, message):
@@ -49,40 +108,3 @@ def test_missing_prompt_file(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"cannot be read.*--prompt-file"):
             read_prompts(path)
-
-
-def test_record_file(tmp_path):
-    path, part = tmp_path / "new" / "out.jsonl", tmp_path / "new" / "out.jsonl.part"
-    first, second = {"id": "1"}, {"id": "2"}
-    with RecordFile(path) as file:
-        file.add([second])
-        # what is finished is already there for others to see
-        assert not path.exists() and part.read_text() == '{"id": "2"}\n'
-        file.add([first])
-        file.finish([first, second])
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [first, second]
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_record_file_of_an_interrupted_run(tmp_path):
-    path = tmp_path / "out.jsonl"
-    path.write_text("of the last run\n")
-    with pytest.raises(KeyboardInterrupt), RecordFile(path) as file:
-        file.add([{"id": "1"}])
-        raise KeyboardInterrupt
-    assert path.read_text() == "of the last run\n"
-    assert (tmp_path / "out.jsonl.part").read_text() == '{"id": "1"}\n'
-
-
-def test_record_file_without_a_record_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), RecordFile(tmp_path / "out.jsonl"):
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-
-
-def test_record_file_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a folder"):
-        RecordFile(tmp_path)
-    with pytest.raises(UserError, match="cannot be written"):
-        RecordFile(tmp_path / "file" / "out.jsonl")

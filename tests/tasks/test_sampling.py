@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, draw, log_probability, uniforms
+from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, derive_seed, draw, limit, log_probability, uniforms
 
 NONE_BLOCKED = torch.zeros(6, dtype=torch.bool)
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.4, -0.3])
@@ -41,12 +42,12 @@ def test_top_k(top_k, kept):
 
 
 def smallest_nucleus(probability_V, top_p):
-    """Slow reference: take the most probable tokens until their mass exceeds top_p."""
+    """Slow reference: take the most probable tokens until their mass reaches top_p."""
     kept, mass = [], 0.0
     for token in probability_V.argsort(descending=True).tolist():
         kept.append(token)
         mass += probability_V[token].item()
-        if mass > top_p:
+        if mass >= top_p:
             break
     return kept
 
@@ -63,6 +64,52 @@ def test_top_p_keeps_the_token_that_crosses():
     for top_p, most in ((0.4, 0), (0.6, 1), (0.9, 2)):
         token_1 = draw(logits_1V, ALMOST_1, Sampling(top_p=top_p), blocked_V=NONE_BLOCKED[:3])
         assert token_1.item() == most
+
+
+# in 16 bits equal logits are common
+COARSE = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).mul(3).round().div(2)
+TIED = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0], [3.0] * 6, [0.0, -torch.inf, 1.0, 1.0, -torch.inf, 0.0]])
+HALVES = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625, 0.0]]).log()
+
+
+@pytest.mark.parametrize(
+    "logits_BV", [LOGITS[None], COARSE, COARSE.mul(1.7).sin(), TIED, HALVES], ids=lambda x: x.shape
+)
+@pytest.mark.parametrize("top_k", [0, 2, 3, 5, 511])
+@pytest.mark.parametrize("top_p", [0, 1e-9, 0.25, 0.5, 0.75, 0.9, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 1.5])
+def test_limits_are_those_of_transformers(logits_BV, top_k, top_p, temperature):
+    want_BV = TemperatureLogitsWarper(temperature)(None, logits_BV.double())
+    if top_k:
+        want_BV = TopKLogitsWarper(top_k)(None, want_BV)
+    if top_p:
+        want_BV = TopPLogitsWarper(top_p)(None, want_BV)
+    got_BV = limit(logits_BV.double(), Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    torch.testing.assert_close(got_BV.softmax(-1), want_BV.softmax(-1), rtol=1e-12, atol=0)
+    for seed in range(3):
+        uniform_B = uniforms(seed, 0, len(logits_BV))
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        token_B = draw(logits_BV, uniform_B, sampling, blocked_V=torch.zeros(logits_BV.shape[-1], dtype=torch.bool))
+        mass_BV = want_BV.softmax(-1).cumsum(-1)
+        assert (want_BV.gather(-1, token_B[:, None]) > -torch.inf).all()
+        assert token_B.tolist() == [
+            int(torch.searchsorted(mass_V, u, right=True)) for mass_V, u in zip(mass_BV, uniform_B)
+        ]
+
+
+def test_ties_at_the_limit():
+    # the two lower of three equal tokens stay with the first two: nobody is preferred for its id
+    assert limit(TIED.double(), Sampling(top_k=2)).isfinite()[0].tolist() == [False, True, True, False, True, False]
+    assert limit(TIED.double(), Sampling(top_k=5)).isfinite()[1].all()
+    # of 1/2, 1/4, ... exactly half is one token
+    assert limit(HALVES.double(), Sampling(top_p=0.5)).isfinite().sum() == 1
+    assert limit(HALVES.double(), Sampling(top_p=0.75)).isfinite().sum() == 2
+
+
+def test_top_p_comes_after_top_k():
+    # the best two of 1/2, 1/4, 1/8, ... are 2/3 and 1/3
+    assert limit(HALVES.double(), Sampling(top_k=2, top_p=0.6)).isfinite().sum() == 1
+    assert limit(HALVES.double(), Sampling(top_p=0.6)).isfinite().sum() == 2
 
 
 def test_blocked_tokens_are_never_drawn():
@@ -92,12 +139,21 @@ def test_logits_that_are_not_finite(bad, sampling):
     assert token_B[0] != NOT_FINITE and token_B[1] == NOT_FINITE
 
 
-def test_uniforms():
-    assert torch.equal(uniforms(0, 3, 10)[:4], uniforms(0, 3, 4))
-    assert not torch.equal(uniforms(0, 3, 4), uniforms(0, 4, 4))
-    assert not torch.equal(uniforms(0, 3, 4), uniforms(1, 3, 4))
-    # a seed and a sequence number do not trade places
-    assert not torch.equal(uniforms(1, 2, 4), uniforms(2, 1, 4))
+def test_uniforms_belong_to_places():
+    whole = uniforms(7, 0, 50)
+    assert whole.dtype == torch.float64 and whole.min() >= 0 and whole.max() < 1 and len(whole.unique()) == 50
+    for start, count in ((0, 50), (0, 4), (13, 37), (49, 1), (20, 0)):
+        assert torch.equal(uniforms(7, start, count), whole[start : start + count])
+    assert not set(uniforms(8, 0, 50).tolist()) & set(whole.tolist())
+
+
+def test_derived_seeds():
+    assert derive_seed(5) == 5, "the seed of a record gives the same sequence alone"
+    seeds = {derive_seed(seed, prompt=p, sample=s) for seed in range(4) for p in range(20) for s in range(20)}
+    assert len(seeds) == 4 * 20 * 20 and all(0 <= seed < 2**53 for seed in seeds)
+    assert derive_seed(5, prompt=1) == derive_seed(5, prompt=1) != derive_seed(5, sample=1)
+    # sequences written today must come out of next year's numpy
+    assert derive_seed(1234, prompt=1) == 7946623549924538 and uniforms(1234, 3, 1).item() == 0.2616924238635442
 
 
 def test_log_probability_ignores_nothing_of_the_distribution():
@@ -114,7 +170,6 @@ def test_log_probability_ignores_nothing_of_the_distribution():
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"top_k": 4, "top_p": 0.9}, "give only one"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

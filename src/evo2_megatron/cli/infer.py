@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
+
+if TYPE_CHECKING:
+    from evo2_megatron.tasks.generate import GenerationSettings
+    from evo2_megatron.tasks.infer import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +29,11 @@ DEFAULT_PROMPT = (
 )
 
 
+FORMATS = ("jsonl", "fasta", "text")
+LINE_BASES = 60
+"""Of each line that ``--stream`` prints of several sequences."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of sampling and memory are in the help."""
     parser = groups.Parser(PROG, __doc__)
@@ -30,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
     groups.add_base_checkpoint(checkpoint)
     _add_prompts(parser)
+    _add_output(parser)
     _add_sampling(parser)
+    _add_stopping(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
     precision = parser.add_argument_group("precision and kernels")
@@ -48,37 +61,57 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    groups.clean_up_when_terminated()
+    if args.stream and args.output_format and args.output_file is None:
+        raise UserError("--stream prints bases as they come, not --output-format; give --output-file for the records")
 
-    max_seq_length = _given(args.max_seq_length, "EVO2_MAX_SEQ_LEN")
-    prefill_chunk = _given(args.prompt_segmentation_threshold, "EVO2_PST")
-
-    from evo2_megatron.tasks.generate import PREFILL_CHUNK, GenerationSettings  # torch loads here, not for --help
-    from evo2_megatron.tasks.infer import infer
+    from evo2_megatron.tasks.infer import infer  # torch loads here, not for --help
     from evo2_megatron.tasks.prompts import Prompt, read_prompts
-    from evo2_megatron.tasks.sampling import Sampling
 
-    settings = GenerationSettings(
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
-        return_log_probs=args.return_log_probs,
-        max_batch_size=args.max_batch_size,
-        prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
-    )
+    prompts = [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
     switches = {
         "vortex_style_fp8": groups.vortex_style_fp8(args),
         "use_subquadratic_ops": groups.use_subquadratic_ops(args),
     }
-    infer(
-        [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file),
-        args.ckpt_dir,
-        settings,
-        max_seq_length=max_seq_length,
-        parallel=groups.parallel(args),
-        precision=groups.precision(args),
-        base_ckpt_dir=groups.base_checkpoint(args),
-        provider_overrides={name: value for name, value in switches.items() if value is not None},
-        output_file=args.output_file,
-        on_record=_show,
+    printer: dict[str, Any] = {"on_record": _show}
+    if args.stream:
+        one = len(prompts) * args.num_samples == 1
+        printer = {"on_piece": (_StreamOfOne(prompts[0].id) if one else _StreamOfMany()).show}
+    elif args.output_format and args.output_file is None:
+        printer = {"on_record": _Table(args.output_format, args.include_prompt).show}
+    with _until_nobody_reads():
+        infer(
+            prompts,
+            args.ckpt_dir,
+            _settings(args),
+            num_samples=args.num_samples,
+            max_seq_length=_given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
+            parallel=groups.parallel(args),
+            precision=groups.precision(args),
+            base_ckpt_dir=groups.base_checkpoint(args),
+            provider_overrides={name: value for name, value in switches.items() if value is not None},
+            output_file=args.output_file,
+            output_format=args.output_format,
+            include_prompt=args.include_prompt,
+            **printer,
+        )
+
+
+def _settings(args: argparse.Namespace) -> GenerationSettings:
+    from evo2_megatron.tasks.generate import PREFILL_CHUNK, GenerationSettings
+    from evo2_megatron.tasks.sampling import Sampling
+
+    prefill_chunk = _given(args.prompt_segmentation_threshold, "EVO2_PST")
+    return GenerationSettings(
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        return_log_probs=args.return_log_probs,
+        stop_at_eod=args.stop_at_eod,
+        alphabet=args.alphabet or "",
+        stop_strings=tuple(args.stop_string),
+        include_stop_string=args.include_stop_string,
+        max_batch_size=args.max_batch_size,
+        prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
     )
 
 
@@ -93,50 +126,173 @@ def _given(flag: int | None, variable: str) -> int | None:
     return int(text)
 
 
+@contextlib.contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """End quietly, as other programs in a pipe do, when the reader of what is printed has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        # nothing may be flushed to it when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
 def _show(record: dict[str, Any]) -> None:
-    print(f"=== [{record['id']}] Generated Text ===\n{record['completion']}\n", flush=True)
+    name = record["id"] if "sample" not in record else f"{record['id']}.{record['sample']}"
+    _print(f"=== [{name}] Generated Text ===\n{record['completion']}\n\n")
+
+
+class _Table:
+    """Prints records in a file's format."""
+
+    def __init__(self, format_name: str, include_prompt: bool) -> None:
+        self._format, self._include_prompt = format_name, include_prompt
+        self._headless = False
+
+    def show(self, record: dict[str, Any]) -> None:
+        from evo2_megatron.tasks.records import write_as
+
+        text = write_as(self._format, [record], include_prompt=self._include_prompt, heading=not self._headless)
+        _print(text)
+        self._headless = True
+
+
+class _StreamOfOne:
+    """Prints the only sequence as it grows; what is there in the end is what ``_show`` prints."""
+
+    def __init__(self, prompt_id: str) -> None:
+        self._heading = f"=== [{prompt_id}] Generated Text ===\n"
+
+    def show(self, piece: Piece) -> None:
+        _print(self._heading + piece.text + ("\n\n" if piece.finish_reason else ""))
+        self._heading = ""
+
+
+class _StreamOfMany:
+    """Prints lines of several sequences that grow together: name, tab, the next bases."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, str] = {}
+
+    def show(self, piece: Piece) -> None:
+        name = piece.id if piece.sample is None else f"{piece.id}.{piece.sample}"
+        text = self._waiting.pop(name, "") + piece.text
+        while len(text) >= LINE_BASES or (text and piece.finish_reason):
+            _print(f"{name}\t{text[:LINE_BASES]}\n")
+            text = text[LINE_BASES:]
+        if text:
+            self._waiting[name] = text
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompts and output")
+    group = parser.add_argument_group("prompts")
     group.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="sequence to continue (default: lineage of E. coli)"
     )
     group.add_argument(
         "--prompt-file",
         type=Path,
-        metavar="JSONL",
-        help='used instead: one {"id": "...", "prompt": "..."} per line (default: none)',
+        metavar="FILE",
+        help='used instead, plain or gzip: FASTA; JSON Lines with {"id": "...", "prompt": "...", "seed": 1}, of which '
+        "only prompt must be; or text with one prompt per line (default: none)",
     )
-    group.add_argument("--output-file", type=Path, metavar="JSONL", help="file for the records (default: none)")
-    group.add_argument("--return-log-probs", action="store_true", help="add each new base's log-probability in nat")
+    group.add_argument(
+        "--num-samples",
+        type=groups.positive_int,
+        default=1,
+        metavar="N",
+        help="continuations of each prompt, each with its own seed (default: 1)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
+    group.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        metavar="NAME",
+        help="jsonl, fasta, or text: a table with tabs; without --output-file, print it (default: by the suffix of "
+        "--output-file, jsonl if that says nothing)",
+    )
+    group.add_argument(
+        "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
+    )
+    group.add_argument(
+        "--return-log-probs",
+        action="store_true",
+        help="add each new base's log-probability in nat; to FASTA, their sum and mean",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="print bases as they are made; of several sequences, in lines with the id before them",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-new-tokens", type=groups.positive_int, default=100, metavar="N", help="bases to add (default: 100)"
-    )
-    group.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="0 takes the most probable base (default: 1.0)"
     )
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="N", help="draw among the N most probable; 0: off (default: 0)"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw among the N most probable; 0: off, 1: the most probable (default: 0)",
     )
     group.add_argument(
         "--top-p",
         type=float,
         default=0.0,
         metavar="X",
-        help="draw among the fewest with mass over X; 0: off (default: 0)",
+        help="draw among the fewest with mass X, after --top-k; 0: off (default: 0)",
+    )
+    group.add_argument(
+        "--alphabet",
+        type=_letters,
+        metavar="LETTERS",
+        help="draw only these, such as ACGT; log-probabilities stay the model's own (default: every token)",
     )
     group.add_argument(
         "--seed",
         type=int,
         default=1234,
         metavar="N",
-        help="decides, with a prompt's line number, its random numbers (default: 1234)",
+        help="of the first sequence; the others' are made from it, and each record has its own (default: 1234)",
     )
+
+
+def _add_stopping(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("stopping")
+    group.add_argument(
+        "--max-new-tokens", type=groups.positive_int, default=100, metavar="N", help="bases to add (default: 100)"
+    )
+    group.add_argument(
+        "--stop-string",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sequence when its new bases hold this, and cut it off; may be given several times (default: none)",
+    )
+    group.add_argument("--include-stop-string", action="store_true", help="keep the stop string in the result")
+    group.add_argument(
+        "--stop-at-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end a sequence when the model ends the document; with --no-stop-at-eod, it cannot (default: yes)",
+    )
+
+
+def _letters(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("give at least one letter")
+    return text
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +305,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "if memory allows)",
     )
     group.add_argument(
-        "--max-batch-size", type=groups.positive_int, default=1, metavar="N", help="prompts at a time (default: 1)"
+        "--max-batch-size", type=groups.positive_int, default=1, metavar="N", help="sequences at a time (default: 1)"
     )
     group.add_argument(
         "--prompt-segmentation-threshold",

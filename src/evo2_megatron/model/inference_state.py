@@ -24,6 +24,9 @@ class FirState:
     def reset(self) -> None:
         self.inputs_BDP.zero_()
 
+    def select(self, row_B: Tensor) -> FirState:
+        return FirState(self.inputs_BDP[row_B])
+
 
 @dataclass(slots=True)
 class ModalState:
@@ -33,6 +36,9 @@ class ModalState:
 
     def reset(self) -> None:
         self.modes_BDM.zero_()
+
+    def select(self, row_B: Tensor) -> ModalState:
+        return ModalState(self.modes_BDM[row_B])
 
 
 @dataclass(slots=True)
@@ -51,6 +57,11 @@ class HyenaState:
         self.input_conv.reset()
         self.operator.reset()
 
+    def select(self, row_B: Tensor) -> HyenaState:
+        return HyenaState(
+            self.input_conv.select(row_B), self.operator.select(row_B), self.input_taps_EK, self.operator_filter
+        )
+
 
 @dataclass(slots=True)
 class KeyValueState:
@@ -68,6 +79,9 @@ class KeyValueState:
 
     def reset(self) -> None:
         """Nothing to clear: tokens beyond those seen are never read."""
+
+    def select(self, row_B: Tensor) -> KeyValueState:
+        return KeyValueState(self.keys_BNSC[row_B], self.values_BNSC[row_B])
 
 
 @dataclass(slots=True)
@@ -93,6 +107,15 @@ class InferenceState:
         self.num_tokens_seen = 0
         for layer in self.layers.values():
             layer.reset()
+
+    def select(self, row_B: Tensor) -> None:
+        """Replace the sequences by copies of those with the numbers ``row_B``, each as often as it is named.
+
+        Layer by layer, so that only one layer's caches are there twice.
+        """
+        for number in self.layers:
+            self.layers[number] = self.layers[number].select(row_B)
+        self.batch_size = len(row_B)
 
     def check_room(self, batch_size: int, num_tokens: int) -> None:
         """Raise UserError when ``num_tokens`` more do not fit."""

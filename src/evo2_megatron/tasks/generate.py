@@ -7,16 +7,17 @@ Shape legend: B sequences, T tokens of prompt and completion, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.tokenizer import BOS, EOD, PAD, SEP, UNK
-from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, draw, log_probability, uniforms
+from evo2_megatron.data.tokenizer import BOS, EOD, PAD, SEP, UNK, outside_vocabulary
+from evo2_megatron.tasks.completion import Completion, Generation
+from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, derive_seed, draw, log_probability, uniforms
 
 if TYPE_CHECKING:
     from evo2_megatron.model.inference_state import InferenceState
@@ -49,6 +50,18 @@ class GenerationSettings:
     stop_ids: tuple[int, ...] = (EOD,)
     """Tokens that end a sequence."""
 
+    stop_at_eod: bool = True
+    """False: the end of a document is never drawn, whatever ``stop_ids`` says."""
+
+    alphabet: str = ""
+    """Characters to draw among, beside ``end_ids``; empty: all that the tokenizer knows."""
+
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a sequence as soon as its new tokens hold one."""
+
+    include_stop_string: bool = False
+    """Keep the text that ended a sequence, instead of cutting it off."""
+
     vocab_size: int | None = None
     """Tokens that the tokenizer knows; ids from there on are never drawn. None: as many as the model."""
 
@@ -62,19 +75,54 @@ class GenerationSettings:
         for name, least in (("max_new_tokens", 1), ("max_batch_size", 1), ("prefill_chunk", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for text in self.stop_strings:
+            if not text:
+                raise UserError("a stop string is empty; give at least one character")
+            foreign = [c for c in text if self.alphabet and c not in self.alphabet]
+            if foreign:
+                raise UserError(
+                    f"stop string {text!r} has {foreign[0]!r}, which is not in the alphabet {self.alphabet!r}, so it "
+                    "would never appear"
+                )
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError unless top_k, the alphabet and the stop strings fit the tokenizer."""
+        self.sampling.check_vocabulary(vocab_size)
+        for what, text in (("alphabet", self.alphabet), *(("stop string", text) for text in self.stop_strings)):
+            foreign = outside_vocabulary(text, vocab_size)
+            if foreign:
+                raise UserError(
+                    f"{what} {text!r} has {foreign[0]!r}, which is not among the tokenizer's {vocab_size} tokens; "
+                    "remove it"
+                )
 
-class Generation(NamedTuple):
-    """The continuation of one prompt."""
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that may be drawn and end a sequence."""
+        return self.stop_ids if self.stop_at_eod else tuple(token for token in self.stop_ids if token != EOD)
 
-    token_ids: list[int]
-    """New tokens, without the one that stopped it."""
+    def new_completion(self) -> Completion:
+        """An empty continuation that ends by these rules."""
+        return Completion(
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.end_ids,
+            stop_strings=self.stop_strings,
+            include_stop_string=self.include_stop_string,
+        )
 
-    finish_reason: Literal["length", "stop"]
-    """``stop``: the model ended the sequence before the number of tokens asked for."""
-
-    log_probs: list[float] | None
-    """Natural logarithm of each new token's probability under the model's own distribution, if asked for."""
+    def blocked(self, num_logits: int, device: torch.device) -> Tensor:
+        """Tokens that are never drawn, blocked_V, bool; UserError as ``check_vocabulary``."""
+        vocab_size = num_logits if self.vocab_size is None else self.vocab_size
+        self.check_vocabulary(vocab_size)
+        blocked_V = torch.zeros(num_logits, dtype=torch.bool)
+        blocked_V[vocab_size:] = True
+        blocked_V[list(_NEVER_DRAWN)] = True
+        if self.alphabet:
+            blocked_V[:] = True
+            blocked_V[[ord(character) for character in self.alphabet]] = False
+        blocked_V[EOD] |= not self.stop_at_eod
+        blocked_V[list(self.end_ids)] = False
+        return blocked_V.to(device)
 
 
 class GeneratedBatch(NamedTuple):
@@ -84,7 +132,7 @@ class GeneratedBatch(NamedTuple):
     """In the order of the batch's prompts."""
 
     num_prefill_tokens: int
-    """Tokens processed in blocks, all sequences together."""
+    """Tokens processed in blocks, all sequences together; a beginning that several share counts once."""
 
     prefill_seconds: float
     """Time to the first drawn token."""
@@ -117,14 +165,19 @@ def plan_batches(lengths: Sequence[int], settings: GenerationSettings) -> list[l
 
 
 def generate(
-    model: StripedHyenaModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings = GenerationSettings()
+    model: StripedHyenaModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    seeds: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Continue every prompt. But for rounding, what a prompt gives does not depend on the others or the batch size.
 
     Args:
         model: In evaluation mode; all processes of one copy of the model must call this together.
         prompts: Token ids, at least one each.
-        settings: A prompt's random numbers follow from the seed and its position in ``prompts``.
+        settings: What to generate.
+        seeds: Of each prompt. None: made from the settings' seed and the prompts' numbers by ``derive_seed``.
 
     Returns:
         One Generation for each prompt, in their order.
@@ -132,125 +185,140 @@ def generate(
     Raises:
         UserError: A prompt is empty, top_k covers the vocabulary, or the model's output is not finite.
     """
-    decoder = Decoder(model, settings)
+    if seeds is None:
+        seeds = [derive_seed(settings.sampling.seed, prompt=number) for number in range(len(prompts))]
     generations: dict[int, Generation] = {}
     for batch in plan_batches([len(prompt) for prompt in prompts], settings):
-        done = decoder.run([prompts[index] for index in batch], sequence_numbers=batch)
-        generations.update(zip(batch, done.generations))
+        decoding = Decoding(model, settings, [prompts[i] for i in batch], seeds=[seeds[i] for i in batch])
+        generations.update(zip(batch, decoding.run().generations))
     return [generations[index] for index in range(len(prompts))]
 
 
-class Decoder:
-    """Continues batches of prompts with one model."""
+class Decoding:
+    """One batch of prompts on its way through a model."""
 
-    def __init__(self, model: StripedHyenaModel, settings: GenerationSettings) -> None:
-        self.model = model
-        self.settings = settings
-
-    @torch.inference_mode()
-    def run(self, prompts: Sequence[Sequence[int]], *, sequence_numbers: Sequence[int]) -> GeneratedBatch:
-        """Continue prompts together.
+    def __init__(
+        self,
+        model: StripedHyenaModel,
+        settings: GenerationSettings,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+    ) -> None:
+        """Compute nothing yet.
 
         Args:
-            prompts: Token ids, at least one each.
-            sequence_numbers: The number of each prompt; with the seed it decides the prompt's random numbers.
+            model: In evaluation mode.
+            settings: What to generate.
+            prompts: Token ids, at least one each; UserError if there is none.
+            seeds: Of each prompt; with the places in the sequence they decide the random numbers.
         """
-        start = time.perf_counter()
-        lengths = [len(prompt) for prompt in prompts]
-        shortest, longest = min(lengths), max(lengths)
-        if shortest == 0:
+        self._model, self._settings, self._prompts, self._seeds = model, settings, prompts, seeds
+        self._lengths = [len(prompt) for prompt in prompts]
+        if min(self._lengths) == 0:
             raise UserError("a prompt is empty; give at least one token")
-        end = longest + self.settings.max_new_tokens
-        device = next(self.model.parameters()).device
-        token_BT, uniform_BT = self._buffers(prompts, sequence_numbers, end)
-        token_BT, uniform_BT = token_BT.to(device), uniform_BT.to(device)
-        length_B = torch.tensor(lengths, device=device)
-        rows = [_Row(length, self.settings) for length in lengths]
+        self.rows = [settings.new_completion() for _ in prompts]
+        """One for each prompt, in their order."""
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.num_steps = self.num_prefill_tokens = 0
 
-        state = self.model.new_inference_state(len(prompts), end, last_token_logits_only=True)
-        logits_BV = self._prefill(token_BT[:, :shortest], state)
-        blocked_V = self._blocked(logits_BV)
-        log_prob_BT = torch.empty(token_BT.shape, device=device) if self.settings.return_log_probs else None
+    def run(self) -> GeneratedBatch:
+        """Go to the end."""
+        for _ in self.steps():
+            pass
+        return self.result()
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[None]:
+        """Advance by one place of the sequences at each item. Closing the iterator frees the caches."""
+        start = time.perf_counter()
+        shortest, longest = min(self._lengths), max(self._lengths)
+        end = longest + self._settings.max_new_tokens
+        device = next(self._model.parameters()).device
+        prompt_BT, uniform_BT = (tensor.to(device) for tensor in self._buffers(end))
+        length_B = torch.tensor(self._lengths, device=device)
+
+        state, logits_BV = self._begin(prompt_BT[:, :shortest], end)
+        blocked_V = self._settings.blocked(logits_BV.shape[-1], device)
         for position in range(shortest, end):
-            drawn_B = draw(logits_BV, uniform_BT[:, position], self.settings.sampling, blocked_V=blocked_V)
-            if log_prob_BT is not None:
-                log_prob_BT[:, position] = log_probability(logits_BV, drawn_B.clamp(min=0))
-            if position < longest:
-                drawn_B = torch.where(position < length_B, token_BT[:, position], drawn_B)
-            token_BT[:, position] = drawn_B
-            # the one wait for the device per token
-            for row, token in zip(rows, drawn_B.tolist()):
-                row.take(position, token)
+            drawn_B = draw(logits_BV, uniform_BT[:, position], self._settings.sampling, blocked_V=blocked_V)
+            self._take(position, drawn_B, logits_BV)
+            now = time.perf_counter()
             if position == shortest:
-                first_token = time.perf_counter()
-            if all(row.finish_reason for row in rows):
-                break
-            logits_BV = forward_last(self.model, token_BT[:, position : position + 1], state)
+                self.prefill_seconds = now - start
+            self.num_steps, self.decode_seconds = position - shortest, now - start - self.prefill_seconds
+            yield
+            if all(row.finish_reason for row in self.rows):
+                return
+            if position < longest:
+                drawn_B = torch.where(position < length_B, prompt_BT[:, position], drawn_B)
+            logits_BV = forward_last(self._model, drawn_B[:, None], state)
+
+    def _begin(self, start_BT: Tensor, end: int) -> tuple[InferenceState, Tensor]:
+        """Caches and logits_BV after the tokens that every sequence has."""
+        # samples of one prompt begin alike: what they share is computed once
+        start_UT, row_B = start_BT.unique(dim=0, return_inverse=True)
+        shared = len(start_UT) < len(start_BT)
+        start_BT = start_UT if shared else start_BT
+        self.num_prefill_tokens = start_BT.numel()
+        state = self._model.new_inference_state(len(start_BT), end, last_token_logits_only=True)
+        logits_BV = prefill(self._model, start_BT, state, chunk=self._settings.prefill_chunk)
+        if shared:
+            state.select(row_B)
+            logits_BV = logits_BV[row_B]
+        return state, logits_BV
+
+    def result(self) -> GeneratedBatch:
+        """What a finished batch gave."""
         return GeneratedBatch(
-            [row.generation(None if log_prob_BT is None else log_prob_BT[i]) for i, row in enumerate(rows)],
-            num_prefill_tokens=len(prompts) * shortest,
-            prefill_seconds=first_token - start,
-            num_steps=position - shortest,
-            decode_seconds=time.perf_counter() - first_token,
+            [row.generation(log_probs=self._settings.return_log_probs) for row in self.rows],
+            num_prefill_tokens=self.num_prefill_tokens,
+            prefill_seconds=self.prefill_seconds,
+            num_steps=self.num_steps,
+            decode_seconds=self.decode_seconds,
         )
 
-    def _buffers(
-        self, prompts: Sequence[Sequence[int]], sequence_numbers: Sequence[int], end: int
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens, with room for the new ones; and for each place the random number that would draw its token."""
-        token_BT = torch.full((len(prompts), end), PAD)
-        uniform_BT = torch.zeros((len(prompts), end), dtype=torch.float64)
-        for row, (prompt, number) in enumerate(zip(prompts, sequence_numbers)):
-            token_BT[row, : len(prompt)] = torch.tensor(prompt)
-            new = slice(len(prompt), len(prompt) + self.settings.max_new_tokens)
-            uniform_BT[row, new] = uniforms(self.settings.sampling.seed, number, self.settings.max_new_tokens)
-        return token_BT, uniform_BT
+    def _buffers(self, end: int) -> tuple[Tensor, Tensor]:
+        """Tokens of the prompts, padded; and for each place the random number that would draw its token."""
+        prompt_BT = torch.full((len(self.rows), max(self._lengths)), PAD)
+        uniform_BT = torch.zeros((len(self.rows), end), dtype=torch.float64)
+        for row, (prompt, seed) in enumerate(zip(self._prompts, self._seeds)):
+            prompt_BT[row, : len(prompt)] = torch.tensor(prompt)
+            new = slice(len(prompt), len(prompt) + self._settings.max_new_tokens)
+            uniform_BT[row, new] = uniforms(seed, len(prompt), self._settings.max_new_tokens)
+        return prompt_BT, uniform_BT
 
-    def _prefill(self, token_BT: Tensor, state: InferenceState) -> Tensor:
-        for chunk_BT in token_BT.split(self.settings.prefill_chunk or token_BT.shape[1], dim=1):
-            logits_BV = forward_last(self.model, chunk_BT, state)
-        return logits_BV
-
-    def _blocked(self, logits_BV: Tensor) -> Tensor:
-        num_logits = logits_BV.shape[-1]
-        vocab_size = num_logits if self.settings.vocab_size is None else self.settings.vocab_size
-        self.settings.sampling.check_vocabulary(vocab_size)
-        blocked_V = torch.zeros(num_logits, dtype=torch.bool, device=logits_BV.device)
-        blocked_V[vocab_size:] = True
-        blocked_V[[token for token in _NEVER_DRAWN if token not in self.settings.stop_ids]] = True
-        return blocked_V
+    def _take(self, position: int, drawn_B: Tensor, logits_BV: Tensor) -> None:
+        """Give each row its new token, unless the place is its prompt's or it is finished."""
+        drawn = tokens_with_log_probs(drawn_B, logits_BV, wanted=self._settings.return_log_probs)
+        for row, length, (token, log_prob) in zip(self.rows, self._lengths, drawn):
+            if position >= length and row.finish_reason is None:
+                row.add(token, log_prob)
 
 
-class _Row:
-    """What one sequence of a batch has drawn so far, on the host."""
+def tokens_with_log_probs(drawn_B: Tensor, logits_BV: Tensor, *, wanted: bool) -> list[tuple[int, float | None]]:
+    """Bring what was drawn to the host, in one wait for the device.
 
-    def __init__(self, prompt_length: int, settings: GenerationSettings) -> None:
-        self.prompt_length = prompt_length
-        self.settings = settings
-        self.token_ids: list[int] = []
-        self.finish_reason: Literal["length", "stop"] | None = None
+    Raises:
+        UserError: The logits of a sequence are not finite.
+    """
+    if wanted:
+        # float64 holds every token id and every float32 exactly
+        log_prob_B = log_probability(logits_BV, drawn_B.clamp(min=0))
+        both_B2 = torch.stack([drawn_B.double(), log_prob_B.double()], dim=1)
+        pairs = [(int(token), log_prob) for token, log_prob in both_B2.tolist()]
+    else:
+        pairs = [(token, None) for token in drawn_B.tolist()]
+    if any(token == NOT_FINITE for token, _ in pairs):
+        raise UserError("the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32")
+    return pairs
 
-    def take(self, position: int, token: int) -> None:
-        """Note the token at a position, unless it is the prompt's own or the sequence is finished."""
-        if token == NOT_FINITE:
-            raise UserError(
-                "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
-            )
-        if position < self.prompt_length or self.finish_reason:
-            return
-        if token in self.settings.stop_ids:
-            self.finish_reason = "stop"
-            return
-        self.token_ids.append(token)
-        if len(self.token_ids) == self.settings.max_new_tokens:
-            self.finish_reason = "length"
 
-    def generation(self, log_prob_T: Tensor | None) -> Generation:
-        assert self.finish_reason is not None
-        if log_prob_T is None:
-            return Generation(self.token_ids, self.finish_reason, None)
-        new = slice(self.prompt_length, self.prompt_length + len(self.token_ids))
-        return Generation(self.token_ids, self.finish_reason, log_prob_T[new].tolist())
+def prefill(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState, *, chunk: int) -> Tensor:
+    """Run tokens through the model, ``chunk`` at a time (0: all at once), as ``forward_last``; logits_BV."""
+    for chunk_BT in token_BT.split(chunk or token_BT.shape[1], dim=1):
+        logits_BV = forward_last(model, chunk_BT, state)
+    return logits_BV
 
 
 def forward_last(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState) -> Tensor:

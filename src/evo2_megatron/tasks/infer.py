@@ -1,55 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continue prompts with a trained model: from a checkpoint and prompts to records."""
+"""Continue prompts with a trained model: from a checkpoint and prompts to records, or to pieces as they are made."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from evo2_megatron.checkpoint.adapter import base_checkpoint
-from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import find_tokenizer, load_model
-from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
-from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks.generate import Decoder, GeneratedBatch, Generation, GenerationSettings, plan_batches
-from evo2_megatron.tasks.prompts import Prompt, Record, RecordFile
+from evo2_megatron.runtime import distributed
+from evo2_megatron.tasks import records as record_files
+from evo2_megatron.tasks.cache_memory import memory_limit
+from evo2_megatron.tasks.completion import FinishReason, Generation
+from evo2_megatron.tasks.generate import Decoding, GeneratedBatch, GenerationSettings, plan_batches
+from evo2_megatron.tasks.generation_model import GenerationCheckpoint, check_layout, find_checkpoint, running_model
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt
+from evo2_megatron.tasks.records import Record, RecordFile
+from evo2_megatron.tasks.sampling import derive_seed
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 
 logger = logging.getLogger(__name__)
 
-CACHE_SHARE = 0.8
-"""Part of the free memory that the caches may fill; the rest is for the activations of a chunk of prompt."""
 
-_GIB = 2**30
+class Piece(NamedTuple):
+    """What one sequence got since its last piece."""
+
+    id: str
+    """Of its prompt."""
+
+    sample: int | None
+    """Number of the continuation where a prompt has several, else None."""
+
+    text: str
+    """New characters; empty at most in the last piece."""
+
+    log_probs: list[float] | None
+    """In nat, one for each character, if asked for."""
+
+    finish_reason: FinishReason | None
+    """Of the sequence, in its last piece."""
+
 
 OnRecord = Callable[[Record], None]
+OnPiece = Callable[[Piece], None]
+
+
+class _Sequence(NamedTuple):
+    """One continuation to make."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    seed: int
+    sample: int | None
+
+    def record(self, new: Generation) -> Record:
+        return record_files.make_record(
+            self.prompt, new, num_prompt_tokens=len(self.token_ids), seed=self.seed, sample=self.sample
+        )
 
 
 class _Work(NamedTuple):
-    prompts: Sequence[Prompt]
-    token_ids: Sequence[list[int]]
+    """What to do, checked as far as it can be without the weights."""
+
+    checkpoint: GenerationCheckpoint
+    sequences: list[_Sequence]
     settings: GenerationSettings
+    max_seq_length: int | None
 
     def check_lengths(self, limit: int, whose: str) -> None:
         num_new = self.settings.max_new_tokens
-        for prompt, ids in zip(self.prompts, self.token_ids):
-            if len(ids) + num_new > limit:
+        for sequence in self.sequences:
+            if len(sequence.token_ids) + num_new > limit:
                 raise UserError(
-                    f"Prompt {prompt.id!r} has {len(ids)} tokens, which with {num_new} new ones exceeds the {limit} "
-                    f"{whose}; shorten it, lower --max-new-tokens or raise --max-seq-length"
+                    f"Prompt {sequence.prompt.id!r} has {len(sequence.token_ids)} tokens, which with {num_new} new "
+                    f"ones exceeds the {limit} {whose}; shorten it, lower --max-new-tokens or raise --max-seq-length"
                 )
+
+    def check_memory(self, model: StripedHyenaModel) -> None:
+        if self.max_seq_length is None:
+            limit = memory_limit(model, self.settings.max_batch_size)
+            self.check_lengths(limit, "that a batch's caches have memory for")
+
+    def batches(self) -> list[list[int]]:
+        return plan_batches([len(sequence.token_ids) for sequence in self.sequences], self.settings)
+
+    def decoding(self, model: StripedHyenaModel, batch: Sequence[int]) -> Decoding:
+        sequences = [self.sequences[index] for index in batch]
+        return Decoding(model, self.settings, [s.token_ids for s in sequences], seeds=[s.seed for s in sequences])
+
+    def pieces(self, batch: Sequence[int], decoding: Decoding) -> Iterator[Piece]:
+        """Advance a batch to its end, and give what becomes certain."""
+        ended = [False] * len(batch)
+        with contextlib.closing(decoding.steps()) as steps:
+            for _ in steps:
+                for place, (index, row) in enumerate(zip(batch, decoding.rows)):
+                    if ended[place]:
+                        continue
+                    ended[place] = row.finish_reason is not None
+                    ids, log_probs = row.release()
+                    if ids or row.finish_reason:
+                        sequence = self.sequences[index]
+                        text = tokenizer.decode(ids, skip_special_tokens=True)
+                        given = log_probs if self.settings.return_log_probs else None
+                        yield Piece(sequence.prompt.id, sequence.sample, text, given, row.finish_reason)
 
 
 def infer(
@@ -57,140 +119,181 @@ def infer(
     ckpt_dir: Path,
     settings: GenerationSettings,
     *,
+    num_samples: int = 1,
     max_seq_length: int | None = None,
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
     output_file: Path | None = None,
+    output_format: str | None = None,
+    include_prompt: bool = False,
     on_record: OnRecord | None = None,
+    on_piece: OnPiece | None = None,
 ) -> list[Record]:
     """Continue prompts with the model of a checkpoint; every process of the job calls this.
 
     Args:
-        prompts: What to continue.
+        prompts: What to continue; a seed of a prompt comes before the settings'.
         ckpt_dir: A Megatron Bridge checkpoint, or a folder of iterations.
         settings: What to generate; the tokenizer's size is filled in.
+        num_samples: Continuations of each prompt, each with a seed of its own (``sampling.derive_seed``).
         max_seq_length: Longest prompt with its new tokens. None: what the checkpoint was trained for and the caches of
             a batch have memory for.
         parallel: Tensor and pipeline sizes.
         precision: As for ``checkpoint.load.load_model``, like ``provider_overrides`` and ``base_ckpt_dir``.
-        output_file: JSON Lines file for the records.
+        output_file: For the records.
+        output_format: One of ``records.FORMATS``; None: by the suffix of ``output_file``.
+        include_prompt: In FASTA and text, the prompt stands before the completion.
         on_record: Called on rank 0 with each record as it finishes.
+        on_piece: Called on rank 0 with each piece as it is made; this takes a single copy of the model.
 
     Returns:
-        One record for each prompt in their order on rank 0, and nothing on the other ranks: ``id``, ``prompt``,
-        ``completion``, ``finish_reason``, ``usage`` and, if asked for, ``logprobs``.
+        The records on rank 0, and nothing on the other ranks: all of the first prompt, then all of the second.
 
     Raises:
         UserError: Something about the checkpoint, the prompts or the settings is wrong; no output file is written.
     """
-    _check_layout(parallel)
-    checkpoint = resolve_checkpoint_path(ckpt_dir)
-    run_config = read_run_config(checkpoint)
-    base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
-    vocab_size = tokenizer.read_vocab_size(find_tokenizer(checkpoint, base))
-    settings = dataclasses.replace(settings, vocab_size=vocab_size)
-    settings.sampling.check_vocabulary(vocab_size)
-    work = _Work(prompts, [_encode(prompt, vocab_size) for prompt in prompts], settings)
+    work = _prepare(prompts, ckpt_dir, settings, num_samples, max_seq_length, parallel, base_ckpt_dir)
+    if on_piece is not None:
+        _check_one_copy(parallel)
+    speaks = distributed.rank() == 0
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_output(work, output_file, output_format, include_prompt))
+        model = stack.enter_context(
+            running_model(
+                work.checkpoint, parallel=parallel, precision=precision, provider_overrides=provider_overrides
+            )
+        )
+        work.check_memory(model)
+        return _run(model, work, file, on_record if speaks else None, on_piece if speaks else None)
+
+
+def stream(
+    prompts: Sequence[Prompt],
+    ckpt_dir: Path,
+    settings: GenerationSettings,
+    *,
+    num_samples: int = 1,
+    max_seq_length: int | None = None,
+    parallel: ParallelConfig = ParallelConfig(),
+    precision: str | None = None,
+    provider_overrides: Mapping[str, Any] | None = None,
+    base_ckpt_dir: Path | None = None,
+) -> Iterator[Piece]:
+    """As ``infer``, but give each character as soon as it is certain; every process of the job iterates.
+
+    The model is loaded at the first piece. Closing the iterator, on every process, frees the model, its caches and the
+    process groups. Sequences of one batch take turns.
+
+    Raises:
+        UserError: As ``infer``, before the first piece; or there are several copies of the model.
+    """
+    work = _prepare(prompts, ckpt_dir, settings, num_samples, max_seq_length, parallel, base_ckpt_dir)
+    _check_one_copy(parallel)
+
+    def pieces() -> Iterator[Piece]:
+        with running_model(
+            work.checkpoint, parallel=parallel, precision=precision, provider_overrides=provider_overrides
+        ) as model:
+            work.check_memory(model)
+            for batch in work.batches():
+                yield from work.pieces(batch, work.decoding(model, batch))
+
+    return pieces()
+
+
+def _prepare(
+    prompts: Sequence[Prompt],
+    ckpt_dir: Path,
+    settings: GenerationSettings,
+    num_samples: int,
+    max_seq_length: int | None,
+    parallel: ParallelConfig,
+    base_ckpt_dir: Path | None,
+) -> _Work:
+    check_layout(parallel)
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
+    checkpoint = find_checkpoint(ckpt_dir, base_ckpt_dir)
+    settings = dataclasses.replace(settings, vocab_size=checkpoint.vocab_size)
+    settings.check_vocabulary(checkpoint.vocab_size)
+    sequences = []
+    for number, prompt in enumerate(prompts):
+        ids = encode_prompt(prompt, checkpoint.vocab_size)
+        base, own = (settings.sampling.seed, number) if prompt.seed is None else (prompt.seed, 0)
+        sequences += [
+            _Sequence(prompt, ids, derive_seed(base, prompt=own, sample=sample), None if num_samples == 1 else sample)
+            for sample in range(num_samples)
+        ]
+    work = _Work(checkpoint, sequences, settings, max_seq_length)
     if max_seq_length is None:
-        work.check_lengths(run_config.seq_length, "that the checkpoint was trained for")
+        work.check_lengths(checkpoint.seq_length, "that the checkpoint was trained for")
     else:
         work.check_lengths(max_seq_length, "of --max-seq-length")
-    writes = output_file is not None and distributed.rank() == 0
-    with RecordFile(output_file) if writes else nullcontext() as file, distributed.process_groups(parallel):
-        model = _load(checkpoint, base, parallel, precision, provider_overrides)
-        _log_memory("After model setup")
-        if max_seq_length is None:
-            work.check_lengths(memory_limit(model, settings.max_batch_size), "that a batch's caches have memory for")
-        records = _run(Decoder(model, settings), work, file, on_record)
-        _log_memory("After generation")
-    return records
+    return work
 
 
-def _check_layout(parallel: ParallelConfig) -> None:
-    if parallel.context > 1:
-        raise UserError("generation does not split a sequence over processes; use --context-parallel-size 1")
-    if parallel.sequence_parallel:
-        raise UserError("generation goes token by token, which cannot be split; leave out --sequence-parallel")
-    parallel.check_world_size(distributed.world_size())
+def _output(
+    work: _Work, path: Path | None, format_name: str | None, include_prompt: bool
+) -> contextlib.AbstractContextManager[RecordFile | None]:
+    """The file to write, on rank 0; UserError if its format does not suit the records."""
+    if format_name is None:
+        format_name = "jsonl" if path is None else record_files.format_of(Path(path))
+    names = [record_files.sequence_name(s.prompt.id, s.sample) for s in work.sequences]
+    record_files.check_format(format_name, names, include_prompt=include_prompt)
+    if path is None or distributed.rank() != 0:
+        return contextlib.nullcontext()
+    return RecordFile(path, format_name=format_name, include_prompt=include_prompt)
 
 
-def _load(
-    checkpoint: Path,
-    base: Path,
-    parallel: ParallelConfig,
-    precision: str | None,
-    overrides: Mapping[str, Any] | None,
-) -> StripedHyenaModel:
-    # one token cannot be split over processes
-    parallel = dataclasses.replace(parallel, sequence_parallel=False)
-    loaded = load_model(
-        checkpoint,
-        parallel=parallel,
-        precision=precision,
-        provider_overrides=overrides,
-        base_ckpt_dir=None if base == checkpoint else base,
-    )
-    from megatron.core.utils import unwrap_model
-
-    # of the wrapper for 16 bits, which only casts what goes in and comes out
-    model = unwrap_model(loaded.model)
-    if model.config.fp8:
-        from megatron.core.fp8_utils import prepare_model_for_fp8_inference
-
-        # 8-bit matrix products want multiples of 8 or 16 rows, and a decoding step has one: pads them
-        prepare_model_for_fp8_inference(model)
-    return model
+def _check_one_copy(parallel: ParallelConfig) -> None:
+    copies = distributed.world_size() // parallel.model_size
+    if copies > 1:
+        raise UserError(
+            f"{distributed.world_size()} processes hold {copies} copies of the model, and only one can be shown as it "
+            f"goes; start {parallel.model_size} of them, or leave out --stream"
+        )
 
 
-def _run(decoder: Decoder, work: _Work, file: RecordFile | None, on_record: OnRecord | None) -> list[Record]:
+def _run(
+    model: StripedHyenaModel,
+    work: _Work,
+    file: RecordFile | None,
+    on_record: OnRecord | None,
+    on_piece: OnPiece | None,
+) -> list[Record]:
     """Give each copy of the model every n-th batch; collect on all what they finish."""
     start = time.perf_counter()
-    lengths = [len(ids) for ids in work.token_ids]
-    batches = plan_batches(lengths, work.settings)
+    batches = work.batches()
     num_copies, copy = distributed.data_parallel_size(), distributed.data_parallel_rank()
     records: dict[int, Record] = {}
     for first in range(0, len(batches), num_copies):
         finished = []
         if first + copy < len(batches):
             batch = batches[first + copy]
-            done = decoder.run([work.token_ids[index] for index in batch], sequence_numbers=batch)
+            decoding = work.decoding(model, batch)
+            for piece in work.pieces(batch, decoding):
+                if on_piece is not None:
+                    on_piece(piece)
+            done = decoding.result()
             if distributed.is_model_parallel_writer():
                 _log_batch(done, number=first + copy + 1, num_batches=len(batches))
-            finished = [(i, _record(work.prompts[i], lengths[i], new)) for i, new in zip(batch, done.generations)]
+            finished = [(index, work.sequences[index].record(new)) for index, new in zip(batch, done.generations)]
         finished = _collect(finished)
         records.update(finished)
         if file is not None:
             file.add(record for _, record in finished)
-        if on_record is not None and distributed.rank() == 0:
+        if on_record is not None:
             for _, record in finished:
                 on_record(record)
     if distributed.rank() != 0:
         return []
-    ordered = [records[index] for index in range(len(lengths))]
+    ordered = [records[index] for index in range(len(work.sequences))]
     if file is not None:
         file.finish(ordered)
     _log_total(ordered, time.perf_counter() - start)
     return ordered
-
-
-def _record(prompt: Prompt, num_prompt_tokens: int, new: Generation) -> Record:
-    num_new = len(new.token_ids)
-    record: Record = {
-        "id": prompt.id,
-        "prompt": prompt.text,
-        "completion": tokenizer.decode(new.token_ids, skip_special_tokens=True),
-        "finish_reason": new.finish_reason,
-        "usage": {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_new,
-            "total_tokens": num_prompt_tokens + num_new,
-        },
-    }
-    if new.log_probs is not None:
-        record["logprobs"] = {"completion_logprobs": new.log_probs}
-    return record
 
 
 def _collect(finished: list[tuple[int, Record]]) -> list[tuple[int, Record]]:
@@ -202,57 +305,6 @@ def _collect(finished: list[tuple[int, Record]]) -> list[tuple[int, Record]]:
     everyone: list[Any] = [None] * distributed.data_parallel_size()
     torch.distributed.all_gather_object(everyone, finished, group=parallel_state.get_data_parallel_group())
     return [pair for part in everyone for pair in part]
-
-
-def _encode(prompt: Prompt, vocab_size: int) -> list[int]:
-    if not prompt.text:
-        raise UserError(f"Prompt {prompt.id!r} is empty; give at least one character")
-    outside = tokenizer.outside_vocabulary(prompt.text, vocab_size)
-    if outside:
-        raise UserError(
-            f"Prompt {prompt.id!r} has {outside[0]!r} at character {prompt.text.index(outside[0]) + 1}, which is not "
-            f"among the tokenizer's {vocab_size} tokens; remove it"
-        )
-    return tokenizer.encode(prompt.text, vocab_size)
-
-
-def memory_limit(model: StripedHyenaModel, batch_size: int) -> int:
-    """Most tokens per sequence for which the caches of a batch fit into the free memory, on every process.
-
-    Computed from the bytes of the caches that the model declares, so no size is written down twice.
-    """
-    one, two = _cache_bytes(model, 1), _cache_bytes(model, 2)
-    per_token, fixed = two - one, 2 * one - two
-    tokens = int((CACHE_SHARE * _free_bytes() / batch_size - fixed) / max(per_token, 1))
-    fewest = torch.tensor([max(tokens, 0)], device=megatron.device())
-    torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
-    return int(fewest.item())
-
-
-def _free_bytes() -> int:
-    if megatron.on_cuda():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:  # macOS: all memory is the nearest figure the system gives
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-
-
-def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(model.new_inference_state(1, max_tokens)))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors inside declared caches, however nested."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, (tuple, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
 
 
 def _log_batch(done: GeneratedBatch, *, number: int, num_batches: int) -> None:
@@ -269,11 +321,6 @@ def _log_batch(done: GeneratedBatch, *, number: int, num_batches: int) -> None:
 def _log_total(records: Sequence[Record], seconds: float) -> None:
     num_new = sum(record["usage"]["completion_tokens"] for record in records)
     rate = num_new / seconds
-    logger.info("[PERF] Total: %d prompts, %d tokens in %.2f s (%.1f tokens/s)", len(records), num_new, seconds, rate)
-
-
-def _log_memory(when: str) -> None:
-    """Figures of this process: of the GPU's allocator, or the process's resident memory where there is none."""
-    if distributed.rank() == 0:
-        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        logger.info("[MEMORY] %s: %.2f GiB, peak %.2f GiB", when, now / _GIB, peak / _GIB)
+    logger.info(
+        "[PERF] Total: %d sequences, %d tokens in %.2f s (%.1f tokens/s)", len(records), num_new, seconds, rate
+    )

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two JSON Lines files of generation: prompts in, records out."""
+"""Sequences to continue, from JSON Lines, FASTA or plain text, each plain or gzip.
+
+The file's suffix decides. Under another name, what stands first does: ``>`` begins FASTA, ``{`` JSON Lines, and
+anything else is text with one prompt per line.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable
+import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data import tokenizer
+from evo2_megatron.data.fasta import FastaRecord, read_fasta
 
-Record = dict[str, Any]
-"""One line of the output file."""
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".frn")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Prompt(NamedTuple):
@@ -23,27 +32,81 @@ class Prompt(NamedTuple):
     text: str
     """Bases and lineage tags, one character per token; case matters."""
 
+    seed: int | None = None
+    """Decides its random numbers; None: made from the run's seed and its number."""
+
+
+def file_suffix(path: Path) -> str:
+    """Last suffix in lower case, not counting ``.gz``."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read one prompt per line: a JSON object with ``prompt``, and ``id`` if its line number from 0 will not do.
+    """Read prompts in the order of the file; an empty file has none.
 
-    Blank lines are skipped, but counted; other keys are ignored.
+    * JSON Lines: an object with ``prompt``, and if wanted ``id`` and ``seed``; other keys are ignored.
+    * FASTA: the id is the first word of the header, the prompt is the sequence in its case.
+    * Text: one prompt per line, without the white space around it.
+
+    Where no id is given, it is the number of the line from 0. Blank lines are skipped, but counted.
 
     Raises:
-        UserError: The file cannot be read, or a line is no such object; the message counts lines from 1.
+        UserError: The file cannot be read, or something in it is no prompt; the message counts lines from 1.
     """
+    path = Path(path)
+    content = _read(path)
+    suffix, start = file_suffix(path), content.lstrip()[:1]
+    if not start:
+        return []
+    if suffix in FASTA_SUFFIXES or (suffix not in JSONL_SUFFIXES and start == b">"):
+        return [_of_fasta(record, path) for record in read_fasta(path)]
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Prompt file {path} cannot be read: {error.strerror}; check --prompt-file") from error
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"Prompt file {path} is not UTF-8 text; convert it") from error
     # not splitlines(), which also breaks at characters that JSON allows inside a string
-    lines = enumerate(text.split("\n"))
-    return [_parse(line, number, path) for number, line in lines if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
+    if suffix in JSONL_SUFFIXES or start == b"{":
+        return [_of_json(line, number, path) for number, line in lines]
+    return [Prompt(str(number), line) for number, line in lines]
 
 
-def _parse(line: str, number: int, path: Path) -> Prompt:
+def encode_prompt(prompt: Prompt, vocab_size: int) -> list[int]:
+    """Token ids of a prompt; UserError if it is empty or has a character that is no token."""
+    if not prompt.text:
+        raise UserError(f"Prompt {prompt.id!r} is empty; give at least one character")
+    outside = tokenizer.outside_vocabulary(prompt.text, vocab_size)
+    if outside:
+        raise UserError(
+            f"Prompt {prompt.id!r} has {outside[0]!r} at character {prompt.text.index(outside[0]) + 1}, which is not "
+            f"among the tokenizer's {vocab_size} tokens; remove it"
+        )
+    return tokenizer.encode(prompt.text, vocab_size)
+
+
+def _read(path: Path) -> bytes:
+    """The whole file, decompressed, without a byte order mark."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Prompt file {path} cannot be read: {error.strerror}; check --prompt-file") from error
+    if content.startswith(_GZIP_MAGIC):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(
+                f"Prompt file {path} is damaged or cut off: {error}; decompress it with gunzip to check"
+            ) from None
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _of_fasta(record: FastaRecord, path: Path) -> Prompt:
+    ids = tokenizer.encode_sequence(record.sequence, name=f"record {record.id!r} of {path}")
+    return Prompt(record.id, tokenizer.decode(ids))
+
+
+def _of_json(line: str, number: int, path: Path) -> Prompt:
     where = f"{path} line {number + 1}"
     try:
         record = json.loads(line)
@@ -55,45 +118,7 @@ def _parse(line: str, number: int, path: Path) -> Prompt:
         raise UserError(f"{where}: missing required 'prompt' field")
     if not isinstance(record["prompt"], str):
         raise UserError(f"{where}: 'prompt' is {record['prompt']!r}; it must be a string")
-    return Prompt(str(record.get("id", number)), record["prompt"])
-
-
-class RecordFile:
-    """JSON Lines file that takes its name only when it is complete; a context manager.
-
-    Records are added to ``<path>.part`` as they finish, in any order, so that an interrupted run leaves what it has;
-    ``finish`` writes them in the order of the prompts.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the ``.part`` file, in a folder made if need be; UserError if that cannot be."""
-        self._path = Path(path)
-        self._part = self._path.with_name(f"{self._path.name}.part")
-        if self._path.is_dir():
-            raise UserError(f"Output file {path} is a folder; give a file name")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._part.open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"Output file {path} cannot be written: {error.strerror}; choose another path") from error
-
-    def add(self, records: Iterable[Record]) -> None:
-        """Append finished records and hand them to the operating system."""
-        self._stream.writelines(f"{json.dumps(record)}\n" for record in records)
-        self._stream.flush()
-
-    def finish(self, records: Iterable[Record]) -> None:
-        """Replace what was added by all records in their final order, and give the file its name."""
-        ordered = self._path.with_name(f"{self._path.name}.ordered")
-        ordered.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
-        ordered.replace(self._path)
-        self._part.unlink()
-
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Close; a ``.part`` file without a record goes."""
-        self._stream.close()
-        if self._part.exists() and not self._part.stat().st_size:
-            self._part.unlink()
+    seed = record.get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise UserError(f"{where}: 'seed' is {seed!r}; it must be a whole number of 0 or more")
+    return Prompt(str(record.get("id", number)), record["prompt"], seed)

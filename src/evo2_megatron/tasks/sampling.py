@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the next token from a model's logits: greedy, temperature, top-k, top-p, seeded per sequence.
 
-Shape legend: B sequences, V vocabulary, N new tokens.
+The limits are transformers' own, in its order: temperature, top-k, top-p.
+Shape legend: B sequences, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from evo2_megatron.config import UserError
 
@@ -24,20 +26,21 @@ class Sampling:
     """How a token is drawn from the model's distribution.
 
     Raises:
-        UserError: A value lies outside its range, or both top_k and top_p are given.
+        UserError: A value lies outside its range.
     """
 
     temperature: float = 1.0
     """Logits are divided by this; 0 takes the most probable token (greedy)."""
 
     top_k: int = 0
-    """Draw among this many most probable tokens; 0: no such limit, 1: greedy."""
+    """Draw among this many most probable tokens, and those as probable as the last of them; 0: no such limit, 1: the
+    most probable (greedy)."""
 
     top_p: float = 0.0
-    """Draw among the fewest most probable tokens whose mass exceeds this; 0: no such limit."""
+    """Draw among the fewest most probable tokens whose mass reaches this, after top_k; 0: no such limit."""
 
     seed: int = 1234
-    """Together with a sequence's number, decides its random numbers."""
+    """Of the first sequence; the others' are made from it by ``derive_seed``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -46,8 +49,6 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or a positive number of tokens")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie between 0 (off) and 1")
-        if self.top_k and self.top_p:
-            raise UserError(f"top_k is {self.top_k} and top_p is {self.top_p}; give only one of them")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more")
 
@@ -61,13 +62,31 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it must be below the vocabulary's {vocab_size} tokens")
 
 
-def uniforms(seed: int, sequence: int, num_new_tokens: int) -> Tensor:
-    """The random numbers of one sequence, float64 in [0, 1), on the CPU; one for each token that it may draw.
+def derive_seed(seed: int, *, prompt: int = 0, sample: int = 0) -> int:
+    """Seed of one sequence of a run, below 2**53 so that every JSON reader takes it exactly.
 
-    They depend on the seed and on the sequence's number only: not on the batch, the device or the number of processes.
-    More tokens extend the same stream.
+    The first sample of the first prompt has the run's seed itself. So a sequence's seed, given to a run of its prompt
+    alone, gives the same sequence.
+
+    Args:
+        seed: Of the run, or a prompt's own; 0 or more.
+        prompt: Number of the prompt in the run, from 0.
+        sample: Number of the continuation of this prompt, from 0.
     """
-    return torch.from_numpy(np.random.default_rng([seed, sequence]).random(num_new_tokens))
+    if prompt == sample == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(prompt, sample)).generate_state(1, np.uint64)[0] >> 11)
+
+
+def uniforms(seed: int, start: int, num_tokens: int) -> Tensor:
+    """The random numbers of one sequence at places ``start`` and on, float64 in [0, 1), on the CPU; one each.
+
+    They depend on the seed and on the place in the whole sequence, counted from 0 and with the prompt: not on where
+    the prompt ends, the batch, the device or the number of processes.
+    """
+    bits = np.random.PCG64(seed)
+    bits.advance(start)  # one step of this generator makes one float64
+    return torch.from_numpy(np.random.Generator(bits).random(num_tokens))
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, blocked_V: Tensor) -> Tensor:
@@ -86,24 +105,24 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, blocked_V:
     if sampling.greedy:
         peak_B, token_B = logits_BV.max(dim=-1)
         return token_B.masked_fill(~peak_B.isfinite(), NOT_FINITE)
-    token_BK = None
-    if sampling.top_k:
-        logits_BV, token_BK = logits_BV.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p:
-        logits_BV, token_BK = logits_BV.sort(dim=-1, descending=True, stable=True)
-    # subtract the peak first: a temperature near 0 must not overflow
-    weight_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature).exp()
-    mass_BV = weight_BV.cumsum(dim=-1)
-    total_B1 = mass_BV[:, -1:]
+    mass_BV = limit(logits_BV, sampling).exp().cumsum(dim=-1)
     last = mass_BV.shape[-1] - 1
-    if sampling.top_p:
-        crossing_B1 = torch.searchsorted(mass_BV, sampling.top_p * total_B1, right=True).clamp(max=last)
-        total_B1 = mass_BV.gather(-1, crossing_B1)
-    index_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * total_B1, right=True)
+    token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * mass_BV[:, -1:], right=True)
     # NaN sorts above every number, so only a distribution that is not one points past the end
-    finite_B1, index_B1 = index_B1 <= last, index_B1.clamp(max=last)
-    token_B1 = index_B1 if token_BK is None else token_BK.gather(-1, index_B1)
+    finite_B1, token_B1 = token_B1 <= last, token_B1.clamp(max=last)
     return token_B1.masked_fill(~finite_B1, NOT_FINITE).squeeze(-1)
+
+
+def limit(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits after temperature, top-k and top-p: the peak is 0, and tokens outside the limits are -inf."""
+    # subtract the peak first: a temperature near 0 must not overflow
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
+    # transformers' classes ignore their first argument, the tokens so far
+    if sampling.top_k:
+        logits_BV = TopKLogitsWarper(sampling.top_k)(None, logits_BV)
+    if sampling.top_p:
+        logits_BV = TopPLogitsWarper(sampling.top_p)(None, logits_BV)
+    return logits_BV
 
 
 def log_probability(logits_BV: Tensor, token_B: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a sequence may be, for its caches to fit into the memory that is free."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evo2_megatron.runtime import megatron
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.striped_hyena import StripedHyenaModel
+
+CACHE_SHARE = 0.8
+"""Part of the free memory that the caches may fill; the rest is for the activations of a chunk of prompt."""
+
+
+def memory_limit(model: StripedHyenaModel, batch_size: int) -> int:
+    """Most tokens per sequence for which the caches of a batch fit into the free memory, on every process.
+
+    Computed from the bytes of the caches that the model declares, so no size is written down twice.
+    """
+    one, two = _cache_bytes(model, 1), _cache_bytes(model, 2)
+    per_token, fixed = two - one, 2 * one - two
+    tokens = int((CACHE_SHARE * _free_bytes() / batch_size - fixed) / max(per_token, 1))
+    fewest = torch.tensor([max(tokens, 0)], device=megatron.device())
+    torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
+    return int(fewest.item())
+
+
+def _free_bytes() -> int:
+    if megatron.on_cuda():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:  # macOS: all memory is the nearest figure the system gives
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(model.new_inference_state(1, max_tokens)))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors inside declared caches, however nested."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, (tuple, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
