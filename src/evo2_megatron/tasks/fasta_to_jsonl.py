@@ -13,7 +13,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import read_pieces, record_id
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
-_BATCH_BYTES = 1 << 18
+_BATCH_BYTES = 1 << 16  # as for fasta.BLOCK_BYTES
 _NUMPY_BYTES = 1 << 26  # of a file from which on NumPy saves more than the 50 ms and 12 MB that its import costs
 # what stands in a JSON string as it is; whoever has no other bytes has no white space either
 _PLAIN = bytes(byte for byte in range(ord("!"), 0x7F) if byte not in b'"\\')
