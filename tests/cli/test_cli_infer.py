@@ -13,7 +13,7 @@ EVERY_FLAG = """
 --prompt-file prompts.jsonl --output-file out/records.jsonl --return-log-probs --max-new-tokens 7 --temperature 0.5
 --top-k 4 --seed 0 --max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
---mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops --base-ckpt-dir base
+--mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops --base-ckpt-dir base
 """
 """The flags of the former command, and ours."""
 
@@ -50,6 +50,7 @@ def test_defaults(call):
         "parallel": ParallelConfig(),
         "precision": None,
         "base_ckpt_dir": None,
+        "fp8": "as_asked",
         "provider_overrides": {},
         "output_file": None,
     }
@@ -78,6 +79,7 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "parallel": ParallelConfig(tensor=4, pipeline=3, context=2),
         "precision": "bf16_mixed",
         "base_ckpt_dir": Path("base"),
+        "fp8": "emulate",
         "provider_overrides": {"vortex_style_fp8": True, "use_subquadratic_ops": True},
         "output_file": Path("out/records.jsonl"),
     }
@@ -111,6 +113,7 @@ def test_records_are_printed(call, capsys):
         ("--mixed-precision-recipe fp12", "invalid choice"),
         ("--prompt-file none.jsonl", "Prompt file none.jsonl cannot be read"),
         ("--temp 1", "unrecognized arguments"),
+        ("--fp8-emulation --allow-precision-mismatch", "not allowed with argument"),
     ],
 )
 def test_bad_flags(call, capsys, argv, message):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,20 @@ class RunConfig:
         """The checkpoint that a fine-tuning run started from."""
         path = (self.sections.get("checkpoint") or {}).get("pretrained_checkpoint")
         return None if path is None else Path(path)
+
+    @property
+    def fp8_scales(self) -> dict[int, tuple[float, float]]:
+        """Scales of input and weight of 8-bit input projections, by number of the layer from 0; empty if not known."""
+        section = self.sections.get("fp8_scales") or {}
+        try:
+            scales = {int(layer): (float(pair[0]), float(pair[1])) for layer, pair in section.items()}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            scales = {-1: (0.0, 0.0)}
+        if not all(0 < scale < math.inf for pair in scales.values() for scale in pair):
+            raise UserError(
+                f"{self.path}: section 'fp8_scales' is not a table of two numbers above 0 each; the file is damaged"
+            )
+        return scales
 
     def _count(self, name: str) -> int:
         value = self.model.get(name)

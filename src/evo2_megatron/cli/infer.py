@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     precision = parser.add_argument_group("precision and kernels")
     groups.add_precision(precision)
     groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
     groups.add_kernels(precision)
     return parser
 
@@ -76,6 +77,7 @@ def _main(argv: Sequence[str] | None) -> None:
         parallel=groups.parallel(args),
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
+        fp8=groups.fp8_choice(args),
         provider_overrides={name: value for name, value in switches.items() if value is not None},
         output_file=args.output_file,
         on_record=_show,

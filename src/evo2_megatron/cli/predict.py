@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     precision = parser.add_argument_group("precision and kernels")
     groups.add_precision(precision)
     groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
     groups.add_kernels(precision)
     _add_launch(parser)
     return parser
@@ -82,6 +83,7 @@ def _main(argv: Sequence[str] | None) -> None:
         parallel=groups.parallel(args),
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
+        fp8=groups.fp8_choice(args),
     )
 
 

@@ -105,7 +105,7 @@ def e4m3_values() -> list[float]:
 
 
 def round_to_e4m3_ref(x: Tensor) -> Tensor:
-    """Element by element: the nearest of ``e4m3_values``, of two the one with the even mantissa; 448 is the largest."""
+    """Element by element: the nearest of ``e4m3_values``, of two the one with the even mantissa; at most 448."""
     values = e4m3_values()
 
     def rounded(number: float) -> float:

@@ -18,7 +18,7 @@ from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import find_tokenizer, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks.generate import Decoder, GeneratedBatch, Generation, GenerationSettings, plan_batches
@@ -62,6 +62,7 @@ def infer(
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
+    fp8: Fp8Choice = "as_asked",
     output_file: Path | None = None,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
@@ -74,7 +75,8 @@ def infer(
         max_seq_length: Longest prompt with its new tokens. None: what the checkpoint was trained for and the caches of
             a batch have memory for.
         parallel: Tensor and pipeline sizes.
-        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides`` and ``base_ckpt_dir``.
+        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides``, ``base_ckpt_dir`` and
+            ``fp8``.
         output_file: JSON Lines file for the records.
         on_record: Called on rank 0 with each record as it finishes.
 
@@ -99,7 +101,7 @@ def infer(
         work.check_lengths(max_seq_length, "of --max-seq-length")
     writes = output_file is not None and distributed.rank() == 0
     with RecordFile(output_file) if writes else nullcontext() as file, distributed.process_groups(parallel):
-        model = _load(checkpoint, base, parallel, precision, provider_overrides)
+        model = _load(checkpoint, base, parallel, precision, provider_overrides, fp8)
         _log_memory("After model setup")
         if max_seq_length is None:
             work.check_lengths(memory_limit(model, settings.max_batch_size), "that a batch's caches have memory for")
@@ -122,6 +124,7 @@ def _load(
     parallel: ParallelConfig,
     precision: str | None,
     overrides: Mapping[str, Any] | None,
+    fp8: Fp8Choice,
 ) -> StripedHyenaModel:
     # one token cannot be split over processes
     parallel = dataclasses.replace(parallel, sequence_parallel=False)
@@ -131,6 +134,7 @@ def _load(
         precision=precision,
         provider_overrides=overrides,
         base_ckpt_dir=None if base == checkpoint else base,
+        fp8=fp8,
     )
     from megatron.core.utils import unwrap_model
 

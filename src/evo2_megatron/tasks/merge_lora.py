@@ -88,6 +88,10 @@ def _verify(checkpoint: Path, base: Path, merged: Path, *, exact: bool) -> None:
 def _logits(checkpoint: Path, base: Path | None, batches: list[Tensor]) -> list[Tensor]:
     one = ParallelConfig()
     with process_groups(one), torch.inference_mode():
-        model = load_model(checkpoint, parallel=one, precision="fp32", base_ckpt_dir=base).model
+        # how a model is meant to be run is not what is being checked
+        overrides = {"vortex_style_fp8": False}
+        model = load_model(
+            checkpoint, parallel=one, precision="fp32", provider_overrides=overrides, base_ckpt_dir=base
+        ).model
         device = next(model.parameters()).device
         return [model(tokens_BL.to(device)).float().cpu() for tokens_BL in batches]

@@ -17,7 +17,7 @@ from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import LoadedModel, load_model
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks.prediction_files import PredictionWriter, remove_stale_files, write_index, write_scores
@@ -128,6 +128,7 @@ def predict(
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     base_ckpt_dir: Path | None = None,
+    fp8: Fp8Choice = "as_asked",
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
@@ -145,6 +146,7 @@ def predict(
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
+        fp8: What to do about 8-bit input projections.
 
     Raises:
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
@@ -164,6 +166,7 @@ def predict(
             precision=precision,
             provider_overrides=changes.overrides(used_pattern),
             base_ckpt_dir=base_ckpt_dir,
+            fp8=fp8,
         )
         _log_setup(loaded, output, len(pattern), dataset)
         runner = _runner(loaded, output, sequences)
