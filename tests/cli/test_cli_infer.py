@@ -13,7 +13,8 @@ EVERY_FLAG = """
 --prompt-file prompts.jsonl --output-file out/records.jsonl --return-log-probs --max-new-tokens 7 --temperature 0.5
 --top-k 4 --seed 0 --max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
---mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops --base-ckpt-dir base
+--mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --self-test --use-subquadratic-ops
+--base-ckpt-dir base
 """
 """The flags of the former command, and ours."""
 
@@ -51,6 +52,7 @@ def test_defaults(call):
         "precision": None,
         "base_ckpt_dir": None,
         "fp8": "as_asked",
+        "with_self_test": False,
         "provider_overrides": {},
         "output_file": None,
     }
@@ -80,6 +82,7 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "precision": "bf16_mixed",
         "base_ckpt_dir": Path("base"),
         "fp8": "emulate",
+        "with_self_test": True,
         "provider_overrides": {"vortex_style_fp8": True, "use_subquadratic_ops": True},
         "output_file": Path("out/records.jsonl"),
     }

@@ -16,7 +16,7 @@ EVERY_FLAG = """
 --no-sequence-parallel --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops
 --micro-batch-size 5 --min-length 100 --prepend-bos --embedding-layer -2 --num-layers 3
 --hybrid-override-pattern SDH --seq-len-interpolation-factor 16 --mask-phylogenetic-tags
---max-seq-length 9000 --chunk-length 4096 --base-ckpt-dir base --fp8-emulation
+--max-seq-length 9000 --chunk-length 4096 --base-ckpt-dir base --fp8-emulation --self-test
 """
 """The flags of the former command, and ours."""
 
@@ -52,6 +52,7 @@ def test_defaults(call):
         "precision": None,
         "base_ckpt_dir": None,
         "fp8": "as_asked",
+        "with_self_test": False,
     }
 
 
@@ -80,7 +81,7 @@ def test_every_flag_arrives(call, monkeypatch):
     assert seen["parallel"] == ParallelConfig(tensor=4, pipeline=3, context=2, sequence_parallel=False)
     assert (seen["output"].embedding_layer, seen["output"].log_probs) == (-2, None)
     assert (seen["precision"], seen["base_ckpt_dir"]) == ("bf16_mixed", Path("base"))
-    assert seen["fp8"] == "emulate"
+    assert (seen["fp8"], seen["with_self_test"]) == ("emulate", True)
     assert call("--allow-precision-mismatch")["fp8"] == "allow_mismatch"
 
 

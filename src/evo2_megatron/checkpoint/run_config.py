@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 OWN_PROVIDER = "evo2_megatron.model.provider.StripedHyenaProvider"
 
+NOT_SAID = "not said"
+"""Of ``converted_from.vortex_style_fp8``: whether the weights need 8-bit input projections is not known."""
+
 BIONEMO_PROVIDERS = {
     f"bionemo.evo2.models.evo2_provider.{name}": model_size
     for name, model_size in {
@@ -114,6 +117,11 @@ class RunConfig:
         """The checkpoint that a fine-tuning run started from."""
         path = (self.sections.get("checkpoint") or {}).get("pretrained_checkpoint")
         return None if path is None else Path(path)
+
+    @property
+    def fp8_was_not_said(self) -> bool:
+        """Whether weights of a size that may need 8-bit input projections were converted without saying if they do."""
+        return (self.sections.get("converted_from") or {}).get("vortex_style_fp8") == NOT_SAID
 
     @property
     def fp8_scales(self) -> dict[int, tuple[float, float]]:

@@ -310,8 +310,15 @@ def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = 
         metavar="NAME",
         help="number formats to run the model in (default: bf16_mixed); with fp32, weights are stored in float32",
     )
-    add_vortex_style_fp8(model)
-    add_verify(parser.add_argument_group("checks"))
+    model.add_argument(
+        "--vortex-style-fp8",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model was trained with 8-bit arithmetic in the Hyena input projections, as Arc's 1B, 20B "
+        "and 40B were; the checkpoint then asks to be run so (default: it does not ask)",
+    )
+    checks = parser.add_argument_group("checks")
+    add_verify(checks)
+    add_self_test_numbers(checks)
     add_verbose(parser.add_argument_group("logging"))
     return result
 
@@ -324,7 +331,8 @@ def conversion(args: argparse.Namespace) -> dict[str, Any]:
         "model_size": args.model_size,
         "recipe": precision(args),
         "seq_length": args.seq_length,
-        "vortex_style_fp8": bool(vortex_style_fp8(args)),
+        "vortex_style_fp8": vortex_style_fp8(args),
+        "self_test": self_test(args),
     }
 
 
@@ -335,6 +343,31 @@ def add_verify(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="run source and result on the same sequences in float32 and refuse a result whose logits differ",
     )
+
+
+def add_self_test_numbers(parser: argparse._ActionsContainer) -> None:
+    """Add ``--self-test`` and ``--no-self-test`` of commands that write a checkpoint, read by ``self_test``."""
+    parser.add_argument(
+        "--self-test",
+        action=argparse.BooleanOptionalAction,
+        help="score fixed sequences with the result and store how probable they are, for the --self-test of "
+        "predict_evo2 and infer_evo2; one layer in memory at a time (default: for weights under 2 GB)",
+    )
+
+
+def add_self_test(parser: argparse._ActionsContainer) -> None:
+    """Add ``--self-test`` of commands that run a model, read by ``self_test``."""
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="first score the sequences stored in the checkpoint and end if the model finds them less or more probable "
+        "than when it was converted",
+    )
+
+
+def self_test(args: argparse.Namespace) -> bool | None:
+    """Whether to; None: the task decides."""
+    return args.self_test
 
 
 def add_verbose(parser: argparse._ActionsContainer) -> None:

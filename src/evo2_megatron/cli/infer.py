@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = parser.add_argument_group("checkpoint")
     checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
     groups.add_base_checkpoint(checkpoint)
+    groups.add_self_test(checkpoint)
     _add_prompts(parser)
     _add_sampling(parser)
     _add_memory(parser)
@@ -78,6 +79,7 @@ def _main(argv: Sequence[str] | None) -> None:
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
         fp8=groups.fp8_choice(args),
+        with_self_test=groups.self_test(args),
         provider_overrides={name: value for name, value in switches.items() if value is not None},
         output_file=args.output_file,
         on_record=_show,

@@ -21,6 +21,7 @@ from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.generate import Decoder, GeneratedBatch, Generation, GenerationSettings, plan_batches
 from evo2_megatron.tasks.prompts import Prompt, Record, RecordFile
 
@@ -63,6 +64,7 @@ def infer(
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
     fp8: Fp8Choice = "as_asked",
+    with_self_test: bool = False,
     output_file: Path | None = None,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
@@ -77,6 +79,7 @@ def infer(
         parallel: Tensor and pipeline sizes.
         precision: As for ``checkpoint.load.load_model``, like ``provider_overrides``, ``base_ckpt_dir`` and
             ``fp8``.
+        with_self_test: Compare the model with the numbers stored in its checkpoint before it generates.
         output_file: JSON Lines file for the records.
         on_record: Called on rank 0 with each record as it finishes.
 
@@ -101,7 +104,7 @@ def infer(
         work.check_lengths(max_seq_length, "of --max-seq-length")
     writes = output_file is not None and distributed.rank() == 0
     with RecordFile(output_file) if writes else nullcontext() as file, distributed.process_groups(parallel):
-        model = _load(checkpoint, base, parallel, precision, provider_overrides, fp8)
+        model = _load(checkpoint, base, parallel, precision, provider_overrides, fp8, with_self_test)
         _log_memory("After model setup")
         if max_seq_length is None:
             work.check_lengths(memory_limit(model, settings.max_batch_size), "that a batch's caches have memory for")
@@ -125,6 +128,7 @@ def _load(
     precision: str | None,
     overrides: Mapping[str, Any] | None,
     fp8: Fp8Choice,
+    with_self_test: bool,
 ) -> StripedHyenaModel:
     # one token cannot be split over processes
     parallel = dataclasses.replace(parallel, sequence_parallel=False)
@@ -136,6 +140,8 @@ def _load(
         base_ckpt_dir=None if base == checkpoint else base,
         fp8=fp8,
     )
+    if with_self_test:
+        self_test.check(loaded)
     from megatron.core.utils import unwrap_model
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out

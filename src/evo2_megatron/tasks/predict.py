@@ -20,6 +20,7 @@ from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.prediction_files import PredictionWriter, remove_stale_files, write_index, write_scores
 from evo2_megatron.tasks.prediction_runner import CHUNK_LENGTH, Output, Runner, shard
 
@@ -129,6 +130,7 @@ def predict(
     precision: str | None = None,
     base_ckpt_dir: Path | None = None,
     fp8: Fp8Choice = "as_asked",
+    with_self_test: bool = False,
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
@@ -147,6 +149,7 @@ def predict(
         precision: Recipe of the number formats; None: the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
         fp8: What to do about 8-bit input projections.
+        with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
@@ -168,6 +171,8 @@ def predict(
             base_ckpt_dir=base_ckpt_dir,
             fp8=fp8,
         )
+        if with_self_test:
+            self_test.check(loaded)
         _log_setup(loaded, output, len(pattern), dataset)
         runner = _runner(loaded, output, sequences)
         scores = _run(runner, dataset, files, sequences.micro_batch_size)
