@@ -2,8 +2,9 @@
 """The scales that Transformer Engine keeps beside a linear layer, from files of Savanna and Vortex.
 
 Such a file has entries ``<projection>._extra_state``: each an ``io.BytesIO`` with what ``torch.save`` made of a
-dictionary. Its ``scale_fwd`` are the factors of input, weight and output before their casts to 8 bits. The dictionary also holds
-objects of Transformer Engine's classes; they are read as empty shells, and nothing that the file names is run.
+dictionary. Its ``scale_fwd`` are the factors of input, weight and output before their casts to 8 bits. The dictionary
+also holds objects of Transformer Engine's classes; they are read as empty shells, and nothing that the file names is
+run.
 """
 
 from __future__ import annotations

@@ -360,8 +360,8 @@ def add_self_test(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="first score the sequences stored in the checkpoint and end if the model finds them less or more probable "
-        "than when it was converted",
+        help="first score the sequences stored in the checkpoint, and end if the model finds them less or more "
+        "probable than when it was converted",
     )
 
 

@@ -113,10 +113,10 @@ def store(checkpoint: Path, architecture: Architecture) -> None:
     scales = read_run_config(checkpoint).fp8_scales
     scores: dict[Arithmetic, list[float]] = {}
     for arithmetic, of_layers in (("plain", None), ("fp8_emulated", scales)):
-        # one window at a time: logits of all would take more memory than a layer of a small model
-        batches = list(tokens_BL.split(1))
+        # wide models: one window at a time, for the memory of its Fourier transforms
+        batches = tokens_BL.split(1 if architecture.hidden_size > 2048 else len(named))
         logits = reference_logits(weights, architecture, batches, names="megatron", fp8_scales=of_layers)
-        scores[arithmetic] = [_log_likelihood(x[0], tokens_L) for x, tokens_L in zip(logits, tokens_BL)]
+        scores[arithmetic] = [_log_likelihood(*pair) for pair in zip(torch.cat(logits), tokens_BL)]
     content = {
         "version": _VERSION,
         "unit": "nat, sum over all bases but the first",
@@ -259,8 +259,8 @@ def _check_memory(architecture: Architecture, rows: int) -> None:
     for name, shape in names.parameter_shapes(architecture, vocab_size=rows).items():
         layer = re.match(r"decoder\.layers\.\d+\.", name)
         parts[layer[0] if layer else name] += math.prod(shape)
-    # as stored and in float32, and the logits of the windows
-    needed = 8 * max(parts.values()) + 16 * len(windows()) * _LENGTH * rows
+    # as stored and in float32, and a few times the complex numbers of three streams
+    needed = 8 * max(parts.values()) + 4 * 16 * 3 * 2 * _LENGTH * architecture.hidden_size
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
