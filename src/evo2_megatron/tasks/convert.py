@@ -59,7 +59,7 @@ class Result:
     does not ask for it, and for sizes whose published weights need it, says that nobody said."""
 
     self_test: bool | None = None
-    """Score fixed sequences and store the result for ``--self-test``; None: if that takes seconds."""
+    """Score fixed sequences and store the result for ``--self-test``; None: if the weights are small."""
 
 
 def savanna_to_mbridge(

@@ -49,7 +49,8 @@ def merge_lora(
         base_ckpt_dir: Where the base is now; None: where it was in training.
         float32: Store the merged matrices in float32, so that they are not rounded.
         verify: Compare the logits of the result with those of base and adapters, in float32.
-        with_self_test: Score fixed sequences and store the result for ``--self-test``; None: if that takes seconds.
+        with_self_test: Score fixed sequences and store the result for ``--self-test``; None: if the weights are
+            small.
 
     Returns:
         The folder of the new checkpoint.
