@@ -44,8 +44,8 @@ DEFAULT_BYTES = 2e9
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, "fp8_emulation": 3e-2, "fp8": 1e-1}
 """By how much a window's mean log-likelihood may differ from the stored one, in nat per base. It averages over 511
-bases, over which rounding cancels: on random models of 4 to 25 layers, a third of these at most was measured in the first
-four (docs/precision.md)."""
+bases, over which rounding cancels: on random models of 4 to 25 layers, a third of these at most was measured in the
+first four (docs/precision.md)."""
 
 _VERSION = 1
 _SEED = 20250219
