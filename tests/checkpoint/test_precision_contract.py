@@ -2,6 +2,7 @@
 """A checkpoint that asks for 8-bit input projections: refused, rounded, or run without; each says so."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def settle(choice="as_asked", asked=True, fp8=None, hidden_size=128):
     provider = SimpleNamespace(vortex_style_fp8=asked, fp8_emulation=False, hidden_size=hidden_size)
     settings = SimpleNamespace(fp8=fp8, fp4=None)
     name = "bf16_with_fp8_current_scaling_mixed" if fp8 else "bf16_mixed"
-    return precision_contract.settle(provider, name, settings, choice, "ckpt")
+    run_config = SimpleNamespace(path=Path("ckpt", "run_config.yaml"), fp8_was_not_said=False)
+    return precision_contract.settle(provider, name, settings, choice, run_config)
 
 
 def test_a_recipe_of_8_bits_keeps_the_contract(megatron):

@@ -51,7 +51,6 @@ def test_defaults(call):
         "parallel": ParallelConfig(),
         "precision": None,
         "base_ckpt_dir": None,
-        "fp8": "as_asked",
         "with_self_test": False,
     }
 
@@ -69,6 +68,7 @@ def test_every_flag_arrives(call, monkeypatch):
         seq_len_interpolation_factor=16,
         vortex_style_fp8=True,
         use_subquadratic_ops=True,
+        fp8="emulate",
     )
     assert seen["sequences"] == Sequences(
         prepend_bos=True,
@@ -81,8 +81,8 @@ def test_every_flag_arrives(call, monkeypatch):
     assert seen["parallel"] == ParallelConfig(tensor=4, pipeline=3, context=2, sequence_parallel=False)
     assert (seen["output"].embedding_layer, seen["output"].log_probs) == (-2, None)
     assert (seen["precision"], seen["base_ckpt_dir"]) == ("bf16_mixed", Path("base"))
-    assert (seen["fp8"], seen["with_self_test"]) == ("emulate", True)
-    assert call("--allow-precision-mismatch")["fp8"] == "allow_mismatch"
+    assert seen["with_self_test"] is True
+    assert call("--allow-precision-mismatch")["changes"] == ModelChanges(fp8="allow_mismatch")
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,21 @@ def test_errors_are_one_line_and_status_2(argv, message, capsys):
     assert stopped.value.code == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("predict_evo2: error: ") and message in last_line
+
+
+def test_self_test_alone(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("evo2_megatron.tasks.self_test.run", lambda folder, **more: seen.update(more, folder=folder))
+    predict.main(["--ckpt-dir", "ckpt", "--self-test", "--fp8-emulation", "--tensor-parallel-size", "2"])
+    assert seen == {
+        "folder": Path("ckpt"),
+        "parallel": ParallelConfig(tensor=2),
+        "precision": None,
+        "provider_overrides": {},
+        "base_ckpt_dir": None,
+        "fp8": "emulate",
+    }
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(["--ckpt-dir", "ckpt"])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: --fasta" in capsys.readouterr().err

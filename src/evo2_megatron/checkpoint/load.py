@@ -102,12 +102,7 @@ def load_model(
     tokenizer = find_tokenizer(checkpoint, base)
     name, settings = _precision(run_config, precision)
     provider = _provider(run_config, stored, parallel, dict(provider_overrides or {}))
-    fp8_projections = settle(provider, name, settings, fp8, checkpoint)
-    if fp8_projections == "not_asked" and run_config.fp8_was_not_said:
-        logger.warning(
-            "%s was converted without saying whether its weights need FP8 input projections, as Arc's of this size "
-            "do; if they do, give --vortex-style-fp8 --fp8-emulation", checkpoint,
-        )  # fmt: skip
+    fp8_projections = settle(provider, name, settings, fp8, run_config)
     settings.setup(provider)
     provider.finalize()
     # in 16 bits Bridge wraps it: inputs are cast, outputs are float32

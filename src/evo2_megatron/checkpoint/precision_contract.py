@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import Fp8Choice, UserError
 from evo2_megatron.runtime import megatron
 
@@ -37,7 +38,7 @@ def settle(
     precision: str,
     settings: MixedPrecisionConfig,
     choice: Fp8Choice,
-    checkpoint: Path,
+    run_config: RunConfig,
 ) -> Fp8Projections:
     """Decide how the input projections run, and set the provider's fields accordingly.
 
@@ -46,11 +47,12 @@ def settle(
         precision: Name of the precision recipe.
         settings: Its values; what they ask of the machine has been checked.
         choice: The user's.
-        checkpoint: For messages.
+        run_config: The checkpoint's.
 
     Raises:
         UserError: The contract cannot be kept here, and the choice is to keep it; or two ways were chosen at once.
     """
+    checkpoint = run_config.path.parent
     is_asked, provider.vortex_style_fp8 = provider.vortex_style_fp8, False
     if choice == "emulate":
         if settings.fp8 or settings.fp4:
@@ -62,6 +64,12 @@ def settle(
         _tell_of_emulation(provider, is_asked, checkpoint)
         return "emulated"
     if not is_asked:
+        if run_config.fp8_was_not_said and not settings.fp8:
+            logger.warning(
+                "%s was converted without saying whether its weights need FP8 input projections, as Arc's of this "
+                "size do; if they do, give --vortex-style-fp8 --fp8-emulation",
+                checkpoint,
+            )
         return "not_asked"
     if settings.fp8:
         logger.info("%s asks for FP8 input projections; precision %s computes all layers so", checkpoint, precision)

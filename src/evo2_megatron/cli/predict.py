@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = groups.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument(
-        "--fasta", type=Path, metavar="FILE", help="sequences, plain or gzip; needed except with --self-test"
+        "--fasta", type=Path, metavar="FILE", help="sequences, plain or gzip (default: none, with --self-test only)"
     )
     source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
@@ -86,11 +86,11 @@ def _main(argv: Sequence[str] | None) -> None:
             seq_len_interpolation_factor=args.seq_len_interpolation_factor,
             vortex_style_fp8=groups.vortex_style_fp8(args),
             use_subquadratic_ops=groups.use_subquadratic_ops(args),
+            fp8=groups.fp8_choice(args),
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
-        fp8=groups.fp8_choice(args),
         with_self_test=groups.self_test(args),
     )
 

@@ -69,6 +69,8 @@ class ModelChanges:
 
     vortex_style_fp8: bool | None = None
     use_subquadratic_ops: bool | None = None
+    fp8: Fp8Choice = "as_asked"
+    """What to do about 8-bit input projections."""
 
     def pattern(self, run_config: RunConfig) -> str:
         """Pattern of the layers to keep."""
@@ -129,7 +131,6 @@ def predict(
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     base_ckpt_dir: Path | None = None,
-    fp8: Fp8Choice = "as_asked",
     with_self_test: bool = False,
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
@@ -148,7 +149,6 @@ def predict(
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
-        fp8: What to do about 8-bit input projections.
         with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
@@ -163,16 +163,15 @@ def predict(
     dataset = FastaDataset(fasta, prepend_bos=sequences.prepend_bos, mask_tags=sequences.mask_phylogenetic_tags)
     _check_lengths(dataset, sequences.max_seq_length or _position_range(run_config, changes))
     with distributed.process_groups(parallel, seed=run_config.seed):
-        loaded = load_model(
+        loaded = _load(
             checkpoint,
+            with_self_test,
             parallel=parallel,
             precision=precision,
             provider_overrides=changes.overrides(used_pattern),
             base_ckpt_dir=base_ckpt_dir,
-            fp8=fp8,
+            fp8=changes.fp8,
         )
-        if with_self_test:
-            self_test.check(loaded)
         _log_setup(loaded, output, len(pattern), dataset)
         runner = _runner(loaded, output, sequences)
         scores = _run(runner, dataset, files, sequences.micro_batch_size)
@@ -182,6 +181,13 @@ def predict(
                 rows = zip(dataset.ids, num_bases, (scores[i] for i in range(len(dataset))))
                 write_scores(files.output_dir, _SCORE_COLUMNS[output.log_probs], rows)
             write_index(files.output_dir, dataset.ids)
+
+
+def _load(checkpoint: Path, with_self_test: bool, **settings: Any) -> LoadedModel:
+    loaded = load_model(checkpoint, **settings)
+    if with_self_test:
+        self_test.check(loaded)
+    return loaded
 
 
 def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
