@@ -143,8 +143,7 @@ def predict(
         fasta: Sequences, plain or gzip.
         ckpt_dir: A Megatron Bridge checkpoint, or a folder of iterations.
         output: What to compute.
-        files: What to write.
-        sequences: How to batch.
+        files, sequences: What to write; how to batch.
         changes: Settings of the model that replace the checkpoint's.
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
