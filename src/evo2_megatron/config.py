@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -66,6 +67,11 @@ _REDUCED_PRECISION = (
 
 PRECISION_RECIPES = ("fp32", *_REDUCED_PRECISION, *(name.replace("_", "-") for name in _REDUCED_PRECISION))
 """Names that every ``--mixed-precision-recipe`` accepts; with hyphens or underscores, as Megatron Bridge does."""
+
+
+Fp8Choice = Literal["as_asked", "emulate", "allow_mismatch"]
+"""What to do about 8-bit input projections: what the checkpoint asks for, or an error where this machine cannot; round
+to 8 bits on any device; or, where they are asked for, do without."""
 
 
 def uses_fp8(recipe: str) -> bool:

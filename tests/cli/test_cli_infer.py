@@ -21,7 +21,8 @@ EVERY_FLAG = """
 --stop-string TAA --stop-string TAG --include-stop-string --no-stop-at-eod
 --max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
---mixed-precision-recipe bf16-mixed --vortex-style-fp8 --use-subquadratic-ops --base-ckpt-dir base
+--mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --self-test --use-subquadratic-ops
+--base-ckpt-dir base
 """
 """The flags of the former command, and ours."""
 
@@ -58,6 +59,8 @@ def test_defaults(call):
         "parallel": ParallelConfig(),
         "precision": None,
         "base_ckpt_dir": None,
+        "fp8": "as_asked",
+        "with_self_test": False,
         "provider_overrides": {},
         "output_file": None,
         "output_format": None,
@@ -93,6 +96,8 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
         "parallel": ParallelConfig(tensor=4, pipeline=3, context=2),
         "precision": "bf16_mixed",
         "base_ckpt_dir": Path("base"),
+        "fp8": "emulate",
+        "with_self_test": True,
         "provider_overrides": {"vortex_style_fp8": True, "use_subquadratic_ops": True},
         "output_file": Path("out/records.jsonl"),
         "output_format": "fasta",
@@ -260,6 +265,7 @@ def test_a_reader_that_leaves_ends_the_run(checkpoint, tmp_path):
         ("--mixed-precision-recipe fp12", "invalid choice"),
         ("--prompt-file none.jsonl", "Prompt file none.jsonl cannot be read"),
         ("--temp 1", "unrecognized arguments"),
+        ("--fp8-emulation --allow-precision-mismatch", "not allowed with argument"),
     ],
 )
 def test_bad_flags(call, capsys, argv, message):

@@ -17,7 +17,7 @@ EVERY_FLAG = """
 --micro-batch-size 5 --min-length 100 --prepend-bos --embedding-layer -2 0 --num-layers 3
 --hybrid-override-pattern SDH --seq-len-interpolation-factor 16 --mask-phylogenetic-tags
 --both-strands --max-batch-tokens 5000 --pooling-window 3:9 --max-seq-length 9000 --chunk-length 4096
---base-ckpt-dir base
+--base-ckpt-dir base --fp8-emulation --self-test
 """
 """The flags of the former command, and ours."""
 
@@ -51,6 +51,7 @@ def test_defaults(call):
         "parallel": ParallelConfig(),
         "precision": None,
         "base_ckpt_dir": None,
+        "with_self_test": False,
     }
 
 
@@ -69,6 +70,7 @@ def test_every_flag_arrives(call, monkeypatch):
         seq_len_interpolation_factor=16,
         vortex_style_fp8=True,
         use_subquadratic_ops=True,
+        fp8="emulate",
     )
     assert seen["sequences"] == Sequences(
         prepend_bos=True,
@@ -84,6 +86,8 @@ def test_every_flag_arrives(call, monkeypatch):
     assert (seen["output"].embedding_layers, seen["output"].log_probs) == ((-2, 0), None)
     assert seen["output"].pooling == Window(3, 9)
     assert (seen["precision"], seen["base_ckpt_dir"]) == ("bf16_mixed", Path("base"))
+    assert seen["with_self_test"] is True
+    assert call("--allow-precision-mismatch")["changes"] == ModelChanges(fp8="allow_mismatch")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,7 @@ def test_log_probs(call, argv, expected):
         (["--output-format", "csv"], "invalid choice: 'csv'"),
         (["--output-format", "npz", "--write-interval", "batch"], "--write-interval batch is about .pt files"),
         (["--micro-batch-size", "0"], "0 is not 1 or more"),
+        (["--fp8-emulation", "--allow-precision-mismatch"], "not allowed with argument"),
         (["--write-interval", "sometimes"], "invalid choice: 'sometimes'"),
     ],
 )
@@ -126,3 +131,21 @@ def test_errors_are_one_line_and_status_2(argv, message, capsys):
     assert stopped.value.code == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("predict_evo2: error: ") and message in last_line
+
+
+def test_self_test_alone(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("evo2_megatron.tasks.self_test.run", lambda folder, **more: seen.update(more, folder=folder))
+    predict.main(["--ckpt-dir", "ckpt", "--self-test", "--fp8-emulation", "--tensor-parallel-size", "2"])
+    assert seen == {
+        "folder": Path("ckpt"),
+        "parallel": ParallelConfig(tensor=2),
+        "precision": None,
+        "provider_overrides": {},
+        "base_ckpt_dir": None,
+        "fp8": "emulate",
+    }
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(["--ckpt-dir", "ckpt"])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: --fasta" in capsys.readouterr().err

@@ -20,8 +20,8 @@ WEIGHTS = {name: value.bfloat16() for name, value in random_weights(TINY).items(
 
 
 def new_result(folder: Path) -> Result:
-    """What to convert to: the folder ``mbridge`` in another one."""
-    return Result(directory=folder / "mbridge", tokenizer=tokenizer_dir(512), model_size="evo2_tiny")
+    """What to convert to: the folder ``mbridge`` in another one; without the numbers that a self-test needs."""
+    return Result(directory=folder / "mbridge", tokenizer=tokenizer_dir(512), model_size="evo2_tiny", self_test=False)
 
 
 def left_behind(result: Result) -> list[Path]:

@@ -10,6 +10,7 @@ import yaml
 from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.export import mbridge_to_vortex
 from evo2_megatron.tasks.merge_lora import merge_lora
 from evo2_megatron.tasks.verify_logits import compare, random_dna
@@ -42,6 +43,8 @@ def test_merging_changes_no_logits(adapters, tmp_path, caplog):
     assert compare(logits(merged), logits(adapters)).max_abs < 1e-5
     sections = yaml.safe_load((merged / "run_config.yaml").read_text())
     assert sections["peft"] is None
+    rows = self_test.run(merged, parallel=ONE)
+    assert max(abs(row.difference) for row in rows) < 1e-5
     assert sections["merged_from"]["adapters"] == str(adapters)
     files = mbridge_to_vortex(merged, tmp_path / "vortex" / "model.pt", model_size="evo2_tiny", verify=True)
     assert all(file.is_file() for file in files)

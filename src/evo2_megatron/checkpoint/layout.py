@@ -12,6 +12,7 @@
         common.pt                          small values that are the same for all processes
         run_config.yaml                    complete configuration of the run
         train_state.pt                     step and sample counters
+        self_test.json                     sequences, and how probable the weights find them (tasks/self_test.py)
         tokenizer/                         Hugging Face tokenizer files
 """
 
@@ -34,6 +35,7 @@ COMMON = "common.pt"
 WEIGHTS_INDEX = ".metadata"
 WEIGHTS_FORMAT = "metadata.json"
 TOKENIZER = "tokenizer"
+SELF_TEST = "self_test.json"
 
 _ITERATION = re.compile(r"iter_(\d+)")
 

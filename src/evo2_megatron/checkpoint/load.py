@@ -22,8 +22,9 @@ from evo2_megatron.checkpoint.adapter import base_checkpoint, read_adapters
 from evo2_megatron.checkpoint.distcp import read_index, tensor_entries
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path, tokenizer_dir
 from evo2_megatron.checkpoint.names import EMBEDDING, check_tensors, is_weight, unfused
+from evo2_megatron.checkpoint.precision_contract import Fp8Projections, settle
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.data.tokenizer import tokenizer_dir as bundled_tokenizer_dir
 from evo2_megatron.runtime import megatron
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
     from megatron.core.transformer.module import MegatronModule
 
+    from evo2_megatron.model.fp8_linear import Scales
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,9 @@ class LoadedModel(NamedTuple):
     precision: str
     """Name of the precision recipe; ``custom`` where the checkpoint gives values that no recipe has."""
 
+    fp8_projections: Fp8Projections
+    """Whether the checkpoint's wish for 8-bit input projections is met, and how."""
+
     run_config: RunConfig
     checkpoint: Path
 
@@ -64,6 +69,7 @@ def load_model(
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
+    fp8: Fp8Choice = "as_asked",
 ) -> LoadedModel:
     """Build the model that a checkpoint describes, for any parallel layout, and fill in its weights.
 
@@ -77,12 +83,16 @@ def load_model(
         precision: A recipe's name. None: the checkpoint's; where it names none, bf16_mixed on CUDA and fp32 elsewhere.
         provider_overrides: Fields of StripedHyenaProvider that replace the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
+        fp8: What to do about 8-bit input projections. Rounded weights replace the model's own.
 
     Raises:
         UserError: No checkpoint; not one of ours; keys or shapes that do not match; a layout or a precision that this
             model or this machine cannot have.
     """
     megatron.enter()
+    from megatron.core.utils import unwrap_model
+
+    from evo2_megatron.model.fp8_linear import fix_projections
     from evo2_megatron.model.torch_modules import lay_out_for_decoding
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
@@ -92,6 +102,7 @@ def load_model(
     tokenizer = find_tokenizer(checkpoint, base)
     name, settings = _precision(run_config, precision)
     provider = _provider(run_config, stored, parallel, dict(provider_overrides or {}))
+    fp8_projections = settle(provider, name, settings, fp8, run_config)
     settings.setup(provider)
     provider.finalize()
     # in 16 bits Bridge wraps it: inputs are cast, outputs are float32
@@ -102,15 +113,32 @@ def load_model(
     dropped = range(provider.num_layers, run_config.num_layers)
     load_weights(model, base, stored, dropped_layers=dropped)
     if run_config.is_lora:
-        adapters = read_adapters(run_config)
-        adapters(model, training=False)
-        load_weights(
-            model, checkpoint, tensor_shapes(checkpoint), dropped_layers=dropped, only=adapters.adapter_key_filter
-        )
+        _add_adapters(model, checkpoint, run_config, dropped)
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
+    if provider.fp8_emulation:
+        fix_projections(unwrap_model(model), _fp8_scales(base))
     lay_out_for_decoding(model)
     logger.info("Loaded %s in precision %s", checkpoint, name)
-    return LoadedModel(model.eval(), provider, tokenizer, name, run_config, checkpoint)
+    return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
+
+
+def _add_adapters(model: MegatronModule, checkpoint: Path, run_config: RunConfig, dropped: range) -> None:
+    adapters = read_adapters(run_config)
+    adapters(model, training=False)
+    load_weights(
+        model, checkpoint, tensor_shapes(checkpoint), dropped_layers=dropped, only=adapters.adapter_key_filter
+    )
+
+
+def _fp8_scales(base: Path) -> dict[int, Scales]:
+    from evo2_megatron.model.fp8_linear import Scales
+
+    stored = read_run_config(base).fp8_scales
+    if stored:
+        logger.info("%s has the FP8 scales of %d projections from training", base, len(stored))
+    else:
+        logger.info("%s has no FP8 scales from training; all are 1, as in Transformer Engine without a history", base)
+    return {layer: Scales(*pair) for layer, pair in stored.items()}
 
 
 def find_tokenizer(checkpoint: Path, base: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_PROVIDER = "evo2_megatron.model.provider.StripedHyenaProvider"
+
+NOT_SAID = "not said"
+"""Of ``converted_from.vortex_style_fp8``: whether the weights need 8-bit input projections is not known."""
 
 BIONEMO_PROVIDERS = {
     f"bionemo.evo2.models.evo2_provider.{name}": model_size
@@ -113,6 +117,25 @@ class RunConfig:
         """The checkpoint that a fine-tuning run started from."""
         path = (self.sections.get("checkpoint") or {}).get("pretrained_checkpoint")
         return None if path is None else Path(path)
+
+    @property
+    def fp8_was_not_said(self) -> bool:
+        """Whether weights of a size that may need 8-bit input projections were converted without saying if they do."""
+        return (self.sections.get("converted_from") or {}).get("vortex_style_fp8") == NOT_SAID
+
+    @property
+    def fp8_scales(self) -> dict[int, tuple[float, float]]:
+        """Scales of input and weight of 8-bit input projections, by number of the layer from 0; empty if not known."""
+        section = self.sections.get("fp8_scales") or {}
+        try:
+            scales = {int(layer): (float(pair[0]), float(pair[1])) for layer, pair in section.items()}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            scales = {-1: (0.0, 0.0)}
+        if not all(0 < scale < math.inf for pair in scales.values() for scale in pair):
+            raise UserError(
+                f"{self.path}: section 'fp8_scales' is not a table of two numbers above 0 each; the file is damaged"
+            )
+        return scales
 
     def _count(self, name: str) -> int:
         value = self.model.get(name)

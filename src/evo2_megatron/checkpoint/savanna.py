@@ -11,8 +11,10 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from evo2_megatron.architectures import Architecture
+from evo2_megatron.checkpoint.fp8_state import read_scales
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.savanna_files import SavannaFiles
 from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, one_below_another, side_by_side
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FILTER_LENGTH = 128
 _UNUSED = (".filter.t", ".post_attention_layernorm.weight", ".outer_mlp_layernorm.weight")
+_FP8_STATE = "mixer.dense_projection._extra_state"
 _FREQUENCIES = ".rotary_emb.inv_freq"
 _SPLIT_BY_ROWS = re.compile(
     r".*\.(word_embeddings\.weight|final_linear\.weight|mixer\.dense_projection\.weight|mlp\.w[12]\.weight"
@@ -45,7 +48,8 @@ def read_savanna(files: SavannaFiles, architecture: Architecture) -> Weights:
         UserError: A file is damaged or holds something else; tensors are missing, unknown or of another shape.
     """
     source = str(files.ranks[0][0])
-    states = [_state(whole_files(parts), str(parts[0])) for parts in files.ranks]
+    loaded = [_load(whole_files(parts), str(parts[0])) for parts in files.ranks]
+    states = [{name: value for name, value in state.items() if is_weight(name)} for state in loaded]
     state = states[0] if len(states) == 1 else _merged(states, source)
     weights = _without_unused(state, architecture.num_layers)
     has_head = any(name.endswith(".final_linear.weight") for name in weights)
@@ -54,10 +58,12 @@ def read_savanna(files: SavannaFiles, architecture: Architecture) -> Weights:
     for name, tensor in state.items():
         if name.endswith(_FREQUENCIES):
             check_frequencies(tensor, architecture, source=f"{source}: {name}")
-    return Weights(architecture, weights, ours)
+    entries = {i: f"sequential.{i + 2}.{_FP8_STATE}" for i, s in enumerate(architecture.pattern) if s != "*"}
+    # Transformer Engine takes one maximum over all ranks
+    return Weights(architecture, weights, ours, read_scales(loaded[0], entries))
 
 
-def _state(file: JoinedFile, name: str) -> dict[str, StoredTensor]:
+def _load(file: JoinedFile, name: str) -> dict[str, Any]:
     loaded = read_torch_file(file, name)
     state = loaded.get("module", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not state:
@@ -65,7 +71,7 @@ def _state(file: JoinedFile, name: str) -> dict[str, StoredTensor]:
     strange = [key for key, value in state.items() if not isinstance(value, StoredTensor) and is_weight(str(key))]
     if strange:
         raise UserError(f"{name}: {strange[0]!r} is not a tensor; give a Savanna checkpoint of a model")
-    return {key.removeprefix("module."): value for key, value in state.items() if is_weight(key)}
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
 def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[str, StoredTensor]:

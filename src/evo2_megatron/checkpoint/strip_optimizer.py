@@ -46,7 +46,7 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
     kept = kept_tensors(checkpoint)
     copy_tensors(checkpoint, read_index(checkpoint), {name: name for name in kept}, target, on_bytes=on_bytes)
     # the format's description as the checkpoint has it, in place of the one just written
-    for name in (layout.WEIGHTS_FORMAT, layout.TRAIN_STATE, layout.RUN_CONFIG):
+    for name in (layout.WEIGHTS_FORMAT, layout.TRAIN_STATE, layout.RUN_CONFIG, layout.SELF_TEST):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
     if (checkpoint / layout.TOKENIZER).is_dir():

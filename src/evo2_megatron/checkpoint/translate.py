@@ -39,6 +39,9 @@ class Weights(NamedTuple):
     ours: Mapping[str, StoredTensor]
     """The same by our names; dtypes as in the file, except where something was computed."""
 
+    fp8_scales: Mapping[int, tuple[float, float]] = {}
+    """Scales of input and weight of 8-bit input projections, by number of the layer from 0, if the file has them."""
+
 
 class Form(NamedTuple):
     """Both directions take and give tensors in the order of the name table's row."""

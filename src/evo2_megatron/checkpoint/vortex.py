@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from evo2_megatron.architectures import Architecture
+from evo2_megatron.checkpoint.fp8_state import read_scales
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.tensors import StoredTensor, in_memory
 from evo2_megatron.checkpoint.translate import Weights, to_ours, to_theirs
@@ -99,7 +100,8 @@ def from_vortex(state: Mapping[str, Any], architecture: Architecture, *, source:
             values = tensor.read()
             if not (values.isfinite() & (values < 0)).all():
                 raise UserError(f"{source}: {name} has values that are not below 0, so its filters would grow forever")
-    return Weights(architecture, theirs, ours)
+    scales = read_scales(state, {i: f"blocks.{i}.projections._extra_state" for i in _hyena_layers(architecture)})
+    return Weights(architecture, theirs, ours, scales)
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:
@@ -250,6 +252,15 @@ def vortex_config(architecture: Architecture, *, vocab_size: int, fp8_projection
             "rotary_emb_scaling_factor": architecture.position_scale,
         }
     return config
+
+
+def asks_for_fp8(path: Path) -> bool | None:
+    """What Vortex's YAML file says of 8-bit input projections; None: nothing. ``check_config`` goes first."""
+    return yaml.safe_load(path.read_text()).get("use_fp8_input_projections")
+
+
+def _hyena_layers(architecture: Architecture) -> list[int]:
+    return [i for i, symbol in enumerate(architecture.pattern) if symbol != "*"]
 
 
 def _layers(architecture: Architecture, symbol: str) -> list[int]:

@@ -104,6 +104,7 @@ def describe(
     recipe: str,
     iteration: int = 1,
     converted_from: Mapping[str, Any] | None = None,
+    fp8_scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> None:
     """Write what belongs to a checkpoint beside its weights.
 
@@ -114,12 +115,16 @@ def describe(
         recipe: Precision that the model is meant to run in (``config.PRECISION_RECIPES``).
         iteration: Number of training steps behind the weights.
         converted_from: Plain values for ``run_config.yaml`` that say where the weights are from.
+        fp8_scales: See ``RunConfig.fp8_scales``; None or empty: not known.
     """
     megatron.enter()
     read_vocab_size(tokenizer)
     _write_common(folder, iteration)
     shutil.copytree(tokenizer, folder / layout.TOKENIZER)
-    _write_run_config(provider, recipe, folder, converted_from)
+    more = {} if converted_from is None else {"converted_from": dict(converted_from)}
+    if fp8_scales:
+        more["fp8_scales"] = {layer: list(pair) for layer, pair in fp8_scales.items()}
+    _write_run_config(provider, recipe, folder, more)
 
 
 def describe_as(folder: Path, sections: Mapping[str, Any], *, tokenizer: Path, iteration: int) -> None:
@@ -152,7 +157,7 @@ def _write_common(folder: Path, iteration: int) -> None:
 
 
 def _write_run_config(
-    provider: StripedHyenaProvider, recipe: str, folder: Path, converted_from: Mapping[str, Any] | None
+    provider: StripedHyenaProvider, recipe: str, folder: Path, more_sections: Mapping[str, Any]
 ) -> None:
     from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -177,9 +182,9 @@ def _write_run_config(
     )
     path = folder / layout.RUN_CONFIG
     config.to_yaml(str(path))
-    if converted_from is not None:
+    if more_sections:
         with open(path, "a") as file:
-            yaml.safe_dump({"converted_from": dict(converted_from)}, file, sort_keys=False)
+            yaml.safe_dump(dict(more_sections), file, sort_keys=False)
 
 
 def _make_newest(directory: Path, target: Path, iteration: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evo2_megatron.architectures import ARCHITECTURES
-from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
+from evo2_megatron.config import PRECISION_RECIPES, Fp8Choice, ParallelConfig, UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
 
@@ -241,6 +241,29 @@ def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
     return args.vortex_style_fp8
 
 
+def add_fp8_choice(parser: argparse._ActionsContainer) -> None:
+    """Add ``--fp8-emulation`` and ``--allow-precision-mismatch``, read by ``fp8_choice``."""
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--fp8-emulation",
+        action="store_true",
+        help="round inputs and weights of the Hyena input projections to FP8, on any device (default: only with "
+        "hardware for it)",
+    )
+    choice.add_argument(
+        "--allow-precision-mismatch",
+        action="store_true",
+        help="run a checkpoint that asks for FP8 input projections without them (default: refuse)",
+    )
+
+
+def fp8_choice(args: argparse.Namespace) -> Fp8Choice:
+    """What to do about 8-bit input projections."""
+    if args.fp8_emulation:
+        return "emulate"
+    return "allow_mismatch" if args.allow_precision_mismatch else "as_asked"
+
+
 def add_base_checkpoint(parser: argparse._ActionsContainer) -> None:
     """Add ``--base-ckpt-dir``, read as ``base_checkpoint(args)``."""
     parser.add_argument(
@@ -287,8 +310,15 @@ def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = 
         metavar="NAME",
         help="number formats to run the model in (default: bf16_mixed); with fp32, weights are stored in float32",
     )
-    add_vortex_style_fp8(model)
-    add_verify(parser.add_argument_group("checks"))
+    model.add_argument(
+        "--vortex-style-fp8",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model was trained with 8-bit arithmetic in the Hyena input projections, as Arc's 1B, 20B "
+        "and 40B were; the checkpoint then asks to be run so (default: it does not ask)",
+    )
+    checks = parser.add_argument_group("checks")
+    add_verify(checks)
+    add_self_test_numbers(checks)
     add_verbose(parser.add_argument_group("logging"))
     return result
 
@@ -301,7 +331,8 @@ def conversion(args: argparse.Namespace) -> dict[str, Any]:
         "model_size": args.model_size,
         "recipe": precision(args),
         "seq_length": args.seq_length,
-        "vortex_style_fp8": bool(vortex_style_fp8(args)),
+        "vortex_style_fp8": vortex_style_fp8(args),
+        "self_test": self_test(args),
     }
 
 
@@ -312,6 +343,31 @@ def add_verify(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="run source and result on the same sequences in float32 and refuse a result whose logits differ",
     )
+
+
+def add_self_test_numbers(parser: argparse._ActionsContainer) -> None:
+    """Add ``--self-test`` and ``--no-self-test`` of commands that write a checkpoint, read by ``self_test``."""
+    parser.add_argument(
+        "--self-test",
+        action=argparse.BooleanOptionalAction,
+        help="score fixed sequences with the result and store how probable they are, for the --self-test of "
+        "predict_evo2 and infer_evo2; one layer in memory at a time (default: for weights under 2 GB)",
+    )
+
+
+def add_self_test(parser: argparse._ActionsContainer) -> None:
+    """Add ``--self-test`` of commands that run a model, read by ``self_test``."""
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="first score the sequences stored in the checkpoint, and end if the model finds them less or more "
+        "probable than when it was converted",
+    )
+
+
+def self_test(args: argparse.Namespace) -> bool | None:
+    """Whether to; None: the task decides."""
+    return args.self_test
 
 
 def add_verbose(parser: argparse._ActionsContainer) -> None:

@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = parser.add_argument_group("checkpoint")
     checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
     groups.add_base_checkpoint(checkpoint)
+    groups.add_self_test(checkpoint)
     _add_prompts(parser)
     _add_output(parser)
     _add_sampling(parser)
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     precision = parser.add_argument_group("precision and kernels")
     groups.add_precision(precision)
     groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
     groups.add_kernels(precision)
     return parser
 
@@ -89,6 +91,8 @@ def _main(argv: Sequence[str] | None) -> None:
             parallel=groups.parallel(args),
             precision=groups.precision(args),
             base_ckpt_dir=groups.base_checkpoint(args),
+            fp8=groups.fp8_choice(args),
+            with_self_test=groups.self_test(args),
             provider_overrides={name: value for name, value in switches.items() if value is not None},
             output_file=args.output_file,
             output_format=args.output_format,

@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="run base with adapters and the result on the same sequences in float32 and refuse a result whose logits "
         "differ",
     )
+    groups.add_self_test_numbers(result)
     groups.add_verbose(parser)
     return parser
 
@@ -56,5 +57,6 @@ def _merge(argv: Sequence[str] | None) -> None:
         base_ckpt_dir=groups.base_checkpoint(args),
         float32=args.float32,
         verify=args.verify,
+        with_self_test=groups.self_test(args),
     )
     print(written)

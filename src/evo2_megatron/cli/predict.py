@@ -17,11 +17,14 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags; None stands for "not given"."""
     parser = groups.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
-    source.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="sequences, plain or gzip")
+    source.add_argument(
+        "--fasta", type=Path, metavar="FILE", help="sequences, plain or gzip (default: none, with --self-test only)"
+    )
     source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
     groups.add_base_checkpoint(source)
+    groups.add_self_test(source)
     _add_output(parser)
     _add_sequences(parser)
     _add_model(parser)
@@ -29,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     precision = parser.add_argument_group("precision and kernels")
     groups.add_precision(precision)
     groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
     groups.add_kernels(precision)
     _add_launch(parser)
     return parser
@@ -46,6 +50,10 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError("--eden-tokenizer: the tokenizer comes from the checkpoint's folder 'tokenizer'; leave it out")
     if args.log_prob_collapse_option is not None and not args.output_log_prob_seqs:
         raise UserError("--log-prob-collapse-option says how to report log-probabilities; add --output-log-prob-seqs")
+
+    if args.fasta is None:
+        _self_test_alone(args)
+        return
 
     # torch loads here, so --help stays instant
     from evo2_megatron.tasks.predict import check_launch, predict
@@ -82,10 +90,32 @@ def _main(argv: Sequence[str] | None) -> None:
             seq_len_interpolation_factor=args.seq_len_interpolation_factor,
             vortex_style_fp8=groups.vortex_style_fp8(args),
             use_subquadratic_ops=groups.use_subquadratic_ops(args),
+            fp8=groups.fp8_choice(args),
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
         base_ckpt_dir=groups.base_checkpoint(args),
+        with_self_test=groups.self_test(args),
+    )
+
+
+def _self_test_alone(args: argparse.Namespace) -> None:
+    if not groups.self_test(args):
+        raise UserError("the following arguments are required: --fasta (or --self-test, to check the model alone)")
+
+    from evo2_megatron.tasks import self_test
+
+    switches = {
+        "vortex_style_fp8": groups.vortex_style_fp8(args),
+        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
+    }
+    self_test.run(
+        args.ckpt_dir,
+        parallel=groups.parallel(args),
+        precision=groups.precision(args),
+        provider_overrides={name: value for name, value in switches.items() if value is not None},
+        base_ckpt_dir=groups.base_checkpoint(args),
+        fp8=groups.fp8_choice(args),
     )
 
 

@@ -78,6 +78,12 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
     fp16_lm_cross_entropy: bool = False
     use_subquadratic_ops: bool = False
     vortex_style_fp8: bool = False
+    """The model was trained with 8-bit input projections in its Hyena layers and asks to be run so; see
+    ``checkpoint.precision_contract``."""
+
+    fp8_emulation: bool = False
+    """Round what goes into these projections to 8 bits, with ordinary matrix products (see ``model.fp8_linear``)."""
+
     restore_modelopt_state: bool = False
     hf_model_id: str | None = None
 
@@ -159,8 +165,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             )
         if self.vortex_style_fp8:
             raise UserError(
-                "FP8 input projections are not available yet: leave --vortex-style-fp8 out, or choose a checkpoint "
-                "that was not made with it"
+                "vortex_style_fp8: FP8 input projections by hardware are not available yet; set fp8_emulation in its "
+                "place, or load the checkpoint with checkpoint.load.load_model, which knows the alternatives"
             )
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:

@@ -117,10 +117,14 @@ class RMSNormColumnLinear(ColumnLinear):
         self.return_layernorm_output = False
         """Return ``((output, normalised input), bias)``, as Transformer Engine's layer does for LoRA."""
 
-    def forward(self, x_LBH: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+    def forward(self, x_LBH: Tensor) -> tuple[Any, Tensor | None]:
         norm_LBH = rms_norm(x_LBH, self.layer_norm_weight, self.config.layernorm_epsilon)
-        output, bias = super().forward(norm_LBH, *args, **kwargs)
+        output, bias = self.product(norm_LBH)
         return ((output, norm_LBH), bias) if self.return_layernorm_output else (output, bias)
+
+    def product(self, norm_LBH: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What follows the norm."""
+        return super().forward(norm_LBH, weight)
 
 
 def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, dropout: float = 0.0) -> Tensor:

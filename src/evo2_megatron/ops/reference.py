@@ -5,6 +5,8 @@ Shape legend: B batch, D channels, E = 3D interleaved rows, L tokens, K taps, P 
 Every function works in the dtype it is given (float64 for ground truth) and is differentiable.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -93,3 +95,24 @@ def zigzag_order_ref(num_ranks: int) -> list[int]:
 def to_upper_ref(ids: list[int]) -> list[int]:
     """Upper case of the ASCII letters; every other id unchanged."""
     return [ord(chr(i).upper()) if i < 128 else i for i in ids]
+
+
+def e4m3_values() -> list[float]:
+    """All finite values of e4m3 that are not negative, ascending: the definition, by exponent and mantissa."""
+    subnormal = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
+    normal = [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
+    return subnormal + normal[:-1]  # the last pattern of bits stands for NaN
+
+
+def round_to_e4m3_ref(x: Tensor) -> Tensor:
+    """Element by element: the nearest of ``e4m3_values``, of two the one with the even mantissa; at most 448."""
+    values = e4m3_values()
+
+    def rounded(number: float) -> float:
+        if number != number:
+            return number
+        magnitude = min(abs(number), values[-1])
+        nearest = min(range(len(values)), key=lambda i: (abs(values[i] - magnitude), i % 2))
+        return math.copysign(values[nearest], number)
+
+    return torch.tensor([rounded(number) for number in x.double().flatten().tolist()], dtype=x.dtype).view(x.shape)

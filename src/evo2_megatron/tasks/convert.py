@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evo2_megatron.architectures import Architecture, architecture
+from evo2_megatron.architectures import FP8_SENSITIVE, Architecture, architecture
 from evo2_megatron.checkpoint import distcp, names, nemo2, write
+from evo2_megatron.checkpoint.run_config import NOT_SAID
 from evo2_megatron.checkpoint.savanna import read_savanna
 from evo2_megatron.checkpoint.savanna_files import find_savanna_files
 from evo2_megatron.checkpoint.tensors import StoredTensor, WholeTensors, as_dtype
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files
 from evo2_megatron.checkpoint.translate import Format, Weights, rounded_like
-from evo2_megatron.checkpoint.vortex import check_config, from_vortex
+from evo2_megatron.checkpoint.vortex import asks_for_fp8, check_config, from_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.transfer import check_space, disk_errors, moving
 from evo2_megatron.tasks.verify_logits import check_memory, verify_checkpoint
 
@@ -52,8 +54,12 @@ class Result:
     seq_length: int | None = None
     """Longest sequence in tokens; None: that of the model size."""
 
-    vortex_style_fp8: bool = False
-    """The model was trained with 8-bit input projections and is meant to run so."""
+    vortex_style_fp8: bool | None = None
+    """The model was trained with 8-bit input projections and is meant to run so. None: not said; then the checkpoint
+    does not ask for it, and for sizes whose published weights need it, says that nobody said."""
+
+    self_test: bool | None = None
+    """Score fixed sequences and store the result for ``--self-test``; None: if the weights are small."""
 
 
 def savanna_to_mbridge(
@@ -101,6 +107,7 @@ def vortex_to_mbridge(source: Path, result: Result, *, config: Path | None = Non
     model = architecture(result.model_size)
     if config is not None:
         model = check_config(config, model)
+        _check_fp8_said(config, result)
     if not source.is_file():
         raise UserError(f"--vortex-ckpt-path {source} is no file; give Vortex's .pt file")
     state = read_torch_file(whole_files([source]), str(source))
@@ -155,6 +162,30 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
     return _write(fill, sizes, model, rows, result, origin, check if verify else None)
 
 
+def _check_fp8_said(config: Path, result: Result) -> None:
+    """Vortex's files of all published models ask for 8 bits; where it matters, the user has to choose."""
+    if result.vortex_style_fp8 is None and result.model_size in FP8_SENSITIVE and asks_for_fp8(config):
+        raise UserError(
+            f"{config} says that this {result.model_size} was trained with 8-bit input projections "
+            "(use_fp8_input_projections); give --vortex-style-fp8 so that the checkpoint says so, or "
+            "--no-vortex-style-fp8 if it was trained on in 16 bits"
+        )
+
+
+def _fp8_not_said(result: Result, has_scales: bool) -> bool:
+    """Whether it matters that nobody said how the input projections were trained; warns if so."""
+    if result.vortex_style_fp8 is not None or result.model_size not in FP8_SENSITIVE:
+        return False
+    logger.warning(
+        "Arc's weights of %s need 8-bit input projections%s, and their predictions are worse without. Convert again "
+        "with --vortex-style-fp8 if these are Arc's, so that the checkpoint says so, or with --no-vortex-style-fp8 if "
+        "they were trained on in 16 bits",
+        result.model_size,
+        " (and the source has FP8 state)" if has_scales else "",
+    )
+    return True
+
+
 def _check_before(result: Result, verify: bool) -> None:
     """What can be wrong before anything large is read or downloaded."""
     write.check_new(result.directory)
@@ -191,7 +222,8 @@ def _write_tensors(
         unrounded = WholeTensors(weights.theirs) if is_rounded else None
         verify_checkpoint(partial, WholeTensors(source), weights.architecture, names=format, unrounded=unrounded)
 
-    return _write(fill, sizes, weights.architecture, rows, result, origin, check if verify else None)
+    checks = check if verify else None
+    return _write(fill, sizes, weights.architecture, rows, result, origin, checks, weights.fp8_scales)
 
 
 def _warn_of_rounding(ours: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
@@ -219,6 +251,7 @@ def _write(
     result: Result,
     origin: Mapping[str, Any],
     check: Callable[[Path], None] | None,
+    fp8_scales: Mapping[int, tuple[float, float]] = {},
 ) -> Path:
     tokens = read_vocab_size(result.tokenizer)
     if tokens != rows:
@@ -227,6 +260,9 @@ def _write(
             f"cutting or padding them would change the model; give a tokenizer of {rows} tokens, such as "
             f"tokenizers/nucleotide_fast_tokenizer_{rows}, with --tokenizer-path"
         )
+    origin = {**origin, "model_size": result.model_size}
+    if _fp8_not_said(result, bool(fp8_scales)):
+        origin["vortex_style_fp8"] = NOT_SAID
     with disk_errors(), write.new_checkpoint(result.directory) as partial:
         check_space(partial, sum(sizes))
         # first, so that what it could refuse is refused before the long part
@@ -235,10 +271,13 @@ def _write(
             _provider(model, rows, result),
             tokenizer=result.tokenizer,
             recipe=result.recipe,
-            converted_from=dict(origin, model_size=result.model_size),
+            converted_from=origin,
+            fp8_scales=fp8_scales,
         )
         with moving(len(sizes), sum(sizes)) as on_bytes:
             fill(partial, on_bytes)
+        if self_test.wants_numbers(result.self_test, sum(sizes)):
+            self_test.store(partial, model)
         if check is not None:
             check(partial)
     return result.directory / write.layout.iteration_name(1)
@@ -254,7 +293,7 @@ def _provider(model: Architecture, rows: int, result: Result) -> StripedHyenaPro
         "add_bias_output": model.output_bias,
         "rotary_base": model.rotary_base,
         "seq_len_interpolation_factor": model.position_scale,
-        "vortex_style_fp8": result.vortex_style_fp8,
+        "vortex_style_fp8": bool(result.vortex_style_fp8),
         "seq_length": result.seq_length or model.max_tokens,
     }
     return provider_for(result.model_size, **changed)

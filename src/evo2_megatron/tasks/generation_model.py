@@ -16,9 +16,10 @@ from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import find_tokenizer, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed
+from evo2_megatron.tasks import self_test
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -73,20 +74,23 @@ def running_model(
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
+    fp8: Fp8Choice = "as_asked",
+    with_self_test: bool = False,
 ) -> Iterator[StripedHyenaModel]:
     """The model of a checkpoint in evaluation mode, inside process groups that end with the block.
 
     Args:
         checkpoint: From ``find_checkpoint``.
         parallel: Tensor and pipeline sizes.
-        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides``.
+        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides`` and ``fp8``.
+        with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
         UserError: The layout or the checkpoint does not allow it.
     """
     check_layout(parallel)
     with distributed.process_groups(parallel):
-        model = _load(checkpoint, parallel, precision, provider_overrides)
+        model = _load(checkpoint, parallel, precision, provider_overrides, fp8, with_self_test)
         log_memory("After model setup")
         yield model
         log_memory("After generation")
@@ -97,6 +101,8 @@ def _load(
     parallel: ParallelConfig,
     precision: str | None,
     overrides: Mapping[str, Any] | None,
+    fp8: Fp8Choice,
+    with_self_test: bool,
 ) -> StripedHyenaModel:
     # one token cannot be split over processes
     parallel = dataclasses.replace(parallel, sequence_parallel=False)
@@ -106,7 +112,10 @@ def _load(
         precision=precision,
         provider_overrides=overrides,
         base_ckpt_dir=None if checkpoint.base == checkpoint.path else checkpoint.base,
+        fp8=fp8,
     )
+    if with_self_test:
+        self_test.check(loaded)
     from megatron.core.utils import unwrap_model
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out

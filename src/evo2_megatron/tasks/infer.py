@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks import records as record_files
@@ -125,6 +125,8 @@ def infer(
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
+    fp8: Fp8Choice = "as_asked",
+    with_self_test: bool = False,
     output_file: Path | None = None,
     output_format: str | None = None,
     include_prompt: bool = False,
@@ -141,7 +143,8 @@ def infer(
         max_seq_length: Longest prompt with its new tokens. None: what the checkpoint was trained for and the caches of
             a batch have memory for.
         parallel: Tensor and pipeline sizes.
-        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides`` and ``base_ckpt_dir``.
+        precision: As for ``checkpoint.load.load_model``, like ``provider_overrides``, ``base_ckpt_dir`` and ``fp8``.
+        with_self_test: Compare the model with the numbers stored in its checkpoint before it generates.
         output_file: For the records.
         output_format: One of ``records.FORMATS``; None: by the suffix of ``output_file``.
         include_prompt: In FASTA and text, the prompt stands before the completion.
@@ -160,11 +163,9 @@ def infer(
     speaks = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_output(work, output_file, output_format, include_prompt))
-        model = stack.enter_context(
-            running_model(
-                work.checkpoint, parallel=parallel, precision=precision, provider_overrides=provider_overrides
-            )
-        )
+        how = {"precision": precision, "provider_overrides": provider_overrides, "fp8": fp8}
+        running = running_model(work.checkpoint, parallel=parallel, with_self_test=with_self_test, **how)
+        model = stack.enter_context(running)
         work.check_memory(model)
         return _run(model, work, file, on_record if speaks else None, on_piece if speaks else None)
 
@@ -180,6 +181,8 @@ def stream(
     precision: str | None = None,
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
+    fp8: Fp8Choice = "as_asked",
+    with_self_test: bool = False,
 ) -> Iterator[Piece]:
     """As ``infer``, but give each character as soon as it is certain; every process of the job iterates.
 
@@ -194,7 +197,12 @@ def stream(
 
     def pieces() -> Iterator[Piece]:
         with running_model(
-            work.checkpoint, parallel=parallel, precision=precision, provider_overrides=provider_overrides
+            work.checkpoint,
+            parallel=parallel,
+            precision=precision,
+            provider_overrides=provider_overrides,
+            fp8=fp8,
+            with_self_test=with_self_test,
         ) as model:
             work.check_memory(model)
             for batch in work.batches():

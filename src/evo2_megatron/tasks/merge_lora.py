@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.adapter import base_checkpoint, merged_tensors
 from evo2_megatron.checkpoint.load import find_tokenizer, load_model
-from evo2_megatron.checkpoint.run_config import read_run_config
+from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.checkpoint.write import describe_as, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.distributed import process_groups
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.transfer import check_space, disk_errors, moving
 from evo2_megatron.tasks.verify_logits import LENGTHS, compare, random_dna
 
@@ -34,6 +36,7 @@ def merge_lora(
     base_ckpt_dir: Path | None = None,
     float32: bool = False,
     verify: bool = False,
+    with_self_test: bool | None = None,
 ) -> Path:
     """Write a checkpoint with ``W + alpha / dim * B A`` in place of every adapted matrix W.
 
@@ -46,6 +49,8 @@ def merge_lora(
         base_ckpt_dir: Where the base is now; None: where it was in training.
         float32: Store the merged matrices in float32, so that they are not rounded.
         verify: Compare the logits of the result with those of base and adapters, in float32.
+        with_self_test: Score fixed sequences and store the result for ``--self-test``; None: if the weights are
+            small.
 
     Returns:
         The folder of the new checkpoint.
@@ -70,10 +75,18 @@ def merge_lora(
             distcp.write_tensors(tensors, folder, on_bytes=on_bytes)
         sections = {**run_config.sections, "peft": None, **origin}
         describe_as(folder, sections, tokenizer=tokenizer, iteration=iteration)
+        if self_test.wants_numbers(with_self_test, total):
+            self_test.store(folder, _architecture(run_config))
         if verify:
             exact = float32 or all(tensor.dtype == torch.float32 for tensor in tensors.values())
             _verify(checkpoint, base, folder, exact=exact)
     return target / checkpoint.name
+
+
+def _architecture(run_config: RunConfig) -> Architecture:
+    from evo2_megatron.model.provider import architecture_of
+
+    return architecture_of(run_config.provider())
 
 
 def _verify(checkpoint: Path, base: Path, merged: Path, *, exact: bool) -> None:
@@ -88,6 +101,10 @@ def _verify(checkpoint: Path, base: Path, merged: Path, *, exact: bool) -> None:
 def _logits(checkpoint: Path, base: Path | None, batches: list[Tensor]) -> list[Tensor]:
     one = ParallelConfig()
     with process_groups(one), torch.inference_mode():
-        model = load_model(checkpoint, parallel=one, precision="fp32", base_ckpt_dir=base).model
+        # how a model is meant to be run is not what is being checked
+        overrides = {"vortex_style_fp8": False}
+        model = load_model(
+            checkpoint, parallel=one, precision="fp32", provider_overrides=overrides, base_ckpt_dir=base
+        ).model
         device = next(model.parameters()).device
         return [model(tokens_BL.to(device)).float().cpu() for tokens_BL in batches]

@@ -24,7 +24,7 @@ from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks import prediction_parts
+from evo2_megatron.tasks import prediction_parts, self_test
 from evo2_megatron.tasks.batching import Backoff, plan_batches
 from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
@@ -55,6 +55,7 @@ def predict(
     parallel: ParallelConfig = ParallelConfig(),
     precision: str | None = None,
     base_ckpt_dir: Path | None = None,
+    with_self_test: bool = False,
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
@@ -66,13 +67,12 @@ def predict(
     Args:
         fasta: Sequences, plain or gzip.
         ckpt_dir: A Megatron Bridge checkpoint, or a folder of iterations.
-        output: What to compute.
-        files: What to write.
-        sequences: How to batch.
+        output, files, sequences: What to compute, what to write, how to batch.
         changes: Settings of the model that replace the checkpoint's.
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
         precision: Recipe of the number formats; None: the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
+        with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
@@ -89,21 +89,29 @@ def predict(
     _check_lengths(dataset, sequences.max_seq_length or _position_range(run_config, changes))
     _check_window(dataset, output, int(sequences.prepend_bos))
     with distributed.process_groups(parallel, seed=run_config.seed):
-        loaded = load_model(
+        loaded = _load(
             checkpoint,
+            with_self_test,
             parallel=parallel,
             precision=precision,
             provider_overrides=changes.overrides(pattern[: layers[-1] + 1] if layers else pattern),
             base_ckpt_dir=base_ckpt_dir,
+            fp8=changes.fp8,
         )
         _log_setup(loaded, output, len(pattern), dataset)
         run = _Prediction(loaded, dataset, output, files, sequences, layers)
         if files.output_dir is None:
-            run.compute()
-            return
-        facts = {"output": output, "sequences": sequences, "changes": changes, "parallel": parallel}
-        settings = as_json(facts) | {"fasta": str(fasta), "fasta_sha256": prediction_parts.sha256_of_file(fasta)}
+            return run.compute()
+        settings = as_json({"output": output, "sequences": sequences, "changes": changes, "parallel": parallel})
+        settings |= {"fasta": str(fasta), "fasta_sha256": prediction_parts.sha256_of_file(fasta)}
         run.compute_and_write(settings, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
+
+
+def _load(checkpoint: Path, with_self_test: bool, **settings: Any) -> LoadedModel:
+    loaded = load_model(checkpoint, **settings)
+    if with_self_test:
+        self_test.check(loaded)
+    return loaded
 
 
 def check_launch(*, num_nodes: int | None, devices: int | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from evo2_megatron.checkpoint.run_config import RunConfig
-from evo2_megatron.config import UserError
+from evo2_megatron.config import Fp8Choice, UserError
 
 CHUNK_LENGTH = 65_536
 """Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
@@ -120,6 +120,8 @@ class ModelChanges:
 
     vortex_style_fp8: bool | None = None
     use_subquadratic_ops: bool | None = None
+    fp8: Fp8Choice = "as_asked"
+    """What to do about 8-bit input projections."""
 
     def pattern(self, run_config: RunConfig) -> str:
         """Pattern of the layers to keep."""

@@ -37,6 +37,8 @@ class _Layer(NamedTuple):
     filter: Callable[[int], Tensor] | None = None
     """Number of tokens: filter of every group or channel by lag, [groups, up to L]."""
     skip: Tensor | None = None
+    input_scale: float | None = None
+    """What the projection's input is multiplied by before it is rounded to 8 bits; None: it is not rounded."""
 
 
 class _Reader:
@@ -173,6 +175,7 @@ def reference_logits(
     *,
     names: Names,
     norm: Literal["megatron", "vortex"] = "megatron",
+    fp8_scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> list[Tensor]:
     """Logits of whole sequences, float32 with convolutions in float64.
 
@@ -182,6 +185,8 @@ def reference_logits(
         batches: Tokens [B, L], all of which go through a layer before the next is read.
         names: The format.
         norm: Where RMSNorm adds its epsilon: to the mean square, as Megatron does, or to its root, as Vortex does.
+        fp8_scales: Round inputs and weights of the Hyena input projections to 8 bits, with these scales by number of
+            the layer, and a scale of 1 for others; None: do not round.
 
     Returns:
         For each batch, logits [B, L, V].
@@ -191,6 +196,9 @@ def reference_logits(
     streams = [table[tokens_BL] for tokens_BL in batches]
     for i, symbol in enumerate(architecture.pattern):
         layer = _LAYERS[names](weights, i, symbol)
+        if fp8_scales is not None and symbol != "*":
+            input_scale, weight_scale = fp8_scales.get(i, (1.0, 1.0))
+            layer = layer._replace(projection=_in_8_bits(layer.projection, weight_scale), input_scale=input_scale)
         mix = _attention if symbol == "*" else _hyena
         for j, x_BLH in enumerate(streams):
             y_BLH = mix(layer, _rms_norm(x_BLH, layer.norm, norm), architecture)
@@ -222,7 +230,13 @@ def _convolve(x_BLD: Tensor, by_lag_DK: Tensor) -> Tensor:
     return torch.fft.irfft(product, length, dim=1)[:, : x_BLD.shape[1]]
 
 
+def _in_8_bits(x: Tensor, scale: float) -> Tensor:
+    return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale
+
+
 def _hyena(layer: _Layer, x_BLH: Tensor, architecture: Architecture) -> Tensor:
+    if layer.input_scale is not None:
+        x_BLH = _in_8_bits(x_BLH, layer.input_scale)
     rows = _convolve(F.linear(x_BLH, layer.projection), layer.input_taps.flip(1).double())
     # three neighbouring rows per channel
     post_gate, pre_gate, value = rows.unflatten(-1, (-1, 3)).unbind(-1)

@@ -11,7 +11,8 @@ import torch
 
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed
-from evo2_megatron.tasks.prediction_runner import Output, Runner
+from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.prediction_settings import Output
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule

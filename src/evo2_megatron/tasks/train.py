@@ -151,6 +151,11 @@ def _with_defaults_of(start: Start, options: TrainingOptions, given: dict[str, A
                 f"the tokenizer in {options.tokenizer} has {tokens} tokens, the model in {checkpoint} {rows}; leave "
                 "--hf-tokenizer-model-path out to use the checkpoint's"
             )
+    if run_config.model.get("vortex_style_fp8") and not start.resumes:
+        logger.warning(
+            "%s was trained with FP8 input projections; training goes on without them, for a model that needs none: "
+            "expect a high loss at first", checkpoint,
+        )  # fmt: skip
     if options.precision is None:
         options = replace(options, precision=run_config.recipe() or _recipe_of_values(checkpoint))
     return options

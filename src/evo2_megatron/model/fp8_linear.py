@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hyena input projection with both operands rounded to 8 bits, on any device, by ordinary matrix products.
+
+``y = round(norm(x) * s_x) round(W * s_w)^T / (s_x * s_w)``, with fixed scales s_x and s_w. They are fixed in
+Transformer Engine's delayed scaling, too, when no gradients are computed. A scale made from the tensor at hand would
+let a score depend on what else is in its batch, on padding and on how a sequence is cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evo2_megatron.model.torch_modules import RMSNormColumnLinear
+from evo2_megatron.ops.fp8 import remaining_factor, round_scaled
+
+
+class Scales(NamedTuple):
+    """Factors that take the operands of one layer's projection into the range of e4m3, both above 0."""
+
+    input: float = 1.0
+    weight: float = 1.0
+
+
+class E4M3ColumnLinear(RMSNormColumnLinear):
+    """``RMSNormColumnLinear`` whose matrix product sees nothing but e4m3 values; sums and output as without."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.bias is None
+        self.scales = Scales()
+        self._weight_is_rounded = False
+
+    def product(self, norm_LBH: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight if self._weight_is_rounded else round_scaled(self.weight, self.scales.weight)
+        y_LBE, bias = super().product(round_scaled(norm_LBH, self.scales.input), weight)
+        factor = remaining_factor(self.scales.input) * remaining_factor(self.scales.weight)
+        return (y_LBE if factor == 1.0 else y_LBE * factor), bias
+
+    @torch.no_grad()
+    def round_weight(self) -> None:
+        """Round the weight itself, once, for a model that will not be trained; the output stays the same."""
+        self.weight.copy_(round_scaled(self.weight, self.scales.weight))
+        self._weight_is_rounded = True
+
+
+def fix_projections(model: torch.nn.Module, scales: Mapping[int, Scales]) -> None:
+    """Give the rounded projections of a loaded model their scales, and round their weights for good.
+
+    Args:
+        model: With ``decoder.layers``, of which this process may have some only; adapters may wrap a projection.
+        scales: By number of the layer, counted from 0; layers without keep a scale of 1.
+    """
+    for layer in model.decoder.layers:
+        for module in layer.modules():
+            if isinstance(module, E4M3ColumnLinear):
+                module.scales = scales.get(layer.layer_number - 1, Scales())
+                module.round_weight()
