@@ -70,8 +70,7 @@ def predict(
         output, files, sequences: What to compute, what to write, how to batch.
         changes: Settings of the model that replace the checkpoint's.
         parallel: Sizes of the layout; the rest of the processes are copies of the model.
-        precision: Recipe of the number formats; None: the checkpoint's.
-        base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
+        precision, base_ckpt_dir: Recipe of number formats; where LoRA's base is now. None: as in the checkpoint.
         with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
