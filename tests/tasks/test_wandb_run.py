@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from evo2_megatron.config import UserError
@@ -13,7 +15,7 @@ def nobody(monkeypatch, tmp_path):
     """Nobody is logged in and nobody can be asked."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr("sys.stdin", open("/dev/null"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.setenv(name, "")  # so that what the test leaves is undone
         monkeypatch.delenv(name)

@@ -14,7 +14,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 
 class TorchProfile(Callback):
-    """Records the steps after ``start`` up to ``end``, as ``--nsys-profiling`` does, those of them that are still ahead.
+    """Records the steps after ``start`` up to ``end``, as ``--nsys-profiling`` does: those that are still ahead.
 
     The steps are one trace; it is written at the end of the last of them, or of the run.
     """
