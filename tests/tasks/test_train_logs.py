@@ -126,13 +126,12 @@ def test_weights_and_biases_gets_what_tensorboard_gets(sent, scalars):
 
 
 def test_profile(logs):
-    """Steps 2 and 3, of a run that had been told to stop after the latter; and not again when it went on."""
+    """Steps 2 and 3, of a run that had been told to stop after the latter; and nothing when it went on."""
     (trace,) = (logs[0] / "tb_logs").glob("rank0.*.pt.trace.json")
     events = json.loads(trace.read_text())["traceEvents"]
     assert any(event.get("name") == "aten::mm" or event.get("name") == "aten::addmm" for event in events)
     steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#")]
     assert len(steps) == 2
-    assert "profiled, are done: no profile" not in logs[1][0].text
 
 
 def test_straggler_table(logs):
