@@ -124,9 +124,7 @@ def read_pieces(
             header, body_at = None, 0
             header_at = find_header(data, 0, at_line_start)
             while header_at >= 0:
-                bases = data[body_at:header_at].replace(b"\n", b"")
-                if messy or b" " in bases:
-                    bases = strip_lines(data[body_at:header_at], at_line_start)
+                bases = _join_lines(data[body_at:header_at], at_line_start, messy)
                 if header is not None or bases:
                     yield header, bases
                 line_end = data.find(b"\n", header_at)
@@ -145,7 +143,7 @@ def read_pieces(
 
             rest = data[body_at:]
             body = rest.rstrip()  # a line's trailing space can only be told from inner space by what follows
-            bases = strip_lines(body, at_line_start)
+            bases = _join_lines(body, at_line_start, messy)
             if header is not None and not bases and not ended:  # a record's first piece must not be empty by accident
                 data = data[last_header_at:] + block
                 continue
@@ -153,6 +151,12 @@ def read_pieces(
                 yield header, bases
             at_line_start = at_line_start and not body
             data = rest[len(body) :] + block
+
+
+def _join_lines(lines: bytes, at_line_start: bool, messy: bool) -> bytes:
+    """``strip_lines`` for who knows whether there are tabs or carriage returns."""
+    bases = lines.replace(b"\n", b"")
+    return strip_lines(lines, at_line_start) if messy or b" " in bases else bases
 
 
 def _split_tidy(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
