@@ -160,7 +160,8 @@ LANDS = [
     ("--wandb-project p --wandb-entity e", "logger.wandb_entity", "e"),
     ("--wandb-project p --wandb-run-name n", "logger.wandb_exp_name", "n"),
     ("--wandb-project p --result-dir /r --experiment-name e", "logger.wandb_save_dir", "/r/e"),
-    ("--torch-profiling --nsys-start-step 2 --nsys-end-step 4", "profiling.use_pytorch_profiler", True),
+    ("--torch-profiling", "profiling.use_nsys_profiler", False),
+    ("--nsys-profiling", "profiling.nvtx_ranges", True),
     ("--debug", "logger.logging_level", 10),
     ("--nsys-profiling", "profiling.use_nsys_profiler", True),
     ("--nsys-profiling --nsys-start-step 3", "profiling.profile_step_start", 3),
@@ -177,7 +178,7 @@ def test_flags_land_in_the_configuration(config_of, argv, path, expected):
 
 def test_every_flag_is_in_the_table():
     # finetune-ckpt-dir acts on the weights, see test_train.py; bf16-main-grads is below; see test_train_logs.py
-    elsewhere = {"--wandb-offline", "--peak-tflops"} | {
+    elsewhere = {"--wandb-offline", "--peak-tflops", "--log-straggler"} | {
         "--help",
         "--mock-data",
         "--sequence-parallel",

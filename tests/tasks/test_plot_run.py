@@ -30,10 +30,12 @@ def test_steps_done_again_after_a_restart(tmp_path):
     assert read_curves(tmp_path / "tb_logs").keys() == {"lm loss", "lm loss validation", "learning-rate", "grad-norm"}
 
 
-@pytest.mark.parametrize("size, expected", [(1, [4, 2, 6, 0]), (2, [4, 3, 4, 3]), (9, [4, 3, 4, 3])])
+@pytest.mark.parametrize(
+    "size, expected", [(1, [4, 2, 6, 0]), (2, [3, 4, 3, 0]), (3, [3, 4, 8 / 3, 3]), (9, [3, 3, 3, 3])]
+)
 def test_smoothing(size, expected):
     curve = Curve(np.arange(4), np.array([4.0, 2.0, 6.0, 0.0])).smoothed(size)
-    assert curve.values.tolist() == expected
+    assert curve.values.tolist() == pytest.approx(expected)
 
 
 def test_picture(tmp_path, capsys):
@@ -67,3 +69,20 @@ def test_nothing_to_draw(tmp_path, capsys):
     assert ending.value.code == 2 and not (tmp_path / "x.png").exists()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "has no loss curve" in error
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    run = write_run(tmp_path / "run", [5.0, 4.0])
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "x.png", tmp_path / "run"):
+        with pytest.raises(UserError, match=f"cannot write {output}: .*; choose another --output"):
+            plot_runs([run], output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_files_that_are_broken(tmp_path):
+    write_run(tmp_path, [5.0, 4.0, 3.0])
+    (events,) = (tmp_path / "tb_logs").iterdir()
+    events.write_bytes(b"\0" * events.stat().st_size)
+    with pytest.raises(UserError, match="has no loss curve"):
+        read_curves(tmp_path)

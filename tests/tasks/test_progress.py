@@ -68,7 +68,8 @@ def test_utilisation(started):
 
     started.step(1.0)
     assert "utilisation" not in started.run.rates()
-    assert [tag for tag, _, _ in started.context.state.scalars] == ["throughput/tokens-per-second"]
+    tags = ["throughput/tokens-per-second", "throughput/tokens-per-second/device"]
+    assert [tag for tag, _, _ in started.context.state.scalars] == tags
     started.run = TrainingProgress(bar=False, peak_tflops=1.0)
     started.run.on_train_start(started.context)
     started.run.on_train_step_start(started.context)
@@ -77,6 +78,17 @@ def test_utilisation(started):
     assert " model FLOP utilisation: 3.2 % |" in started.run.rates()
     tag, value, step = started.context.state.scalars[-1]
     assert (tag, step) == ("throughput/mfu", 5) and value == pytest.approx(0.032)
+
+
+def test_tokens_per_second_and_process(started, monkeypatch):
+    from evo2_megatron.tasks import progress
+
+    monkeypatch.setattr(progress, "world_size", lambda: 4)
+    started.step(2.0)
+    assert (
+        " tokens per second: 32.0 | time left: 0:00:12 | tokens per second and process: 8.0 |" in started.run.rates()
+    )
+    assert started.context.state.scalars[-1] == ("throughput/tokens-per-second/device", 8.0, 4)
 
 
 def test_time_left_counts_pauses_but_not_the_first_step(started):

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=groups.positive_int,
         default=1,
         metavar="N",
-        help="draw the mean over N logged steps (default: 1)",
+        help="draw the mean over N logged steps, half before and half after (default: 1)",
     )
     return parser
 

@@ -293,13 +293,14 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--wandb-offline", "keep it in the run's folder, for wandb sync to send later")
     _value(group, "--peak-tflops", float, "of one device, for model FLOP utilisation (default: the GPU's data sheet)")
     _switch(group, "--debug", "show everything that Megatron prints and logs")
+    _switch(group, "--log-straggler", "time each process's forward passes; the slowest go to stragglers.tsv")
     _switch(
         group, "--torch-profiling", "trace the steps to profile with PyTorch's profiler, for TensorBoard or Perfetto"
     )
     _switch(group, "--nsys-profiling", "mark the steps to profile for NVIDIA Nsight Systems")
-    _value(group, "--nsys-start-step", int, "first step to profile, either way (default: 0)")
-    _value(group, "--nsys-end-step", int, "step to end with (default: two after the start)")
-    group.add_argument("--nsys-ranks", type=int, nargs="+", metavar="RANK", help="(default: 0)")
+    _value(group, "--nsys-start-step", int, "steps done before the first to profile (default: 0)")
+    _value(group, "--nsys-end-step", int, "last step to profile (default: two after the start)")
+    group.add_argument("--nsys-ranks", type=int, nargs="+", metavar="RANK", help="processes to profile (default: 0)")
 
 
 def _logging_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,6 +313,7 @@ def _logging_options(args: argparse.Namespace) -> dict[str, Any]:
         "wandb_offline": args.wandb_offline,
         "peak_tflops": args.peak_tflops,
         "debug": args.debug,
+        "log_straggler": args.log_straggler,
         "torch_profiling": args.torch_profiling,
         "nsys_profiling": args.nsys_profiling,
         "nsys_start_step": args.nsys_start_step,

@@ -145,16 +145,23 @@ class TrainingOptions:
     wandb_offline: bool = False
     peak_tflops: float | None = None  # None: known GPUs' by their names
     debug: bool = False
+    log_straggler: bool = False
     torch_profiling: bool = False
     nsys_profiling: bool = False
     nsys_start_step: int = 0
-    nsys_end_step: int | None = None  # None: two after the start
+    nsys_end_step: int | None = None  # None: see profiled_steps
     nsys_ranks: list[int] = field(default_factory=lambda: [0])
 
     @property
     def run_dir(self) -> Path:
         """Absolute folder of everything that the run writes."""
         return (self.result_dir / self.experiment_name).absolute()
+
+    @property
+    def profiled_steps(self) -> tuple[int, int]:
+        """Steps done when a profile begins and when it ends; without an end, two steps."""
+        start, end = self.nsys_start_step, self.nsys_end_step
+        return start, start + 2 if end is None else end
 
     @property
     def checkpoint_dir(self) -> Path:

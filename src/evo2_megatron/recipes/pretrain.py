@@ -277,14 +277,14 @@ def _checkpoint(options: TrainingOptions) -> CheckpointConfig:
 
 
 def _profiling(options: TrainingOptions) -> ProfilingConfig:
-    end = options.nsys_end_step
+    """Nsight Systems alone: see ``tasks.torch_profile`` about PyTorch's profiler."""
+    start, end = options.profiled_steps
     return ProfilingConfig(
         use_nsys_profiler=options.nsys_profiling,
-        use_pytorch_profiler=options.torch_profiling,
-        profile_step_start=options.nsys_start_step,
-        profile_step_end=options.nsys_start_step + 2 if end is None else end,
+        profile_step_start=start,
+        profile_step_end=end,
         profile_ranks=options.nsys_ranks,
-        record_shapes=options.nsys_profiling or options.torch_profiling,
+        record_shapes=options.nsys_profiling,
         nvtx_ranges=options.nsys_profiling,
     )
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from evo2_megatron.config import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PANELS = (
     ("loss, nat per token", (("lm loss", "training"), ("lm loss validation", "validation"))),
@@ -25,10 +28,15 @@ class Curve(NamedTuple):
     values: np.ndarray
 
     def smoothed(self, size: int) -> Curve:
-        """The mean of each value and those up to ``size - 1`` before it."""
+        """The mean of the ``size`` values around each; near the ends of those of them that there are.
+
+        Around, and not before: a mean of earlier values lags behind, so that falling training losses would look higher
+        than the validation losses of the same steps.
+        """
         sums = np.concatenate([[0.0], np.cumsum(self.values, dtype=np.float64)])
-        ends = np.arange(1, len(self.values) + 1)
-        starts = np.maximum(ends - size, 0)
+        places = np.arange(len(self.values))
+        starts = np.maximum(places - (size - 1) // 2, 0)
+        ends = np.minimum(places + size // 2 + 1, len(self.values))
         return Curve(self.steps, (sums[ends] - sums[starts]) / (ends - starts))
 
 
@@ -42,7 +50,7 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
             means of behind it.
 
     Raises:
-        UserError: A folder is not there, or has no curves; nothing is written.
+        UserError: A folder is not there or has no curves, or the file cannot be written; nothing is.
     """
     curves = {_name(run, runs): read_curves(run) for run in runs}
     import matplotlib
@@ -64,8 +72,18 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
+    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    try:
+        _save(figure, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another --output") from None
+    finally:
+        plt.close(figure)
+
+
+def _save(figure: Figure, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -73,7 +91,6 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-        plt.close(figure)
 
 
 def _draw(panel, tag: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:

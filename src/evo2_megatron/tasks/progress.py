@@ -111,7 +111,10 @@ class TrainingProgress(Callback):
         """Speed since the last time, for the log line and, on the rank that has them, TensorBoard and W&B."""
         tokens, seconds = self._since_log
         self._since_log = (0, 0.0)
-        self._rates = {"throughput/tokens-per-second": tokens / seconds}
+        self._rates = {
+            "throughput/tokens-per-second": tokens / seconds,
+            "throughput/tokens-per-second/device": tokens / seconds / world_size(),
+        }
         if self._peak_flops is not None:
             self._rates["throughput/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
         writer = context.state.tensorboard_logger
@@ -141,9 +144,12 @@ class TrainingProgress(Callback):
 
     def rates(self) -> str:
         """What a log line is given: tokens per second and utilisation since the last one, and the time left."""
-        speed, utilisation = (self._rates.get(f"throughput/{name}") for name in ("tokens-per-second", "mfu"))
+        speed, each, utilisation = (
+            self._rates.get(f"throughput/{name}") for name in ("tokens-per-second", "tokens-per-second/device", "mfu")
+        )
+        each = f" tokens per second and process: {each:.1f} |" if world_size() > 1 else ""
         share = "" if utilisation is None else f" model FLOP utilisation: {100 * utilisation:.1f} % |"
-        return f" tokens per second: {speed:.1f} | time left: {self.time_left()} |{share}"
+        return f" tokens per second: {speed:.1f} | time left: {self.time_left()} |{each}{share}"
 
     def time_left(self) -> timedelta:
         """Whole seconds until the last step; evaluations and checkpoints so far are part of the pace.

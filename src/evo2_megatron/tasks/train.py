@@ -8,7 +8,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import distributed, megatron, training_repairs
 from evo2_megatron.runtime.device_peaks import peak_tflops
 from evo2_megatron.runtime.precision import precision_settings
-from evo2_megatron.tasks import train_checks, train_lora
+from evo2_megatron.tasks import train_checks, train_lora, wandb_run
 from evo2_megatron.tasks.starting_weights import load_and_compare
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     from evo2_megatron.model.provider import StripedHyenaProvider
     from evo2_megatron.tasks.progress import TrainingProgress
+    from evo2_megatron.tasks.torch_profile import TorchProfile
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +243,7 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
 
     from evo2_megatron.model.forward_step import forward_step
     from evo2_megatron.tasks.progress import TrainingProgress, quiet_console
+    from evo2_megatron.tasks.stragglers import StragglerReport
 
     speaks = distributed.rank() == distributed.world_size() - 1  # where Megatron writes its log lines
     progress = TrainingProgress(
@@ -253,11 +254,16 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     callbacks.add(progress)
     callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
     callbacks.register("on_train_start", functools.partial(_check_room, options))
+    if options.log_straggler:
+        callbacks.add(StragglerReport(options.run_dir / "stragglers.tsv"))
+    profile = _profile(options, start)
+    if profile is not None:
+        callbacks.add(profile)
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
     _be_alone_without_torchrun()
     if options.wandb_project is not None and speaks:
-        _set_up_wandb(options)
+        wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
     _log_plan(options, start)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with nullcontext() if options.debug else quiet_console(progress):
@@ -272,11 +278,27 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
             _clean_up()
             raise
         finally:
+            if profile is not None:
+                profile.finish()
             # a failure leaves the process that writes checkpoints in the background, and Python would wait for it
             for child in multiprocessing.active_children() if sys.exc_info()[0] else ():
                 child.kill()
             signal.signal(signal.SIGTERM, on_sigterm)
     _log_result(options, progress)
+
+
+def _profile(options: TrainingOptions, start: Start) -> TorchProfile | None:
+    """What records this process's steps, if there are any to record."""
+    from evo2_megatron.tasks.torch_profile import TorchProfile
+
+    if not options.torch_profiling and not options.nsys_profiling:
+        return None
+    first, last = options.profiled_steps
+    if start.step >= last:
+        logger.warning("Steps %s to %s, which were to be profiled, are done: no profile", first + 1, last)
+    if not options.torch_profiling or distributed.rank() not in options.nsys_ranks:
+        return None
+    return TorchProfile(options.run_dir / "tb_logs", rank=distributed.rank(), start=first, end=last)
 
 
 def _record_origin(options: TrainingOptions, start: Start, context: CallbackContext) -> None:
@@ -311,16 +333,6 @@ def _be_alone_without_torchrun() -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-
-
-def _set_up_wandb(options: TrainingOptions) -> None:
-    """What Bridge leaves to wandb's environment variables, so that a resumed run goes on in the same run there."""
-    if options.wandb_offline:
-        os.environ["WANDB_MODE"] = "offline"
-    chosen = options.run_dir / "wandb_run_id"
-    if not chosen.exists():
-        chosen.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    os.environ |= {"WANDB_RUN_ID": chosen.read_text(), "WANDB_RESUME": "allow"}
 
 
 def _clean_up() -> None:

@@ -187,8 +187,7 @@ def _check_combinations(options: TrainingOptions) -> None:
         raise UserError("--tp-comm-overlap-backend goes with --use-megatron-comm-overlap-llama3-8k")
     if options.tp_comm_overlap and (options.parallel.tensor == 1 or options.parallel.sequence_parallel is False):
         raise UserError("--use-megatron-comm-overlap-llama3-8k needs tensor and sequence parallelism; leave it out")
-    if options.nsys_end_step is not None and options.nsys_end_step < options.nsys_start_step:
-        raise UserError(f"--nsys-end-step {options.nsys_end_step} is before the start, {options.nsys_start_step}")
+    _check_profiling(options)
     _check_services(options)
 
 
@@ -211,17 +210,35 @@ def _check_window_databases(options: TrainingOptions) -> None:
             )
 
 
+def _check_profiling(options: TrainingOptions) -> None:
+    if options.torch_profiling and not options.tensorboard:
+        raise UserError("--torch-profiling writes into TensorBoard's folder; leave --disable-tensorboard-logger out")
+    if options.torch_profiling and options.nsys_profiling:
+        raise UserError("--torch-profiling and --nsys-profiling watch the same steps; leave one of the two out")
+    start, end = options.profiled_steps
+    if end <= start:
+        raise UserError(f"--nsys-end-step {end} is not after the start, {start}; raise it")
+    if not options.torch_profiling and not options.nsys_profiling:
+        if start or options.nsys_end_step is not None or options.nsys_ranks != [0]:
+            logger.warning(
+                "--nsys-start-step, --nsys-end-step and --nsys-ranks have no effect without --nsys-profiling"
+            )
+        return
+    last = min(options.max_steps, options.early_stop_on_step or options.max_steps)
+    if start >= last:
+        raise UserError(f"--nsys-start-step {start}: the run ends with step {last}; lower it")
+    unknown = [rank for rank in options.nsys_ranks if not 0 <= rank < world_size()]
+    if unknown:
+        raise UserError(f"--nsys-ranks {unknown[0]}: there are {world_size()} processes, counted from 0")
+
+
 def _check_services(options: TrainingOptions) -> None:
     if options.wandb_project is None and (options.wandb_entity or options.wandb_run_name or options.wandb_offline):
         raise UserError("--wandb-entity, --wandb-run-name and --wandb-offline go with --wandb-project")
     if options.wandb_project is not None and not options.tensorboard:
         raise UserError("Weights & Biases gets what TensorBoard gets; leave --disable-tensorboard-logger out")
     if options.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb-project needs the package wandb; install it or leave the flag out")
-    if options.torch_profiling and not options.tensorboard:
-        raise UserError("--torch-profiling writes into TensorBoard's folder; leave --disable-tensorboard-logger out")
-    if options.torch_profiling and options.nsys_profiling:
-        raise UserError("--torch-profiling and --nsys-profiling watch the same steps; leave one of the two out")
+        raise UserError("--wandb-project needs the package wandb: pip install wandb; or leave the flag out")
     if options.nvidia_fault_tolerance and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
         raise UserError("--nvidia-fault-tolerance needs a start with ft_launcher instead of torchrun; or leave it out")
 
