@@ -5,8 +5,8 @@
 * FASTA: the header has the name, then ``key=value`` for each of seed, finish_reason, numbers of tokens, score and
   mean log-probability of guided generation and, if log-probabilities were asked for, their sum and mean in nat; the
   sequence has lines of 60.
-* text: a table with tabs, a heading first; a column has the score of guided generation; the last, if asked for, has the
-  log-probabilities, with commas between.
+* text: a table with tabs, a heading first; a column has the score of guided generation; the last, if asked for, has
+  the log-probabilities, with commas between.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a scorer of the user's how good sequences are: a program, or a Python function in a process of its own.
 
-The program is started once. For each batch it reads one line of JSON, ``{"sequences": ["ACGT", ...]}``, and prints one,
-``{"scores": [0.5, ...]}``: a finite number for each sequence, higher is better; or ``{"error": "why"}``. It ends
+The program is started once. For each batch it reads one line of JSON, ``{"sequences": ["ACGT", ...]}``, and prints
+one, ``{"scores": [0.5, ...]}``: a finite number for each sequence, higher is better; or ``{"error": "why"}``. It ends
 when its input ends. What it writes to stderr is shown as it is.
 """
 
