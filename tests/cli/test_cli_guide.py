@@ -132,13 +132,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-FLAGS = (
-    "--alphabet ACGT --no-stop-at-eod --max-new-tokens 24 --chunk-length 6 --beams 2 --samples 8 --score-of completion"
-).split()
+FLAGS = """
+--alphabet ACGT --no-stop-at-eod --max-new-tokens 24 --chunk-length 6 --beams 2 --samples 8 --score-of completion
+"""
 
 
 def run(checkpoint, *argv):
-    guide.main(["--ckpt-dir", str(checkpoint), *FLAGS, *argv])
+    guide.main(["--ckpt-dir", str(checkpoint), *shlex.split(FLAGS), *argv])
 
 
 def test_records(checkpoint, folder, capsys):
