@@ -148,9 +148,17 @@ def test_sequences_that_ended_keep_their_score_and_are_not_scored_again(model):
 
 
 def test_of_equal_scores_those_that_go_on_come_first(model):
+    """Every fourth token ends a sequence; as long as enough have not ended, they fill the beams."""
     settings = dataclasses.replace(SETTINGS, alphabet="CGT", stop_ids=(ord("A"),), max_new_tokens=8)
-    found = search(model, lambda texts: [1] * len(texts), settings=settings, beams=4, samples=8, chunk=2)
-    assert found[0].generation.finish_reason == "length"
+    asked = []
+
+    def same(texts):
+        asked.append(texts)
+        return [1] * len(texts)
+
+    found = search(model, same, settings=settings, beams=4, samples=8, chunk=2)
+    assert len(asked) == 4 and any(len(text) < 2 for text in asked[0])
+    assert all(len(g.generation.text) >= 6 for g in found)
 
 
 def test_greedy_candidates_are_one(model):
