@@ -2,14 +2,17 @@
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.scorers import open_scorer
+from evo2_megatron.tasks.scorers import check_scores, open_scorer
 
 SEQUENCES = ["GGCC", "ACGT", "AATT"]
 FUNCTION = """
@@ -76,6 +79,11 @@ def test_a_function_of_a_file_or_a_module(folder):
     assert scores(function="scorer:gc") == [1, 0.5, 0]
 
 
+def test_scores_of_a_function_in_this_process():
+    assert check_scores(numpy.array([1, 2], dtype=numpy.float32), 2, "it") == [1, 2]
+    assert check_scores((1, numpy.float32(2)), 2, "it") == [1, 2]
+
+
 def test_a_command_is_started_once(folder):
     with open_scorer(command=f"'{sys.executable}' command.py") as score:
         assert [score(SEQUENCES), score(["CCCC"]), score(["C" * 1_000_000])] == [[2, 1, 0], [4], [1_000_000]]
@@ -133,6 +141,16 @@ def test_no_answer_in_time(folder, scorer):
     start = time.monotonic()
     with pytest.raises(UserError, match="gave no answer in 3 s; make it faster"):
         scores(**scorer, timeout=3)
+    assert time.monotonic() - start < 30
+
+
+def test_an_interrupted_batch_ends_at_once(folder):
+    """A program that does not read: what is written to it would block forever."""
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), open_scorer(command="sleep 60") as score:
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        score(["C" * 1_000_000])
     assert time.monotonic() - start < 30
 
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError
 from numbers import Real
 from typing import Any
@@ -36,6 +36,8 @@ _ENDING_SECONDS = 5.0  # for a program to end by itself when its input has ended
 
 def check_scores(scores: Any, count: int, name: str) -> list[float]:
     """The scores as floats; UserError unless they are ``count`` finite numbers."""
+    if hasattr(scores, "tolist"):  # an array or a tensor
+        scores = scores.tolist()
     if not isinstance(scores, Sequence) or isinstance(scores, str):
         raise UserError(f"{name} gave {_short(scores)} for {count} sequences; it must give a list of numbers")
     if len(scores) != count:
@@ -99,6 +101,7 @@ class ScorerProcess:
             raise UserError(f"{name} cannot be started: {error.strerror}; check its name and path") from error
         # a pipe can block in both directions, which only another thread can give up on
         self._thread = ThreadPoolExecutor(1)
+        self._exchanging: Future[str] | None = None
 
     def __call__(self, sequences: list[str]) -> list[float]:
         """Scores of a batch.
@@ -117,7 +120,8 @@ class ScorerProcess:
 
     def _ask(self, request: str) -> dict[str, Any]:
         try:
-            line = self._thread.submit(self._exchange, request).result(self._timeout)
+            self._exchanging = self._thread.submit(self._exchange, request)
+            line = self._exchanging.result(self._timeout)
         except FuturesTimeoutError:
             self._kill()
             raise UserError(
@@ -165,13 +169,15 @@ class ScorerProcess:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """End its input, wait a moment, and kill what is left."""
+        """End its input, wait a moment, and kill what is left; at once if it was interrupted at work."""
+        if self._exchanging is not None and not self._exchanging.done():
+            self._kill()
+        self._thread.shutdown()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_SECONDS)
         self._kill()
-        self._thread.shutdown()
         self._process.stdout.close()
 
 
