@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--host",
         default="127.0.0.1",
         metavar="NAME",
-        help="interface to listen on; 0.0.0.0 is all, and anybody who reaches it may use the model (default: 127.0.0.1)",
+        help="interface to listen on; 0.0.0.0 is all of them, for anybody who reaches it (default: 127.0.0.1)",
     )
     network.add_argument(
         "--port", type=_port, default=8000, metavar="N", help="port, or 0 for any that is free (default: 8000)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import Decoding, plan_batches
-from evo2_megatron.tasks.server.jobs import GenerateJob, Generated, Refused
+from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Refused
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel

@@ -19,7 +19,7 @@ from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """Why a request gets no result."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:

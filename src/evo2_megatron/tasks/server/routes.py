@@ -272,7 +272,7 @@ def _encode(text: bytes, name: str) -> bytes:
         character = text[at:].decode("utf-8", "replace")[0]
         raise Refused(
             422,
-            f"{name} has {ascii(character)} at character {len(text[:at].decode()) + 1}; a sequence has printing ASCII "
+            f"{name} has {character!a} at character {len(text[:at].decode()) + 1}; a sequence has printing ASCII "
             "characters only, without < > &",
         )
     return tokens
