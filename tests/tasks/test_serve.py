@@ -11,13 +11,13 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-import time
+import threading
 
 import numpy as np
 import pytest
 import requests
 import torch
+import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.tasks.generate import GenerationSettings
@@ -26,52 +26,14 @@ from evo2_megatron.tasks.predict import predict
 from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
 from evo2_megatron.tasks.prompts import Prompt
 from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.server.app import make_app
+from evo2_megatron.tasks.server.decoding_slots import batches_of
+from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
+from evo2_megatron.tasks.server.jobs import GenerateJob, Refused
+from tasks.server_process import COMMAND, Server, until
 
 SEQUENCES = ["ACGTTGCAACGGTTAC" * 3, "acgtNNga", "|d__Bacteria;p__X|GATTACA", "A"]
 MAX_LENGTH = 2048
-COMMAND = [sys.executable, "-c", "from evo2_megatron.cli.serve import main; main()"]
-
-
-class Server:
-    """A process of evo2_serve; ``get`` and ``post`` are its clients."""
-
-    def __init__(self, checkpoint, folder, *flags):
-        self.log = folder / "log.txt"
-        with self.log.open("w") as log:
-            command = [*COMMAND, "--ckpt-dir", str(checkpoint), "--port", "0", *flags]
-            self.process = subprocess.Popen(command, stderr=log)
-        until(lambda: self.process.poll() is not None or " at http" in self.log.read_text(), 120)
-        self.url = re.search(r" at (http://[\d.:]+)", self.log.read_text())[1]
-
-    def get(self, route):
-        return requests.get(self.url + route, timeout=60)
-
-    def post(self, route, body, **options):
-        return requests.post(self.url + route, json=body, **({"timeout": 120} | options))
-
-    def ask(self, route, body):
-        """The answer to a request that must succeed, without the time it took."""
-        response = self.post(route, body)
-        assert response.status_code == 200, response.text
-        return {name: value for name, value in response.json().items() if name != "elapsed_ms"}
-
-    def generating(self):
-        return self.get("/v1/metadata").json()["load"]["generating"]
-
-    def events(self, body):
-        """Kind and data of each event of a stream."""
-        with self.post("/v1/generate", body | {"stream": True}, stream=True) as response:
-            assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
-            for kind in filter(None, response.iter_lines(decode_unicode=True)):
-                lines = response.iter_lines(decode_unicode=True)
-                yield kind.removeprefix("event: "), json.loads(next(lines).removeprefix("data: "))
-
-
-def until(happens, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +327,9 @@ def test_fifty_clients_lose_nothing(server):
 def test_who_goes_away_is_dropped(server):
     body = {"prompt": "ACGT", "max_new_tokens": MAX_LENGTH - 4, "stop_at_eod": False}
     stream = server.events(body)
-    assert next(stream)[0] == "piece" and server.generating() == 1
+    assert next(stream)[0] == "piece"
+    server.ask("/v1/score", {"sequences": ["ACGT"]})
+    assert server.generating() == 1, "a score waits for no generation"
     stream.close()
     until(lambda: server.generating() == 0, 5)
     with pytest.raises(requests.Timeout):
@@ -405,12 +369,6 @@ def test_a_port_in_use(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["loading", "full"])
 def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
-    from fastapi.testclient import TestClient
-
-    from evo2_megatron.tasks.server.app import make_app
-    from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
-    from evo2_megatron.tasks.server.jobs import GenerateJob
-
     async def fill():
         engine.submit(GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
 
@@ -418,9 +376,51 @@ def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
     if loaded:  # and nobody works
         engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", "CPU", 100, frozenset())
         asyncio.run(fill())
-    client = TestClient(make_app(engine))
-    response = client.post("/v1/score", json={"sequences": ["ACGT"]})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        response = requests.post(f"{url}/v1/score", json={"sequences": ["ACGT"]}, timeout=60)
+        statuses = [requests.get(f"{url}/v1/health/{what}", timeout=60).status_code for what in ("live", "ready")]
+        http.should_exit = True
+        thread.join()
     assert response.status_code == 503 and 1 <= int(response.headers["Retry-After"]) <= 60
     assert ("as many as --max-queue allows" if loaded else "being loaded") in response.json()["detail"]
-    assert client.get("/v1/health/live").status_code == 200
-    assert client.get("/v1/health/ready").status_code == (200 if loaded else 503)
+    assert statuses == [200, 200 if loaded else 503]
+
+
+def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypatch):
+    """And the failure comes out of the thread, so that the process ends with it."""
+
+    async def ask():
+        engine.submit(job := GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
+        return await asyncio.wait_for(job.reply.get(), 60)
+
+    def wait_and_fail(self, _model):
+        until(lambda: self.num_waiting == 1)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(Engine, "_turn", wait_and_fail)
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        with pytest.raises(Refused, match="the server has stopped"):
+            asyncio.run(ask())
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            work.result()
+
+
+def test_batches_hold_what_is_drawn_alike():
+    async def batches():
+        def job(length, temperature=1.0, **settings):
+            sampling = Sampling(temperature=temperature)
+            return GenerateJob(ids=[65] * length, seed=1, settings=GenerationSettings(sampling=sampling, **settings))
+
+        jobs = [job(5), job(7, stop_strings=("A",), return_log_probs=True), job(5, 0.5), job(500), job(6)]
+        return [[jobs.index(j) for j in batch] for batch in batches_of(jobs, 2)]
+
+    # numbers 0, 4 and 1 by length, of which two fit; 3 is too long to be fed token by token; 2 is drawn otherwise
+    assert asyncio.run(batches()) == [[0, 4], [1], [3], [2]]

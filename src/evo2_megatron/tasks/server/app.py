@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import metadata
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.server.engine import Engine
 from evo2_megatron.tasks.server.jobs import Refused
 from evo2_megatron.tasks.server.routes import make_router, max_body_bytes, refusal
+
+# of ASGI
+Message = Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _DESCRIPTION = "Continue, score and embed DNA with an Evo 2 model. Routes under /biology take what NVIDIA's NIM takes."
 
@@ -62,18 +68,19 @@ class _BodyLimit:
             await self._app(scope, receive, send)
             return
         limit, num_read = max_body_bytes(self._engine.info), 0
-        too_long = Refused(413, f"the body has more than {limit} bytes; send fewer or shorter sequences")
+        message = f"the body has more than {limit} bytes; send fewer or shorter sequences"
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            await refusal(too_long)(scope, receive, send)
+            await refusal(Refused(413, message))(scope, receive, send)
             return
 
         async def counted() -> Message:
             nonlocal num_read
-            message = await receive()
-            num_read += len(message.get("body", b""))
+            received = await receive()
+            num_read += len(received.get("body", b""))
             if num_read > limit:
-                raise too_long
-            return message
+                # of another class FastAPI would make a 400
+                raise HTTPException(413, message)
+            return received
 
         await self._app(scope, counted, send)

@@ -323,7 +323,8 @@ def _npz(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _since(start: float) -> float:
-    return (time.perf_counter() - start) * 1000
+    """Milliseconds."""
+    return round((time.perf_counter() - start) * 1000, 3)
 
 
 def refusal(refused: Refused) -> JSONResponse:

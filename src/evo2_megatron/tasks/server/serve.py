@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import signal
 import socket
 import time
@@ -71,4 +72,5 @@ def _listen(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise UserError(f"--host {host}: {error.strerror}; give a name or address of this machine") from None
     except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
+        reason = os.strerror(error.errno)  # strerror has the address in it, again
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from None
