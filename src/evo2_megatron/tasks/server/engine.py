@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from evo2_megatron.checkpoint.load import LoadedModel, load_model
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
@@ -25,7 +27,7 @@ from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
 from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
 from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Output
+from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.server.decoding_slots import RunningBatch, batches_of
 from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
@@ -39,6 +41,7 @@ LOADING_SECONDS = 5
 """When to ask again while the model is loaded."""
 
 _NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
+_NOT_FINITE = "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
 _MOST_RETRY_SECONDS = 60
 _REMEMBERED = 32  # finished jobs whose times tell how fast the queue moves
 
@@ -266,11 +269,9 @@ class _Model:
         )
         return cls(loaded, decoder, info)
 
-    def runner(self, output: Output, *, chunk_length: int = CHUNK_LENGTH) -> Runner:
+    def runner(self, output: Output) -> Runner:
         layers = output.layers_of(self.info.num_layers)
-        return Runner(
-            self.loaded.model, output, precision=self.loaded.precision, layers=layers, chunk_length=chunk_length
-        )
+        return Runner(self.loaded.model, output, precision=self.loaded.precision, layers=layers)
 
 
 def _batch_tokens() -> int:
@@ -317,26 +318,21 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
         result = run([sequences[index][0].items[sequences[index][1]] for index in mine])
         for row, index in enumerate(mine):
             job, place = sequences[index]
-            # log-probabilities have one place fewer; they are cut to the sequence all the same
-            of_row = {name: values[row] for name, values in result.items()}
-            job.rows[place] = {
-                name: (values if values.dim() == 0 or pooled(job.output) else values[: lengths[index]]).numpy().copy()
-                for name, values in of_row.items()
-            }
+            job.rows[place] = {name: _own(values[row], lengths[index], job.output) for name, values in result.items()}
     for job in jobs:
-        job.reply.put(Vectors(job.rows))
+        finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
+        job.reply.put(Vectors(job.rows) if finite else Refused(500, _NOT_FINITE))
 
 
-def pooled(output: Output) -> bool:
-    """Whether results have no axis of tokens."""
-    return output.pooling is not None
+def _own(values: Tensor, length: int, output: Output) -> np.ndarray:
+    """What is a sequence's own, without padding; log-probabilities have one place fewer than tokens."""
+    per_token = values.dim() > 0 and output.pooling is None
+    return (values[:length] if per_token else values).numpy().copy()
 
 
 def _run_layers(job: LayersJob, model: _Model) -> None:
-    # in one piece: what modules give goes straight to the host
-    runner = model.runner(Output(), chunk_length=CHUNK_LENGTH)
     try:
-        job.reply.put(Vectors([layer_outputs(runner, model.decoder, job.item, job.modules)]))
+        job.reply.put(Vectors([layer_outputs(model.runner(Output()), model.decoder, job.item, job.modules)]))
     except UserError as error:
         job.reply.put(Refused(422, str(error)))
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -51,10 +53,7 @@ def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000)
         # None: log lines go where ours go
         config = uvicorn.Config(make_app(engine), log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
-        # uvicorn catches the signal, ends in order and then raises it again: by then there is nothing left to end
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        with concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
+        with _already_ended(), concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
             work = threads.submit(engine.run)
             work.add_done_callback(lambda _: setattr(server, "should_exit", True))
             try:
@@ -63,6 +62,17 @@ def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000)
                 engine.stop()
             work.result()
     logger.info("Stopped")
+
+
+@contextlib.contextmanager
+def _already_ended() -> Iterator[None]:
+    """uvicorn catches a signal, ends in order and then raises it again: by then there is nothing left to end."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:
