@@ -22,11 +22,10 @@ def test_every_flag_arrives(monkeypatch):
     seen = []
     monkeypatch.setattr("evo2_megatron.tasks.server.serve.serve", lambda *args, **rest: seen.append((*args, rest)))
     serve.main(["--ckpt-dir", "c"])
-    flags = "--ckpt-dir c --host ::1 --port 0 --max-seq-length 9 --max-batch-size 3 --max-queue 5 --base-ckpt-dir b "
-    flags += (
-        "--mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops "
-    flags += "--self-test"
-    )
+    flags = """
+    --ckpt-dir c --host ::1 --port 0 --max-seq-length 9 --max-batch-size 3 --max-queue 5 --base-ckpt-dir b --self-test
+    --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops
+    """
     serve.main(flags.split())
 
     assert seen[0] == (ModelSettings(ckpt_dir=Path("c")), {"host": "127.0.0.1", "port": 8000})
