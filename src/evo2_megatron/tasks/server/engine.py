@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOADING_SECONDS = 5
-"""When to ask again while the model is loaded."""
+RETRY_SECONDS = 5
+"""When to ask again while the model is loaded, or when memory ran out."""
 
 _NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
 _NOT_FINITE = "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
@@ -116,7 +116,7 @@ class Engine:
             if self._stopped:
                 raise Refused(503, "the server has stopped")
             if self.info is None:
-                raise Refused(503, "the model is being loaded; try again", retry_after=LOADING_SECONDS)
+                raise Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
             if len(self._waiting) >= self.settings.max_queue:
                 raise Refused(
                     503,
@@ -208,7 +208,7 @@ class Engine:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            refused = Refused(503, _NO_MEMORY, retry_after=self._retry_after())
+            refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
         if refused is not None:
             # here, where the error that holds what was computed is gone
             self._running.remove(batch)
@@ -293,11 +293,11 @@ def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Non
         else:
             _run_passes(jobs, model)
     except UserError as error:  # of too little memory, for the shortest pieces
-        refused = Refused(503, str(error))
+        refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        refused = Refused(503, _NO_MEMORY)
+        refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
     if refused is not None:
         for job in jobs:
             job.reply.put(refused)

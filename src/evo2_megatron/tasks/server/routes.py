@@ -26,7 +26,7 @@ from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import schemas
-from evo2_megatron.tasks.server.engine import LOADING_SECONDS, Engine, ModelInfo
+from evo2_megatron.tasks.server.engine import RETRY_SECONDS, Engine, ModelInfo
 from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Job, LayersJob, PassJob, Refused
 from evo2_megatron.tasks.server.layer_outputs import megatron_name
 
@@ -186,7 +186,7 @@ def _add_status(router: APIRouter, engine: Engine) -> None:
 
 def _info(engine: Engine) -> ModelInfo:
     if engine.info is None:
-        raise Refused(503, "the model is being loaded; try again", retry_after=LOADING_SECONDS)
+        raise Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
     return engine.info
 
 
