@@ -11,12 +11,16 @@ import requests
 import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
+from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.server import engine as engine_module
 from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.decoding_slots import batches_of
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
-from evo2_megatron.tasks.server.jobs import GenerateJob, Refused
+from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Vectors
 from tasks.server_process import until
 
 
@@ -82,3 +86,66 @@ def test_batches_hold_what_is_drawn_alike():
 
     # numbers 0, 4 and 1 by length, of which two fit; 3 is too long to be fed token by token; 2 is drawn otherwise
     assert asyncio.run(batches()) == [[0, 4], [1], [3], [2]]
+
+
+def test_who_gives_no_finite_numbers_fails_alone(checkpoint, monkeypatch):
+    """Of sequences that share a batch; who streams gets no base twice."""
+    load = engine_module._Model.load
+
+    def broken(*arguments):
+        model = load(*arguments)
+
+        def hook(_module, _arguments, given, output):
+            output[:, (given["input_ids"] == ord("Z")).any(dim=1)] = float("nan")
+
+        model.decoder.embedding.register_forward_hook(hook, with_kwargs=True)
+        return model
+
+    async def answers():
+        def generate(text, **more):
+            settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False, prefill_chunk=0)
+            return GenerateJob(ids=list(text.encode()), seed=5, settings=settings, **more)
+
+        def score(text):
+            return PassJob(items=[make_sample(text.encode(), 0)], output=Output(log_probs="sum"))
+
+        alone = generate("ACGT")
+        engine.submit(alone)
+        want = (await alone.reply.get()).generation.text
+        # Z comes after the others have new bases
+        jobs = [
+            generate("ACGT"),
+            generate("ACGT", wants_pieces=True),
+            generate("GGGGGGGZ"),
+            score("ACGT"),
+            score("AZ"),
+        ]
+        with engine._condition:  # together
+            for job in jobs:
+                engine.submit(job)
+        texts, failed = [], []
+        for job in jobs:
+            texts.append("")
+            try:
+                while isinstance(event := await asyncio.wait_for(job.reply.get(), 60), Generation):
+                    texts[-1] += event.text
+            except Refused as refused:
+                failed.append((jobs.index(job), refused.status, refused.message))
+            else:
+                texts[-1] += "" if texts[-1] or isinstance(event, Vectors) else event.generation.text
+        return want, texts, failed
+
+    monkeypatch.setattr(engine_module._Model, "load", broken)
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            want, texts, failed = asyncio.run(answers())
+        finally:
+            engine.stop()
+        work.result()
+    assert texts == [want, want, "", "", ""] and len(want) == 12
+    assert [(number, status) for number, status, _ in failed] == [(2, 500), (4, 500)]
+    assert all("not finite" in message for *_, message in failed)

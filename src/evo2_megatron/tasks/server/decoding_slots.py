@@ -47,6 +47,7 @@ class RunningBatch:
         self._position = min(len(job.ids) for job in jobs)
         self._logits: list[list[list[float]]] = [[] for _ in jobs]
         self._step_ms: list[list[float]] = [[] for _ in jobs]
+        self._num_released = [0] * len(jobs)
         self._last = time.perf_counter()
 
     def advance(self) -> int | None:
@@ -72,9 +73,12 @@ class RunningBatch:
     def fail(self, refused: Refused) -> None:
         """Answer everyone who still waits."""
         self.close()
-        for job, answered in zip(self.jobs, self._answered):
-            if not answered:
-                job.reply.put(refused)
+        for job in self.unanswered():
+            job.reply.put(refused)
+
+    def unanswered(self) -> list[GenerateJob]:
+        """Who still waits."""
+        return [job for job, answered in zip(self.jobs, self._answered) if not (answered or job.reply.cancelled)]
 
     def _deliver(self, place: int, milliseconds: float) -> bool:
         job, row = self.jobs[place], self._decoding.rows[place]
@@ -84,10 +88,7 @@ class RunningBatch:
         if job.wants_logits:
             self._logits[place].append(self._decoding.logits_BV[place].float().tolist())
         if job.wants_pieces:
-            ids, log_probs = row.release()
-            if ids:
-                piece = Generation(ids, None, log_probs if job.settings.return_log_probs else None)
-                job.reply.put(piece)
+            self._send_piece(place)
         if row.finish_reason is None:
             return False
         self._answered[place] = True
@@ -96,3 +97,13 @@ class RunningBatch:
         num_new = len(generation.token_ids)
         job.reply.put(Generated(generation, self._logits[place][:num_new], self._step_ms[place][:num_new]))
         return True
+
+    def _send_piece(self, place: int) -> None:
+        job = self.jobs[place]
+        ids, log_probs = self._decoding.rows[place].release()
+        # a job whose first batch failed has had the beginning already
+        first = max(job.num_sent - self._num_released[place], 0)
+        self._num_released[place] += len(ids)
+        if ids[first:]:
+            job.num_sent = self._num_released[place]
+            job.reply.put(Generation(ids[first:], None, log_probs[first:] if job.settings.return_log_probs else None))

@@ -173,7 +173,7 @@ class Engine:
         for jobs in batches_of(generate, self.settings.max_batch_size):
             self._running.append(RunningBatch(model.decoder, jobs))
         for batch in list(self._running):
-            self._advance(batch)
+            self._advance(batch, model)
         if other:
             _answer(other, model)
             self._finished += [time.monotonic()] * len(other)
@@ -199,11 +199,17 @@ class Engine:
         self._waiting = stay
         return generate, other
 
-    def _advance(self, batch: RunningBatch) -> None:
+    def _advance(self, batch: RunningBatch, model: _Model) -> None:
         refused = None
         try:
             answered = batch.advance()
-        except UserError as error:
+        except UserError as error:  # one sequence gave what is not finite
+            waiting = batch.unanswered()
+            if len(waiting) > 1:
+                self._running.remove(batch)
+                batch.close()
+                self._running += [RunningBatch(model.decoder, [job]) for job in waiting]
+                return
             refused = Refused(500, str(error))
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -298,11 +304,15 @@ def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Non
         if not _is_out_of_memory(error):
             raise
         refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
-    if refused is not None:
-        for job in jobs:
-            job.reply.put(refused)
-        gc.collect()
-        torch.cuda.empty_cache()
+    if refused is None:
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    if len(jobs) == 1:
+        jobs[0].reply.put(refused)
+        return
+    for job in jobs:  # the fault of one is not that of the others
+        _answer([job], model)
 
 
 def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:

@@ -76,6 +76,9 @@ class GenerateJob:
     settings: GenerationSettings
     wants_pieces: bool = False
     wants_logits: bool = False
+    num_sent: int = 0
+    """Tokens that the reply has had in pieces."""
+
     reply: Reply = field(default_factory=Reply)
 
     @property
