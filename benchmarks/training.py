@@ -33,10 +33,10 @@ SIZES = ("evo2_tiny", "hidden_512")
 NUM_THREADS = 2
 """Of all processes together."""
 
-STEPS = {("evo2_tiny", 1_024): 40, ("evo2_tiny", 8_192): 12, ("hidden_512", 1_024): 12, ("hidden_512", 8_192): 4}
+STEPS = {("evo2_tiny", 1_024): 30, ("evo2_tiny", 8_192): 8, ("hidden_512", 1_024): 8, ("hidden_512", 8_192): 3}
 """Model size and length in tokens: steps that are timed."""
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 SAMPLES_PER_STEP = {1_024: 4, 8_192: 2}
 """By length in tokens; the micro-batches have one sample each."""
 

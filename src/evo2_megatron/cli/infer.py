@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import generation_groups, groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.generate import GenerationSettings
     from evo2_megatron.tasks.infer import Piece
-
-logger = logging.getLogger(__name__)
 
 PROG = "infer_evo2"
 
@@ -43,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     groups.add_self_test(checkpoint)
     _add_prompts(parser)
     _add_output(parser)
-    _add_sampling(parser)
-    _add_stopping(parser)
+    generation_groups.add_sampling(parser)
+    generation_groups.add_stopping(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
     precision = parser.add_argument_group("precision and kernels")
@@ -81,13 +75,13 @@ def _main(argv: Sequence[str] | None) -> None:
         printer = {"on_piece": (_StreamOfOne(prompts[0].id) if one else _StreamOfMany()).show}
     elif args.output_format and args.output_file is None:
         printer = {"on_record": _Table(args.output_format, args.include_prompt).show}
-    with _until_nobody_reads():
+    with generation_groups.until_nobody_reads():
         infer(
             prompts,
             args.ckpt_dir,
             _settings(args),
             num_samples=args.num_samples,
-            max_seq_length=_given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
+            max_seq_length=generation_groups.given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
             parallel=groups.parallel(args),
             precision=groups.precision(args),
             base_ckpt_dir=groups.base_checkpoint(args),
@@ -103,42 +97,14 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def _settings(args: argparse.Namespace) -> GenerationSettings:
     from evo2_megatron.tasks.generate import PREFILL_CHUNK, GenerationSettings
-    from evo2_megatron.tasks.sampling import Sampling
 
-    prefill_chunk = _given(args.prompt_segmentation_threshold, "EVO2_PST")
+    prefill_chunk = generation_groups.given(args.prompt_segmentation_threshold, "EVO2_PST")
     return GenerationSettings(
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        **generation_groups.drawing(args),
         return_log_probs=args.return_log_probs,
-        stop_at_eod=args.stop_at_eod,
-        alphabet=args.alphabet or "",
-        stop_strings=tuple(args.stop_string),
-        include_stop_string=args.include_stop_string,
         max_batch_size=args.max_batch_size,
         prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
     )
-
-
-def _given(flag: int | None, variable: str) -> int | None:
-    """The flag's value, else the environment variable's, else None."""
-    text = os.environ.get(variable)
-    if flag is not None or not text:
-        return flag
-    if not text.isdecimal():
-        raise UserError(f"environment variable {variable} is {text!r}; set it to a whole number, or unset it")
-    logger.info("%s is set: %s", variable, text)
-    return int(text)
-
-
-@contextlib.contextmanager
-def _until_nobody_reads() -> Iterator[None]:
-    """End quietly, as other programs in a pipe do, when the reader of what is printed has gone."""
-    try:
-        yield
-    except BrokenPipeError:
-        # nothing may be flushed to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _print(text: str) -> None:
@@ -236,67 +202,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print bases as they are made; of several sequences, in lines with the id before them",
     )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the most probable base (default: 1.0)"
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draw among the N most probable; 0: off, 1: the most probable (default: 0)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="draw among the fewest with mass X, after --top-k; 0: off (default: 0)",
-    )
-    group.add_argument(
-        "--alphabet",
-        type=_letters,
-        metavar="LETTERS",
-        help="draw only these, such as ACGT; log-probabilities stay the model's own (default: every token)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=1234,
-        metavar="N",
-        help="of the first sequence; the others' are made from it, and each record has its own (default: 1234)",
-    )
-
-
-def _add_stopping(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("stopping")
-    group.add_argument(
-        "--max-new-tokens", type=groups.positive_int, default=100, metavar="N", help="bases to add (default: 100)"
-    )
-    group.add_argument(
-        "--stop-string",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end a sequence when its new bases hold this, and cut it off; may be given several times (default: none)",
-    )
-    group.add_argument("--include-stop-string", action="store_true", help="keep the stop string in the result")
-    group.add_argument(
-        "--stop-at-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end a sequence when the model ends the document; with --no-stop-at-eod, it cannot (default: yes)",
-    )
-
-
-def _letters(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("give at least one letter")
-    return text
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

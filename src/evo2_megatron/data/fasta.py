@@ -15,7 +15,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -124,9 +123,7 @@ def read_pieces(
             header, body_at = None, 0
             header_at = find_header(data, 0, at_line_start)
             while header_at >= 0:
-                bases = data[body_at:header_at].replace(b"\n", b"")
-                if messy or b" " in bases:
-                    bases = strip_lines(data[body_at:header_at], at_line_start)
+                bases = _join_lines(data[body_at:header_at], at_line_start, messy)
                 if header is not None or bases:
                     yield header, bases
                 line_end = data.find(b"\n", header_at)
@@ -145,7 +142,7 @@ def read_pieces(
 
             rest = data[body_at:]
             body = rest.rstrip()  # a line's trailing space can only be told from inner space by what follows
-            bases = strip_lines(body, at_line_start)
+            bases = _join_lines(body, at_line_start, messy)
             if header is not None and not bases and not ended:  # a record's first piece must not be empty by accident
                 data = data[last_header_at:] + block
                 continue
@@ -155,21 +152,32 @@ def read_pieces(
             data = rest[len(body) :] + block
 
 
-def _split_tidy(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Header and bases of the whole records with which a block begins, and what is left: the last record.
+def _join_lines(lines: bytes, at_line_start: bool, messy: bool) -> bytes:
+    """``strip_lines`` for who knows whether there are tabs or carriage returns."""
+    bases = lines.replace(b"\n", b"")
+    return strip_lines(lines, at_line_start) if messy or b" " in bases else bases
 
-    No records if a line needs a closer look. The block has neither tabs nor carriage returns.
+
+def _split_tidy(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Header and bases of the whole records with which a block begins, and the rest, from the last record on or from
+    one with a space within.
+
+    The block begins a line and has neither tabs nor carriage returns. One byte is searched and bases are copied once:
+    ``bytes.split`` looks at each byte by itself, and a longer separator takes longer still.
     """
-    if not data.startswith(b">") or not (last_at := data.rfind(b"\n>") + 1):
-        return [], data
-    texts = data[1:last_at].split(b">")
-    if not all(map(bytes.endswith, texts, repeat(b"\n"))):  # a '>' within a line
-        return [], data
-    parts = [text.partition(b"\n") for text in texts]
-    records = [(header.strip(), lines.replace(b"\n", b"")) for header, _, lines in parts]
-    if not all(header and b" " not in bases for header, bases in records):
-        return [], data
-    return records, data[last_at:]
+    records: list[tuple[bytes, bytes]] = []
+    header_at = 0 if data.startswith(b">") else -1
+    while header_at >= 0 and (line_end := data.find(b"\n", header_at)) >= 0:
+        next_at = data.find(b">", line_end)
+        while next_at >= 0 and data[next_at - 1] != _NEWLINE:
+            next_at = data.find(b">", next_at + 1)
+        header = data[header_at + 1 : line_end].strip()
+        bases = data[line_end + 1 : next_at - 1].replace(b"\n", b"")
+        if next_at < 0 or not header or b" " in bases:
+            break
+        records.append((header, bases))
+        header_at = next_at
+    return records, data[header_at:] if records else data
 
 
 @contextlib.contextmanager

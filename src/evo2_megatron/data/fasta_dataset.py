@@ -85,18 +85,7 @@ class FastaDataset(Dataset):
         return self._sample(index, sequence[:start] + reverse_complement(sequence[start:]))
 
     def _sample(self, index: int, ids: bytes) -> dict[str, Tensor]:
-        prefix = bytes([EOD]) if self._prepend_bos else b""
-        tokens = torch.frombuffer(bytearray(prefix + ids), dtype=torch.uint8).long()
-        loss_mask = torch.ones_like(tokens)
-        if self._mask_tags:
-            loss_mask[:] = torch.from_numpy(phylogenetic_tag_mask(tokens.numpy(), eod=EOD))
-        loss_mask[: len(prefix)] = 0
-        return {
-            "tokens": tokens,
-            "position_ids": torch.arange(len(tokens)),
-            "loss_mask": loss_mask,
-            "seq_idx": torch.tensor(index),
-        }
+        return make_sample(ids, index, prepend_bos=self._prepend_bos, mask_tags=self._mask_tags)
 
     def sequence(self, index: int) -> bytes:
         """Bases of one record as the file has them."""
@@ -107,11 +96,34 @@ class FastaDataset(Dataset):
 
     def _encode(self, index: int) -> bytes:
         sequence = self.sequence(index)
-        sequence = sequence.upper() if self._upper_case_tags else _upper_bases(sequence)
+        sequence = sequence.upper() if self._upper_case_tags else upper_bases(sequence)
         return encode_sequence(sequence, name=self._name(index))
 
 
-def _upper_bases(sequence: bytes) -> bytes:
+def make_sample(ids: bytes, index: int, *, prepend_bos: bool = False, mask_tags: bool = False) -> dict[str, Tensor]:
+    """One sample, as ``FastaDataset`` gives it.
+
+    Args:
+        ids: Of ``encode_sequence``.
+        index: For ``seq_idx``.
+        prepend_bos, mask_tags: As for ``FastaDataset``.
+    """
+    prefix = bytes([EOD]) if prepend_bos else b""
+    tokens = torch.frombuffer(bytearray(prefix + ids), dtype=torch.uint8).long()
+    loss_mask = torch.ones_like(tokens)
+    if mask_tags:
+        loss_mask[:] = torch.from_numpy(phylogenetic_tag_mask(tokens.numpy(), eod=EOD))
+    loss_mask[: len(prefix)] = 0
+    return {
+        "tokens": tokens,
+        "position_ids": torch.arange(len(tokens)),
+        "loss_mask": loss_mask,
+        "seq_idx": torch.tensor(index),
+    }
+
+
+def upper_bases(sequence: bytes) -> bytes:
+    """Bases in upper case; lineage tags between pipes as they are."""
     if b"|" not in sequence:
         return sequence.upper()
     parts = sequence.split(b"|")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,7 +27,6 @@ _BLOCK_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 20
 _MAX_DIGITS = 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SEMICOLON = ord(";")
 
 # what the three consortia write; anything else takes the slower way through _ATTRIBUTE
 _IDS = re.compile(rb'gene_id "([^"]+)"; (?:[^";]+"[^"]*"; )*?transcript_id "([^"]+)";')
@@ -169,18 +169,18 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def _blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[bytes]]:
-    """Lines without their ends, some thousand at a time."""
+    """Lines with their ends, some hundred at a time."""
     rest = stream.read(_BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK)
     if rest.startswith(b"##gff-version"):
         raise UserError(f"{path} is GFF3, not GTF; convert it, for example with gffread -T -o genes.gtf {path}")
     while block := stream.read(_BLOCK_BYTES):
-        data = rest + block if rest else block
-        *lines, rest = data.split(b"\n")
+        lines = io.BytesIO(rest + block).readlines()  # twice as fast as bytes.split
+        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
         if len(rest) > _MAX_LINE_BYTES:
             raise UserError(f"{path} is not GTF: it has a line of more than {_MAX_LINE_BYTES} bytes")
         yield lines
     if rest:
-        yield rest.removesuffix(b"\n").split(b"\n")
+        yield io.BytesIO(rest).readlines()
 
 
 class _Reader:
@@ -332,7 +332,7 @@ def _usual_exon_number(attributes: bytes, start: int) -> tuple[int | None, bytes
         start: Position after its identifiers.
     """
     at = attributes.find(_EXON_NUMBER, start)
-    if at > 0 and attributes[at - 1] == _SEMICOLON and not attributes.count(b'"', start, at) % 2:
+    if at > 0 and attributes[at - 1 : at] == b";" and not attributes.count(b'"', start, at) % 2:
         at += len(_EXON_NUMBER)
         if attributes.startswith(b'"', at):
             at += 1

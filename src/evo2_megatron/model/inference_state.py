@@ -8,7 +8,7 @@ Shape legend: B batch, D channels, P tokens of history, M modes, N heads, S toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -116,6 +116,11 @@ class InferenceState:
         for number in self.layers:
             self.layers[number] = self.layers[number].select(row_B)
         self.batch_size = len(row_B)
+
+    def copies(self, row_B: Tensor) -> InferenceState:
+        """As ``select``, but in a state of its own; this one stays as it is."""
+        layers = {number: layer.select(row_B) for number, layer in self.layers.items()}
+        return replace(self, layers=layers, batch_size=len(row_B))
 
     def check_room(self, batch_size: int, num_tokens: int) -> None:
         """Raise UserError when ``num_tokens`` more do not fit."""

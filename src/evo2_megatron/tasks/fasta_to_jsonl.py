@@ -60,7 +60,7 @@ def _write(
     for header, bases in pieces:
         if header is not None:
             name = header.split(None, 1)[0]
-            if name.translate(None, _PLAIN):
+            if not name.isalnum() and name.translate(None, _PLAIN):
                 name = json.dumps(record_id(header))[1:-1].encode()
             texts += (b'"}\n{"id": "' if num_records else b'{"id": "', name, b'", "prompt": "')
             num_records += 1

@@ -219,6 +219,8 @@ class Decoding:
             raise UserError("a prompt is empty; give at least one token")
         self.rows = [settings.new_completion() for _ in prompts]
         """One for each prompt, in their order."""
+        self.logits_BV: Tensor | None = None
+        """What the newest tokens were drawn from, before any limit."""
         self.prefill_seconds = self.decode_seconds = 0.0
         self.num_steps = self.num_prefill_tokens = 0
 
@@ -243,6 +245,7 @@ class Decoding:
         for position in range(shortest, end):
             drawn_B = draw(logits_BV, uniform_BT[:, position], self._settings.sampling, blocked_V=blocked_V)
             self._take(position, drawn_B, logits_BV)
+            self.logits_BV = logits_BV
             now = time.perf_counter()
             if position == shortest:
                 self.prefill_seconds = now - start

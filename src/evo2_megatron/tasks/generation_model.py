@@ -14,7 +14,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import find_tokenizer, load_model
+from evo2_megatron.checkpoint.load import LoadedModel, find_tokenizer, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
@@ -116,6 +116,11 @@ def _load(
     )
     if with_self_test:
         self_test.check(loaded)
+    return decoder_of(loaded)
+
+
+def decoder_of(loaded: LoadedModel) -> StripedHyenaModel:
+    """The part of a loaded model that generates; the whole goes on to score as before."""
     from megatron.core.utils import unwrap_model
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out

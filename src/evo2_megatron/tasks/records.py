@@ -2,10 +2,11 @@
 """What generation writes: one record per continuation, as JSON Lines, FASTA or a table.
 
 * JSON Lines hold everything.
-* FASTA: the header has the name, then ``key=value`` for each of seed, finish_reason, numbers of tokens and, if
-  log-probabilities were asked for, their sum and mean in nat; the sequence has lines of 60.
-* text: a table with tabs, a heading first; the last column, if asked for, has the log-probabilities, with commas
-  between.
+* FASTA: the header has the name, then ``key=value`` for each of seed, finish_reason, numbers of tokens, score and
+  mean log-probability of guided generation and, if log-probabilities were asked for, their sum and mean in nat; the
+  sequence has lines of 60.
+* text: a table with tabs, a heading first; a column has the score of guided generation; the last, if asked for, has
+  the log-probabilities, with commas between.
 """
 
 from __future__ import annotations
@@ -111,13 +112,15 @@ def write_as(
 
 
 def _heading(records: Sequence[Record]) -> str:
-    # log-probabilities have a column if the records have them
-    columns = ["id", "seed", "finish_reason", "sequence"]
+    # scores and log-probabilities have a column if the records have them
+    columns = ["id", "seed", "finish_reason", *["score"] * any("score" in record for record in records), "sequence"]
     return "\t".join(columns + ["log_probs"] * any("logprobs" in record for record in records)) + "\n"
 
 
 def _row(record: Record, include_prompt: bool) -> str:
     cells = [_name(record), str(record["seed"]), record["finish_reason"]]
+    if "score" in record:
+        cells.append(f"{record['score']:.6g}")
     cells.append(_sequence(record, include_prompt, also=" >"))
     if "logprobs" in record:
         cells.append(",".join(f"{x:.6g}" for x in record["logprobs"]["completion_logprobs"]))
@@ -126,6 +129,10 @@ def _row(record: Record, include_prompt: bool) -> str:
 
 def _fasta(record: Record, include_prompt: bool) -> str:
     values = {"seed": record["seed"], "finish_reason": record["finish_reason"], **record["usage"]}
+    if "score" in record:
+        values["score"] = f"{record['score']:.6g}"
+        if record["log_prob_mean"] is not None:
+            values["log_prob_mean"] = f"{record['log_prob_mean']:.6g}"
     if "logprobs" in record:
         log_probs = record["logprobs"]["completion_logprobs"]
         total = math.fsum(log_probs)

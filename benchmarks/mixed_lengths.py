@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring many sequences of mixed length, and generating from mixed prompts, beside Arc's Vortex on a CPU.
+
+``python benchmarks/mixed_lengths.py [--sequences 24]``
+
+The model, its weights and the way of timing are those of ``benchmarks/vortex.py``. Sequences of 200 to 8,000 bases are
+scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts of 50 to
+400 bases are continued greedily by what ``infer_evo2`` runs, and one by one by Vortex, whose batches need equal
+lengths. Outputs are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from evo2_megatron.config import ParallelConfig
+from evo2_megatron.runtime.distributed import process_groups
+from evo2_megatron.tasks.batching import plan_batches
+from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU
+
+# under another name: "vortex" is Arc's package
+_FILE = importlib.util.spec_from_file_location("beside_vortex", Path(__file__).with_name("vortex.py"))
+beside_vortex = sys.modules["beside_vortex"] = importlib.util.module_from_spec(_FILE)
+_FILE.loader.exec_module(beside_vortex)
+
+ROUNDS = 3
+NEW_TOKENS = 64
+TOLERANCE = 1e-5
+"""Largest relative difference of log-likelihoods."""
+
+
+def made_up_dna(lengths: list[int]) -> list[list[int]]:
+    """Token ids."""
+    chance = random.Random(0)
+    return [[ord(base) for base in chance.choices("ACGT", k=length)] for length in lengths]
+
+
+def score_ours(model: torch.nn.Module, sequences: list[list[int]]) -> list[float]:
+    """Log-likelihoods, in batches of similar length."""
+    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    runner = Runner(model, Output(log_probs="sum"), precision="fp32")
+    scores = [0.0] * len(sequences)
+    for batch in plan_batches([len(ids) for ids in sequences], max_tokens=BATCH_TOKENS_CPU):
+        tokens = [torch.tensor(sequences[i]) for i in batch]
+        result = runner(
+            [{"tokens": t, "loss_mask": torch.ones_like(t), "seq_idx": torch.tensor(i)} for t, i in zip(tokens, batch)]
+        )
+        for i, score in zip(batch, result["log_likelihood"].tolist()):
+            scores[i] = score
+    return scores
+
+
+def score_vortex(vortex, sequences: list[list[int]]) -> list[float]:
+    """The same, one after the other."""
+    scores = []
+    for ids in sequences:
+        tokens_BL = torch.tensor([ids])
+        log_probs = vortex.score(tokens_BL)[0, :-1].float().log_softmax(-1)
+        scores.append(log_probs.gather(1, tokens_BL[0, 1:, None]).double().sum().item())
+    return scores
+
+
+def generate_ours(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations, all prompts in one batch."""
+    from evo2_megatron.tasks.generate import GenerationSettings, generate
+    from evo2_megatron.tasks.sampling import Sampling
+
+    settings = GenerationSettings(
+        max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0), max_batch_size=len(prompts), alphabet="ACGT",
+        stop_at_eod=False,
+    )  # fmt: skip
+    return [generation.token_ids for generation in generate(model, prompts, settings)]
+
+
+def generate_vortex(vortex, prompts: list[list[int]]) -> list[list[int]]:
+    """The same, one after the other."""
+    letters = torch.tensor(list(b"ACGT"))
+    made = []
+    for prompt in prompts:
+        logits_BV = vortex.prefill(torch.tensor([prompt]), max_tokens=len(prompt) + NEW_TOKENS)[:, -1]
+        made.append([letters[logits_BV[0, letters].argmax()].item()])
+        while len(made[-1]) < NEW_TOKENS:
+            logits_BV = vortex.step(torch.tensor([made[-1][-1]]))
+            made[-1].append(letters[logits_BV[0, letters].argmax()].item())
+    return made
+
+
+def main() -> None:
+    """Print two rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=24, help="to score (default: 24)")
+    args = parser.parse_args()
+    torch.set_num_threads(beside_vortex.NUM_THREADS)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    chance = random.Random(1)
+    sequences = made_up_dna([chance.randint(200, 8_000) for _ in range(args.sequences)])
+    prompts = made_up_dna([50 * (i + 1) for i in range(8)])
+    with process_groups(ParallelConfig()):
+        weights = beside_vortex.random_weights(beside_vortex.ARCHITECTURE)
+        ours, vortex = beside_vortex.Ours(weights).model, beside_vortex.Vortex(beside_vortex.ARCHITECTURE, weights)
+        pairs = zip(score_ours(ours, sequences), score_vortex(vortex, sequences))
+        worst = max(abs(a / b - 1) for a, b in pairs)
+        if worst > TOLERANCE:
+            sys.exit(f"scores differ by {worst:.1e}; nothing was timed")
+        if generate_ours(ours, prompts) != generate_vortex(vortex, prompts):
+            sys.exit("generated tokens differ; nothing was timed")
+        print(f"{'':10}{'tokens':>9} {'ours/s':>9} {'Vortex/s':>9} {'ratio':>6}")
+        for name, run, theirs, given, num_tokens in (
+            ("score", score_ours, score_vortex, sequences, sum(map(len, sequences))),
+            ("generate", generate_ours, generate_vortex, prompts, NEW_TOKENS * len(prompts)),
+        ):
+            timing = beside_vortex.interleave(
+                lambda run=run, given=given: run(ours, given),
+                lambda theirs=theirs, given=given: theirs(vortex, given),
+                num_tokens=num_tokens,
+                rounds=ROUNDS,
+            )
+            rates = f"{timing.ours:9,.0f} {timing.vortex:9,.0f} {timing.ratio:6.2f}"
+            print(f"{name:10}{num_tokens:9,} {rates}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flag groups that the commands which generate share: how bases are drawn, and when a sequence ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from evo2_megatron.cli import groups
+from evo2_megatron.config import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``drawing`` reads, with those of ``add_stopping``."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the most probable base (default: 1.0)"
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw among the N most probable; 0: off, 1: the most probable (default: 0)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="draw among the fewest with mass X, after --top-k; 0: off (default: 0)",
+    )
+    group.add_argument(
+        "--alphabet",
+        type=_letters,
+        metavar="LETTERS",
+        help="draw only these, such as ACGT; log-probabilities stay the model's own (default: every token)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="of the first sequence; the others' are made from it, and each record has its own (default: 1234)",
+    )
+
+
+def add_stopping(parser: argparse.ArgumentParser, *, max_new_tokens: int = 100) -> None:
+    """Add the flags that ``drawing`` reads, with those of ``add_sampling``."""
+    group = parser.add_argument_group("stopping")
+    group.add_argument(
+        "--max-new-tokens",
+        type=groups.positive_int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"bases to add (default: {max_new_tokens})",
+    )
+    group.add_argument(
+        "--stop-string",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sequence when its new bases hold this, and cut it off; may be given several times (default: none)",
+    )
+    group.add_argument("--include-stop-string", action="store_true", help="keep the stop string in the result")
+    group.add_argument(
+        "--stop-at-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end a sequence when the model ends the document; with --no-stop-at-eod, it cannot (default: yes)",
+    )
+
+
+def drawing(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``GenerationSettings``."""
+    from evo2_megatron.tasks.sampling import Sampling
+
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        "stop_at_eod": args.stop_at_eod,
+        "alphabet": args.alphabet or "",
+        "stop_strings": tuple(args.stop_string),
+        "include_stop_string": args.include_stop_string,
+    }
+
+
+def _letters(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("give at least one letter")
+    return text
+
+
+def given(flag: int | None, variable: str) -> int | None:
+    """The flag's value, else the environment variable's, else None."""
+    text = os.environ.get(variable)
+    if flag is not None or not text:
+        return flag
+    if not text.isdecimal():
+        raise UserError(f"environment variable {variable} is {text!r}; set it to a whole number, or unset it")
+    logger.info("%s is set: %s", variable, text)
+    return int(text)
+
+
+@contextlib.contextmanager
+def until_nobody_reads() -> Iterator[None]:
+    """End quietly, as other programs in a pipe do, when the reader of what is printed has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        # nothing may be flushed to it when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generate sequences that a scorer of yours rates high: draw chunks, keep the best, go on from there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evo2_megatron.cli import generation_groups, groups
+
+if TYPE_CHECKING:
+    from evo2_megatron.tasks.generate import GenerationSettings
+
+PROG = "evo2_guide"
+FORMATS = ("jsonl", "fasta", "text")
+SCORER_SECONDS = 600.0
+BEAMS, SAMPLES, CHUNK = 2, 8, 128
+MAX_NEW_TOKENS = 1024
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = groups.Parser(PROG, __doc__)
+    checkpoint = parser.add_argument_group("checkpoint")
+    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    groups.add_base_checkpoint(checkpoint)
+    groups.add_self_test(checkpoint)
+    _add_prompts(parser)
+    _add_scorer(parser)
+    _add_search(parser)
+    generation_groups.add_sampling(parser)
+    generation_groups.add_stopping(parser, max_new_tokens=MAX_NEW_TOKENS)
+    _add_output(parser)
+    _add_memory(parser)
+    groups.add_parallel(parser)
+    precision = parser.add_argument_group("precision and kernels")
+    groups.add_precision(precision)
+    groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
+    groups.add_kernels(precision)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``evo2_guide``."""
+    groups.run(PROG, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging()
+    groups.clean_up_when_terminated()
+
+    from evo2_megatron.tasks.guided import SearchSettings, guide  # torch loads here, not for --help
+    from evo2_megatron.tasks.prompts import Prompt, read_prompts
+    from evo2_megatron.tasks.scorers import open_scorer
+
+    prompts = [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
+    search = SearchSettings(beams=args.beams, samples=args.samples, chunk=args.chunk_length, score_of=args.score_of)
+    switches = {
+        "vortex_style_fp8": groups.vortex_style_fp8(args),
+        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
+    }
+    with (
+        generation_groups.until_nobody_reads(),
+        open_scorer(function=args.scorer, command=args.scorer_command, timeout=args.scorer_timeout) as score,
+    ):
+        guide(
+            prompts,
+            args.ckpt_dir,
+            _settings(args, width=search.width),
+            search,
+            score,
+            max_seq_length=generation_groups.given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
+            parallel=groups.parallel(args),
+            precision=groups.precision(args),
+            base_ckpt_dir=groups.base_checkpoint(args),
+            fp8=groups.fp8_choice(args),
+            with_self_test=groups.self_test(args),
+            provider_overrides={name: value for name, value in switches.items() if value is not None},
+            output_file=args.output_file,
+            output_format=args.output_format,
+            include_prompt=args.include_prompt,
+            on_record=_show,
+        )
+
+
+def _settings(args: argparse.Namespace, *, width: int) -> GenerationSettings:
+    from evo2_megatron.tasks.generate import GenerationSettings
+
+    return GenerationSettings(
+        **generation_groups.drawing(args),
+        return_log_probs=args.return_log_probs,
+        max_batch_size=args.max_batch_size or width,
+    )
+
+
+def _show(record: dict[str, Any]) -> None:
+    mean = record["log_prob_mean"]
+    likely = "" if mean is None else f", mean log-probability {mean:.6g}"
+    heading = f"=== [{record['id']}.{record['sample']}] score {record['score']:.6g}{likely} ==="
+    print(f"{heading}\n{record['completion']}\n", flush=True)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="sequence to start from (default: none)")
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="instead: FASTA, JSON Lines or text, as for infer_evo2; each prompt is a search (default: none)",
+    )
+
+
+def _add_scorer(parser: argparse.ArgumentParser) -> None:
+    scorer = parser.add_argument_group("scorer")
+    group = scorer.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--scorer",
+        metavar="FILE.py:NAME",
+        help="Python function, or package.module:NAME; it gets a list of strings and returns one number for each, "
+        "higher is better (default: none)",
+    )
+    group.add_argument(
+        "--scorer-command",
+        metavar="COMMAND",
+        help='instead: a program, started once; for each line {"sequences": ["ACGT", ...]} that it reads it prints '
+        'one, {"scores": [0.5, ...]} (default: none)',
+    )
+    scorer.add_argument(
+        "--score-of",
+        choices=("sequence", "completion"),
+        default="sequence",
+        metavar="WHAT",
+        help="what the scorer gets: sequence, the prompt with all new bases; or completion, the new bases alone "
+        "(default: sequence)",
+    )
+    scorer.add_argument(
+        "--scorer-timeout",
+        type=float,
+        default=SCORER_SECONDS,
+        metavar="SECONDS",
+        help=f"that the scorer may take for a round (default: {SCORER_SECONDS:g})",
+    )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    sizes = {
+        "--beams": (BEAMS, "sequences that go on after each round, and results"),
+        "--samples": (SAMPLES, "continuations of each in a round; more find better scores"),
+        "--chunk-length": (CHUNK, "bases that a round adds"),
+    }
+    for flag, (default, meaning) in sizes.items():
+        group.add_argument(
+            flag, type=groups.positive_int, default=default, metavar="N", help=f"{meaning} (default: {default})"
+        )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
+    group.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        metavar="NAME",
+        help="of --output-file: jsonl, fasta, or text, a table with tabs (default: by its suffix, jsonl if that says "
+        "nothing)",
+    )
+    group.add_argument(
+        "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
+    )
+    group.add_argument(
+        "--return-log-probs",
+        action="store_true",
+        help="add each new base's log-probability in nat; to FASTA, their sum",
+    )
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("length and memory")
+    group.add_argument(
+        "--max-seq-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="longest prompt and completion together (default: EVO2_MAX_SEQ_LEN; else what the model was trained for, "
+        "if memory allows)",
+    )
+    group.add_argument(
+        "--max-batch-size",
+        type=groups.positive_int,
+        metavar="N",
+        help="continuations at a time; less memory, same result (default: all of a round)",
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a trained model over HTTP: generate, score and embed, one request or many at a time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evo2_megatron.cli import groups
+
+PROG = "evo2_serve"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = groups.Parser(PROG, __doc__)
+    checkpoint = parser.add_argument_group("checkpoint")
+    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    groups.add_base_checkpoint(checkpoint)
+    groups.add_self_test(checkpoint)
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="interface to listen on; 0.0.0.0 is all of them, for anybody who reaches it (default: 127.0.0.1)",
+    )
+    network.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="port, or 0 for any that is free (default: 8000)"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-seq-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="longest sequence, prompt and completion together (default: what the model was trained for, if memory "
+        "allows)",
+    )
+    limits.add_argument(
+        "--max-batch-size",
+        type=groups.positive_int,
+        default=16,
+        metavar="N",
+        help="sequences that are generated at a time (default: 16)",
+    )
+    limits.add_argument(
+        "--max-queue",
+        type=groups.positive_int,
+        default=128,
+        metavar="N",
+        help="requests that may wait; further ones get status 503 and when to try again (default: 128)",
+    )
+    precision = parser.add_argument_group("precision and kernels")
+    groups.add_precision(precision)
+    groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
+    groups.add_kernels(precision)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``evo2_serve``."""
+    groups.run(PROG, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging()
+
+    from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help
+    from evo2_megatron.tasks.server.serve import serve
+
+    switches = {
+        "vortex_style_fp8": groups.vortex_style_fp8(args),
+        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
+    }
+    settings = ModelSettings(
+        ckpt_dir=args.ckpt_dir,
+        base_ckpt_dir=groups.base_checkpoint(args),
+        precision=groups.precision(args),
+        fp8=groups.fp8_choice(args),
+        provider_overrides={name: value for name, value in switches.items() if value is not None},
+        with_self_test=bool(groups.self_test(args)),
+        max_seq_length=args.max_seq_length,
+        max_batch_size=args.max_batch_size,
+        max_queue=args.max_queue,
+    )
+    serve(settings, host=args.host, port=args.port)
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return value

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that owns the model: takes jobs from a bounded queue, batches what goes together, and answers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evo2_megatron.checkpoint.load import LoadedModel, load_model
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
+from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.tasks import self_test
+from evo2_megatron.tasks.batching import Backoff, plan_batches
+from evo2_megatron.tasks.cache_memory import memory_limit
+from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
+from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
+from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.server.decoding_slots import RunningBatch, batches_of
+from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, Vectors
+from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.striped_hyena import StripedHyenaModel
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5
+"""When to ask again while the model is loaded, or when memory ran out."""
+
+_NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
+_NOT_FINITE = "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
+_MOST_RETRY_SECONDS = 60
+_REMEMBERED = 32  # finished jobs whose times tell how fast the queue moves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """Which model is served, and how much at a time."""
+
+    ckpt_dir: Path
+    base_ckpt_dir: Path | None = None
+    precision: str | None = None
+    fp8: Fp8Choice = "as_asked"
+    provider_overrides: Mapping[str, Any] = field(default_factory=dict)
+    with_self_test: bool = False
+    max_seq_length: int | None = None
+    """Most tokens of a sequence, prompt and completion together; None: what the checkpoint was trained for and memory
+    allows."""
+
+    max_batch_size: int = 16
+    """Most sequences that are generated at a time."""
+
+    max_queue: int = 128
+    """Most requests that wait; further ones are refused."""
+
+
+class ModelInfo(NamedTuple):
+    """What is known of a loaded model."""
+
+    checkpoint: Path
+    num_layers: int
+    hidden_size: int
+    num_parameters: int
+    pattern: str
+    vocab_size: int
+    precision: str
+    device: str
+    max_seq_length: int
+    module_names: frozenset[str]
+
+
+class Engine:
+    """Runs in a thread of its own; ``submit``, ``info`` and ``stop`` may be used from others."""
+
+    def __init__(self, settings: ModelSettings, *, on_ready: Callable[[ModelInfo], None] | None = None) -> None:
+        """Look at the checkpoint, but load nothing yet; ``on_ready`` is called in the engine's thread.
+
+        Raises:
+            UserError: There is no such checkpoint.
+        """
+        self.settings = settings
+        self.info: ModelInfo | None = None
+        """None until the model is loaded."""
+        self._on_ready = on_ready
+        self._checkpoint: GenerationCheckpoint = find_checkpoint(settings.ckpt_dir, settings.base_ckpt_dir)
+        self._condition = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._stopped = False
+        self._running: list[RunningBatch] = []
+        self._finished: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_generating(self) -> int:
+        return sum(len(batch.jobs) for batch in self._running)
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue; ``Refused`` if it is full or nobody will look at it."""
+        with self._condition:
+            if self._stopped:
+                raise Refused(503, "the server has stopped")
+            if self.info is None:
+                raise Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
+            if len(self._waiting) >= self.settings.max_queue:
+                raise Refused(
+                    503,
+                    f"{len(self._waiting)} requests wait already, as many as --max-queue allows; try again",
+                    retry_after=self._retry_after(),
+                )
+            self._waiting.append(job)
+            self._condition.notify()
+
+    def _retry_after(self) -> int:
+        """Seconds in which, at the pace of the last jobs, half of the queue is done."""
+        if len(self._finished) < 2:
+            return 1
+        pace = (time.monotonic() - self._finished[0]) / len(self._finished)
+        return min(max(math.ceil(pace * len(self._waiting) / 2), 1), _MOST_RETRY_SECONDS)
+
+    def stop(self) -> None:
+        """End ``run`` at its next look; who still waits gets a 503."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+
+    def run(self) -> None:
+        """Load the model and work until ``stop``.
+
+        Raises:
+            UserError: The model cannot be loaded here.
+        """
+        try:
+            with distributed.process_groups(ParallelConfig()):
+                model = _Model.load(self._checkpoint, self.settings)
+                self.info = model.info
+                log_memory("After model setup")
+                if self._on_ready is not None:
+                    self._on_ready(model.info)
+                while self._turn(model):
+                    pass
+        finally:
+            self.stop()
+            refused = Refused(503, "the server has stopped")
+            for batch in self._running:
+                batch.fail(refused)
+            for job in self._waiting:
+                job.reply.put(refused)
+
+    def _turn(self, model: _Model) -> bool:
+        """Take what waits, advance what runs; False at the end."""
+        with self._condition:
+            while not (self._waiting or self._running or self._stopped):
+                self._condition.wait()
+            if self._stopped:
+                return False
+            generate, other = self._take()
+        for jobs in batches_of(generate, self.settings.max_batch_size):
+            self._running.append(RunningBatch(model.decoder, jobs))
+        for batch in list(self._running):
+            self._advance(batch, model)
+        if other:
+            _answer(other, model)
+            self._finished += [time.monotonic()] * len(other)
+        return True
+
+    def _take(self) -> tuple[list[GenerateJob], list[PassJob] | list[LayersJob]]:
+        """Generations for which there is room; and of the rest the oldest job, with others that go with it."""
+        room = self.settings.max_batch_size - self.num_generating
+        generate: list[GenerateJob] = []
+        other: list[Any] = []
+        num_tokens = 0
+        stay: deque[Job] = deque()
+        for job in self._waiting:
+            if job.reply.cancelled:
+                continue
+            if isinstance(job, GenerateJob) and len(generate) < room:
+                generate.append(job)
+            elif not isinstance(job, GenerateJob) and (not other or _go_together(other[0], job, num_tokens)):
+                other.append(job)
+                num_tokens += job.num_tokens if isinstance(job, PassJob) else 0
+            else:
+                stay.append(job)
+        self._waiting = stay
+        return generate, other
+
+    def _advance(self, batch: RunningBatch, model: _Model) -> None:
+        refused = None
+        try:
+            answered = batch.advance()
+        except UserError as error:  # one sequence gave what is not finite
+            waiting = batch.unanswered()
+            if len(waiting) > 1:
+                self._running.remove(batch)
+                batch.close()
+                self._running += [RunningBatch(model.decoder, [job]) for job in waiting]
+                return
+            refused = Refused(500, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
+        if refused is not None:
+            # here, where the error that holds what was computed is gone
+            self._running.remove(batch)
+            batch.fail(refused)
+            gc.collect()
+            torch.cuda.empty_cache()
+        elif answered is None:
+            self._running.remove(batch)
+            batch.close()
+        else:
+            self._finished += [time.monotonic()] * answered
+
+
+class _Model:
+    """A loaded model, and the two ways to use it."""
+
+    def __init__(self, loaded: LoadedModel, decoder: StripedHyenaModel, info: ModelInfo) -> None:
+        self.loaded, self.decoder, self.info = loaded, decoder, info
+
+    @classmethod
+    def load(cls, checkpoint: GenerationCheckpoint, settings: ModelSettings) -> _Model:
+        loaded = load_model(
+            checkpoint.path,
+            parallel=ParallelConfig(),
+            precision=settings.precision,
+            provider_overrides=settings.provider_overrides,
+            base_ckpt_dir=settings.base_ckpt_dir,
+            fp8=settings.fp8,
+        )
+        if settings.with_self_test:
+            self_test.check(loaded)
+        decoder = decoder_of(loaded)
+        limit = settings.max_seq_length
+        if limit is None:
+            limit = checkpoint.seq_length
+            fits = memory_limit(decoder, settings.max_batch_size)
+            if fits < 2:
+                raise UserError(
+                    f"there is no memory for the caches of {settings.max_batch_size} sequences; lower --max-batch-size"
+                )
+            if fits < limit:
+                logger.warning(
+                    "The caches of %d sequences have memory for %d tokens each, fewer than the %d of training; "
+                    "a lower --max-batch-size allows longer ones", settings.max_batch_size, fits, limit,
+                )  # fmt: skip
+                limit = fits
+        info = ModelInfo(
+            checkpoint=checkpoint.path,
+            num_layers=loaded.provider.num_layers,
+            hidden_size=loaded.provider.hidden_size,
+            num_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+            pattern=loaded.run_config.pattern,
+            vocab_size=checkpoint.vocab_size,
+            precision=loaded.precision,
+            device=torch.cuda.get_device_name() if megatron.on_cuda() else "CPU",
+            max_seq_length=limit,
+            module_names=frozenset(module_names(decoder)),
+        )
+        return cls(loaded, decoder, info)
+
+    def runner(self, output: Output) -> Runner:
+        layers = output.layers_of(self.info.num_layers)
+        return Runner(self.loaded.model, output, precision=self.loaded.precision, layers=layers)
+
+
+def _batch_tokens() -> int:
+    return BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU
+
+
+def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
+    """Whether a job joins those taken; not more than a batch at a time, so that generations go on meanwhile."""
+    if not (isinstance(first, PassJob) and isinstance(job, PassJob)):
+        return False
+    return job.output == first.output and num_tokens + job.num_tokens <= _batch_tokens()
+
+
+def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> None:
+    refused = None
+    try:
+        if isinstance(jobs[0], LayersJob):
+            _run_layers(jobs[0], model)
+        else:
+            _run_passes(jobs, model)
+    except UserError as error:  # of too little memory, for the shortest pieces
+        refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
+    if refused is None:
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    if len(jobs) == 1:
+        jobs[0].reply.put(refused)
+        return
+    for job in jobs:  # the fault of one is not that of the others
+        _answer([job], model)
+
+
+def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
+    run = Backoff(model.runner(jobs[0].output), can_split=True)
+    sequences = [(job, place) for job in jobs for place in range(len(job.items))]
+    lengths = [len(job.items[place]["tokens"]) for job, place in sequences]
+    for job in jobs:
+        job.rows = [{} for _ in job.items]
+    for batch in plan_batches(lengths, max_tokens=_batch_tokens()):
+        mine = [index for index in batch if not sequences[index][0].reply.cancelled]
+        if not mine:
+            continue
+        result = run([sequences[index][0].items[sequences[index][1]] for index in mine])
+        for row, index in enumerate(mine):
+            job, place = sequences[index]
+            job.rows[place] = {name: _own(values[row], lengths[index], job.output) for name, values in result.items()}
+    for job in jobs:
+        finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
+        job.reply.put(Vectors(job.rows) if finite else Refused(500, _NOT_FINITE))
+
+
+def _own(values: Tensor, length: int, output: Output) -> np.ndarray:
+    """What is a sequence's own, without padding; log-probabilities have one place fewer than tokens."""
+    per_token = values.dim() > 0 and output.pooling is None
+    return (values[:length] if per_token else values).numpy().copy()
+
+
+def _run_layers(job: LayersJob, model: _Model) -> None:
+    try:
+        job.reply.put(Vectors([layer_outputs(model.runner(Output()), model.decoder, job.item, job.modules)]))
+    except UserError as error:
+        job.reply.put(Refused(422, str(error)))
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # PyTorch has a class for this on GPUs only
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

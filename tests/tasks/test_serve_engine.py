@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of evo2_serve without a process: what happens before, beside and after its work."""
+
+import asyncio
+import concurrent.futures
+import socket
+import threading
+
+import pytest
+import requests
+import uvicorn
+
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.tasks.completion import Generation
+from evo2_megatron.tasks.generate import GenerationSettings
+from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.server import engine as engine_module
+from evo2_megatron.tasks.server.app import make_app
+from evo2_megatron.tasks.server.decoding_slots import batches_of
+from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
+from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Vectors
+from tasks.server_process import until
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["loading", "full"])
+def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
+    async def fill():
+        engine.submit(GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
+
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_queue=1))
+    if loaded:  # and nobody works
+        engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", "CPU", 100, frozenset())
+        asyncio.run(fill())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        response = requests.post(f"{url}/v1/score", json={"sequences": ["ACGT"]}, timeout=60)
+        statuses = [requests.get(f"{url}/v1/health/{what}", timeout=60).status_code for what in ("live", "ready")]
+        http.should_exit = True
+        thread.join()
+    assert response.status_code == 503 and 1 <= int(response.headers["Retry-After"]) <= 60
+    assert ("as many as --max-queue allows" if loaded else "being loaded") in response.json()["detail"]
+    assert statuses == [200, 200 if loaded else 503]
+
+
+def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypatch):
+    """And the failure comes out of the thread, so that the process ends with it."""
+
+    async def ask():
+        engine.submit(job := GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
+        return await asyncio.wait_for(job.reply.get(), 60)
+
+    def wait_and_fail(self, _model):
+        until(lambda: self.num_waiting == 1)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(Engine, "_turn", wait_and_fail)
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        with pytest.raises(Refused, match="the server has stopped"):
+            asyncio.run(ask())
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            work.result()
+
+
+def test_batches_hold_what_is_drawn_alike():
+    async def batches():
+        def job(length, temperature=1.0, **settings):
+            sampling = Sampling(temperature=temperature)
+            return GenerateJob(ids=[65] * length, seed=1, settings=GenerationSettings(sampling=sampling, **settings))
+
+        jobs = [job(5), job(7, stop_strings=("A",), return_log_probs=True), job(5, 0.5), job(500), job(6)]
+        return [[jobs.index(j) for j in batch] for batch in batches_of(jobs, 2)]
+
+    # numbers 0, 4 and 1 by length, of which two fit; 3 is too long to be fed token by token; 2 is drawn otherwise
+    assert asyncio.run(batches()) == [[0, 4], [1], [3], [2]]
+
+
+def test_who_gives_no_finite_numbers_fails_alone(checkpoint, monkeypatch):
+    """Of sequences that share a batch; who streams gets no base twice."""
+    load = engine_module._Model.load
+
+    def broken(*arguments):
+        model = load(*arguments)
+
+        def hook(_module, _arguments, given, output):
+            output[:, (given["input_ids"] == ord("Z")).any(dim=1)] = float("nan")
+
+        model.decoder.embedding.register_forward_hook(hook, with_kwargs=True)
+        return model
+
+    async def answers():
+        def generate(text, **more):
+            settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False, prefill_chunk=0)
+            return GenerateJob(ids=list(text.encode()), seed=5, settings=settings, **more)
+
+        def score(text):
+            return PassJob(items=[make_sample(text.encode(), 0)], output=Output(log_probs="sum"))
+
+        alone = generate("ACGT")
+        engine.submit(alone)
+        want = (await alone.reply.get()).generation.text
+        # Z comes after the others have new bases
+        jobs = [
+            generate("ACGT"),
+            generate("ACGT", wants_pieces=True),
+            generate("GGGGGGGZ"),
+            score("ACGT"),
+            score("AZ"),
+        ]
+        with engine._condition:  # together
+            for job in jobs:
+                engine.submit(job)
+        texts, failed = [], []
+        for job in jobs:
+            texts.append("")
+            try:
+                while isinstance(event := await asyncio.wait_for(job.reply.get(), 60), Generation):
+                    texts[-1] += event.text
+            except Refused as refused:
+                failed.append((jobs.index(job), refused.status, refused.message))
+            else:
+                texts[-1] += "" if texts[-1] or isinstance(event, Vectors) else event.generation.text
+        return want, texts, failed
+
+    monkeypatch.setattr(engine_module._Model, "load", broken)
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            want, texts, failed = asyncio.run(answers())
+        finally:
+            engine.stop()
+        work.result()
+    assert texts == [want, want, "", "", ""] and len(want) == 12
+    assert [(number, status) for number, status, _ in failed] == [(2, 500), (4, 500)]
+    assert all("not finite" in message for *_, message in failed)
