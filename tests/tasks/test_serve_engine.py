@@ -82,10 +82,12 @@ def test_batches_hold_what_is_drawn_alike():
             return GenerateJob(ids=[65] * length, seed=1, settings=GenerationSettings(sampling=sampling, **settings))
 
         jobs = [job(5), job(7, stop_strings=("A",), return_log_probs=True), job(5, 0.5), job(500), job(6)]
-        return [[jobs.index(j) for j in batch] for batch in batches_of(jobs, 2)]
+        jobs += [job(8, max_new_tokens=550)]
+        batches = batches_of(jobs, max_batch_size=3, max_seq_length=600)
+        return [[jobs.index(j) for j in batch] for batch in batches]
 
-    # numbers 0, 4 and 1 by length, of which two fit; 3 is too long to be fed token by token; 2 is drawn otherwise
-    assert asyncio.run(batches()) == [[0, 4], [1], [3], [2]]
+    # 0, 4 and 1 by length, of which three fit; with 3 there would be room for 500 + 550 tokens; 2 is drawn otherwise
+    assert asyncio.run(batches()) == [[0, 4, 1], [5], [3], [2]]
 
 
 def generate(text, **more):
