@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from evo2_megatron.config import UserError
 from tasks.test_train import environment
 
 HEADER = (
@@ -89,6 +90,11 @@ def test_evaluations_do_not_count(stragglers, tmp_path, monkeypatch):
     # a run that goes on adds to the table
     stragglers.StragglerReport(tmp_path / "table.tsv").on_train_start(context)
     assert len((tmp_path / "table.tsv").read_text().splitlines()) == 3
+
+
+def test_table_that_cannot_be_written(stragglers, tmp_path):
+    with pytest.raises(UserError, match="cannot write .*: No such file or directory; the run goes on"):
+        stragglers.StragglerReport(tmp_path / "nowhere" / "table.tsv")._append(["x"])
 
 
 def test_one_of_two_processes_is_slow(tmp_path):

@@ -19,6 +19,8 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.core import parallel_state
 
+from evo2_megatron.config import UserError
+
 logger = logging.getLogger(__name__)
 
 SLOW = 1 / 0.7
@@ -137,8 +139,14 @@ class StragglerReport(Callback):
                 logger.warning("%s", warning)
 
     def _append(self, lines: list[str]) -> None:
-        with self._table.open("a") as table:
-            table.write("".join(f"{line}\n" for line in lines))
+        try:
+            with self._table.open("a") as table:
+                table.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._table}: {error.strerror}; the run goes on from its last checkpoint when it is "
+                "started again, with room or without --log-straggler"
+            ) from None
 
 
 def rows(step: int, times: list[ProcessTimes]) -> list[str]:

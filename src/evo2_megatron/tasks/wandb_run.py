@@ -48,7 +48,7 @@ def _log_in() -> None:
     try:
         wandb.login()
     except wandb.errors.Error as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise UserError(
             f"Weights & Biases: {reason}; run wandb login or set WANDB_API_KEY, or give --wandb-offline and send the "
             "run later with wandb sync"
