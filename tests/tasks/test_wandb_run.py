@@ -42,7 +42,7 @@ def test_the_id_is_kept(tmp_path, monkeypatch):
 def test_online_without_an_account(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(
-        UserError, match="No API key configured; run wandb login or set WANDB_API_KEY, or give --wandb-offline"
+        UserError, match="No API key configured; run wandb login or set WANDB_API_KEY, or give"
     ):
         wandb_run.set_up(tmp_path, offline=False)
     assert not (tmp_path / "wandb_run_id").exists()
