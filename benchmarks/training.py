@@ -186,8 +186,8 @@ def options(folder: Path, run_dir: Path, size: str, length: int, recompute: str,
     }
 
 
-def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str) -> None:
-    """Train on this process; rank 0 writes what its clock shows."""
+def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, timed: int) -> None:
+    """Train on this process; rank 0 writes what its clock shows of ``timed`` steps."""
     import torch
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -199,7 +199,6 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str) 
 
     from evo2_megatron.tasks.train import train
 
-    timed = STEPS[size, length]
     upstream, calls = bridge.checkpoint_and_decide_exit, 0
 
     def end_of_step(*args: Any, **kwargs: Any) -> Any:
@@ -215,7 +214,7 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str) 
     train(**options(folder, run_dir, size, length, recompute, WARM_UP_STEPS + timed + 1))
 
 
-def measure(folder: Path, size: str, length: int, recompute: str, processes: int) -> dict[str, float]:
+def measure(folder: Path, size: str, length: int, recompute: str, *, processes: int, timed: int) -> dict[str, float]:
     """Seconds by part of the timed steps, of the first process."""
     command = [sys.executable]
     if processes > 1:
@@ -223,7 +222,16 @@ def measure(folder: Path, size: str, length: int, recompute: str, processes: int
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command += [__file__, "--worker", str(folder), tempfile.mkdtemp(dir=folder), size, str(length), recompute]
+    command += [
+        __file__,
+        "--worker",
+        str(folder),
+        tempfile.mkdtemp(dir=folder),
+        size,
+        str(length),
+        recompute,
+        str(timed),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(NUM_THREADS // processes)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -238,11 +246,12 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, choices=(1_024, 8_192), default=(1_024, 8_192))
     parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none",))
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2), default=(1, 2))
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="steps to time (default: fewer the larger they are)")
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        folder, run_dir, size, length, recompute = args.worker
-        worker(Path(folder), Path(run_dir), size, int(length), recompute)
+        folder, run_dir, size, length, recompute, timed = args.worker
+        worker(Path(folder), Path(run_dir), size, int(length), recompute, int(timed))
         return
     print(f"training, float32, {NUM_THREADS} threads in all; share of the time of a step")
     columns = " ".join(f"{part:>{max(8, len(part))}}" for part in PARTS)
@@ -254,9 +263,10 @@ def main() -> None:
             for length in args.lengths:
                 for recompute in args.recompute:
                     for processes in args.processes:
-                        seconds = measure(folder, size, length, recompute, processes)
+                        timed = args.steps or STEPS[size, length]
+                        seconds = measure(folder, size, length, recompute, processes=processes, timed=timed)
                         total = sum(seconds.values())
-                        rate = STEPS[size, length] * SAMPLES_PER_STEP[length] * length / total
+                        rate = timed * SAMPLES_PER_STEP[length] * length / total
                         shares = " ".join(f"{seconds[p] / total:{max(8, len(p))}.1%}" for p in PARTS)
                         print(f"{size:10} {length:6,} {processes:9} {recompute:>9} {rate:8,.0f} {shares}", flush=True)
 

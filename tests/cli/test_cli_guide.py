@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def call(monkeypatch):
 
         monkeypatch.setattr("evo2_megatron.tasks.scorers.open_scorer", open_scorer)
         monkeypatch.setattr(
-            "evo2_megatron.tasks.guided.guide",
+            "evo2_megatron.tasks.guide.guide",
             lambda prompts, ckpt_dir, settings, search, score, **rest: seen.update(
                 rest, prompts=prompts, ckpt_dir=ckpt_dir, settings=settings, search=search, score=score
             ),
@@ -112,6 +113,16 @@ def test_every_flag(call, tmp_path, monkeypatch):
         "output_format": "fasta",
         "include_prompt": True,
     }
+
+
+def test_the_documentation_names_every_flag_and_no_other():
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    (section,) = re.findall(r"^## Guided\n.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    groups = {group.title: group for group in guide.build_parser()._action_groups}
+    every = {flag for group in groups.values() for action in group._group_actions for flag in action.option_strings}
+    ours = {flag for t in ("scorer", "search") for a in groups[t]._group_actions for flag in a.option_strings}
+    named = set(re.findall(r"--[a-z][a-z-]+", section))
+    assert named - every == set() and ours - named == set()
 
 
 @pytest.fixture(scope="module")

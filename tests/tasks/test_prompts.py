@@ -63,7 +63,7 @@ def test_json_lines_under_other_names(tmp_path, name):
         ("x.json", b'[{"prompt": "A"}]', "line 1 is not a JSON object"),
         ("x.fa", b">a\nAC\xc3\xa9\n", "record 'a' of .*x.fa contains"),
         ("x.fa", b">\nACGT\n", "a record has no name"),
-        ("x.txt.gz", gzip.compress(b"ACGT" * 100)[:20], "damaged or cut off"),
+        ("x.txt.gz", gzip.compress(b"ACGT" * 100, mtime=0)[:20], "damaged or cut off"),
         ("x.txt", b"ACGT\n\xff", "not UTF-8"),
     ],
 )

@@ -53,7 +53,8 @@ def _main(argv: Sequence[str] | None) -> None:
     groups.set_up_logging()
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.guided import SearchSettings, guide  # torch loads here, not for --help
+    from evo2_megatron.tasks.guide import guide  # torch loads here, not for --help
+    from evo2_megatron.tasks.guided import SearchSettings
     from evo2_megatron.tasks.prompts import Prompt, read_prompts
     from evo2_megatron.tasks.scorers import open_scorer
 

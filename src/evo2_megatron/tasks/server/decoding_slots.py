@@ -16,16 +16,32 @@ if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 
 
-def batches_of(jobs: Sequence[GenerateJob], max_batch_size: int) -> Iterator[list[GenerateJob]]:
-    """Divide jobs into batches that the model can take together: drawn alike, and of similar length."""
+def batches_of(
+    jobs: Sequence[GenerateJob], *, max_batch_size: int, max_seq_length: int
+) -> Iterator[list[GenerateJob]]:
+    """Divide jobs into batches that the model can take together: drawn alike, and of similar length.
+
+    The caches of a batch have room for its longest prompt and its longest completion, which need not be of the same
+    job: together they do not exceed ``max_seq_length`` tokens, for which there is memory.
+    """
     groups: dict[object, list[GenerateJob]] = {}
     for job in jobs:
         groups.setdefault(job.shared_settings, []).append(job)
     for settings, group in groups.items():
         most_new = max(job.settings.max_new_tokens for job in group)
         settings = dataclasses.replace(settings, max_new_tokens=most_new, max_batch_size=max_batch_size)
-        for batch in plan_batches([len(job.ids) for job in group], settings):
-            yield [group[index] for index in batch]
+        for planned in plan_batches([len(job.ids) for job in group], settings):
+            batch: list[GenerateJob] = []
+            for job in (group[index] for index in planned):
+                if batch and _room([*batch, job]) > max_seq_length:
+                    yield batch
+                    batch = []
+                batch.append(job)
+            yield batch
+
+
+def _room(jobs: Sequence[GenerateJob]) -> int:
+    return max(len(job.ids) for job in jobs) + max(job.settings.max_new_tokens for job in jobs)
 
 
 class RunningBatch:

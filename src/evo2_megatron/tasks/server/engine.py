@@ -170,7 +170,8 @@ class Engine:
             if self._stopped:
                 return False
             generate, other = self._take()
-        for jobs in batches_of(generate, self.settings.max_batch_size):
+        limits = {"max_batch_size": self.settings.max_batch_size, "max_seq_length": model.info.max_seq_length}
+        for jobs in batches_of(generate, **limits):
             self._running.append(RunningBatch(model.decoder, jobs))
         for batch in list(self._running):
             self._advance(batch, model)
