@@ -311,7 +311,7 @@ class Pairs:
         )
 
 
-def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, threads: int) -> None:
+def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, threads: int, timed: int) -> None:
     """Train both on this process; write what was compared and timed."""
     from evo2_megatron.runtime import megatron
 
@@ -322,15 +322,15 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, 
     from evo2_megatron.tasks.train import train
 
     # the plain model has one group of parameters
-    train(**options(folder, run_dir, size, length, recompute, WARM_UP_STEPS + STEPS[size, length]), wd=0.0)
+    train(**options(folder, run_dir, size, length, recompute, WARM_UP_STEPS + timed), wd=0.0)
     result = {"gradients": pairs.gradient_error, "losses": pairs.losses, "seconds": pairs.seconds[WARM_UP_STEPS:]}
     (folder / "pairs.json").write_text(json.dumps(result))
 
 
-def compare(folder: Path, size: str, length: int, recompute: str, threads: int) -> dict[str, Any]:
+def compare(folder: Path, size: str, length: int, recompute: str, *, threads: int, timed: int) -> dict[str, Any]:
     """``worker`` in a process of its own; stops unless both models computed the same."""
     command = [sys.executable, __file__, "--worker", str(folder), tempfile.mkdtemp(dir=folder)]
-    command += [size, str(length), recompute, str(threads)]
+    command += [size, str(length), recompute, str(threads), str(timed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -349,11 +349,12 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, choices=(1_024, 8_192), default=(1_024, 8_192))
     parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=("none",))
     parser.add_argument("--threads", type=int, default=NUM_THREADS)
-    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="pairs to time (default: fewer the larger they are)")
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        folder, run_dir, size, length, recompute, threads = args.worker
-        worker(Path(folder), Path(run_dir), size, int(length), recompute, int(threads))
+        folder, run_dir, size, length, recompute, threads, timed = args.worker
+        worker(Path(folder), Path(run_dir), size, int(length), recompute, int(threads), int(timed))
         return
     print(f"training beside plain PyTorch, float32, {args.threads} threads; medians, of the cost over the pairs")
     print(f"{'':27} {'tokens per second':>17} {'cost in':>11} {'largest difference of':>22}")
@@ -365,7 +366,8 @@ def main() -> None:
         for size in args.sizes:
             for length in args.lengths:
                 for recompute in args.recompute:
-                    result = compare(folder, size, length, recompute, args.threads)
+                    timed = args.steps or STEPS[size, length]
+                    result = compare(folder, size, length, recompute, threads=args.threads, timed=timed)
                     tokens = SAMPLES_PER_STEP[length] * length
                     wall, cpu = zip(*result["seconds"], strict=True)
                     ours, plain = (tokens / statistics.median(s) for s in zip(*wall, strict=True))
