@@ -103,7 +103,7 @@ def test_an_interrupted_run_is_completed_by_the_next(tmp_path, config, ending):
         pipe.flush()
         time.sleep(0.3)  # a signal between two reads is seen, one just before the call that waits is not
         process.send_signal(ending)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == (-ending if ending == signal.SIGKILL else 130)
     assert b"Traceback" not in err
     left = {path.name for path in (tmp_path / "out").iterdir()} - {n for n in whole if n.startswith("x_")}
