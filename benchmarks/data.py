@@ -7,8 +7,8 @@ Each is a whole process, start included, with its files in the page cache and gf
 outputs are compared first. Every round runs one after the other, each twice in a row, and the second time counts: a
 virtual machine gives memory that was free for seconds back to its host and gets it again slowly, which would be
 measured as the time of writing. The table has medians, and the median of the ratios (theirs over ours) of the rounds;
-a line for reading and writing the same blocks in Python shows what bounds the rest. Memory is the sum of the peaks of a
-command's processes, in a run of its own; what two of them share counts twice.
+a line for reading and writing the same blocks in Python shows what bounds the rest. Memory is the sum of the peaks of
+a command's processes, in a run of its own; what two of them share counts twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import subprocess

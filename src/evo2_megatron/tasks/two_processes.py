@@ -62,13 +62,20 @@ class Channel:
 def second_process(work: Callable[[Channel], None]) -> Iterator[Channel]:
     """Run ``work(channel)`` in a copy of this process; it is gone when the block ends, however that ends."""
     to_second, to_first = os.pipe(), os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none may arrive while there are two of us that would clean up
-    pid = os.fork()
+    # none may arrive while there are two of us that would clean up
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        pid = os.fork()
+    except OSError as error:  # no room for another process: as if it had ended
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for end in (*to_second, *to_first):
+            os.close(end)
+        raise EOFError(error.strerror) from error
     if not pid:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the first process decides
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(to_second[1])  # so that this process notices the end of the first
             os.close(to_first[0])
             work(Channel(to_second[0], to_first[1]))
@@ -79,7 +86,7 @@ def second_process(work: Callable[[Channel], None]) -> Iterator[Channel]:
         os.close(to_second[0])
         os.close(to_first[1])
         channel = Channel(to_first[0], to_second[1])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield channel
     finally:
         os.kill(pid, signal.SIGKILL)
