@@ -7,15 +7,16 @@ Each is a whole process, start included, with its files in the page cache and gf
 outputs are compared first. Every round runs one after the other, each twice in a row, and the second time counts: a
 virtual machine gives memory that was free for seconds back to its host and gets it again slowly, which would be
 measured as the time of writing. The table has medians, and the median of the ratios (theirs over ours) of the rounds;
-a line for reading and writing the same blocks in Python shows what bounds the rest. Memory is the largest peak.
+a line for reading and writing the same blocks in Python shows what bounds the rest. Memory is the sum of the peaks of
+a command's processes, in a run of its own; what two of them share counts twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 # the oracle and the generator live with the tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -44,33 +44,42 @@ with open(sys.argv[1], "rb", buffering=0) as source, open(sys.argv[2], "wb", buf
 """
 
 
-class Run(NamedTuple):
-    """One process."""
-
-    seconds: float
-    peak_mb: float
-
-
-def second_run(command: list[object], output: Path, environment: dict[str, str] | None = None) -> Run:
-    """Run a program twice, without its output before and between, and count the second time."""
+def second_run(command: list[object], output: Path, environment: dict[str, str] | None = None) -> float:
+    """Run a program twice, without its output before and between; the seconds of the second time."""
     for _ in range(2):
         output.unlink(missing_ok=True)
-        result = run(command, environment)
-    return result
+        seconds = run(command, environment)
+    return seconds
 
 
-def run(command: list[object], environment: dict[str, str] | None = None) -> Run:
-    """Run a program and wait for it."""
+def run(command: list[object], environment: dict[str, str] | None = None) -> float:
+    """Run a program and wait for it; seconds."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
+    process.wait()
     seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with status {process.returncode}")
-    return Run(seconds, usage.ru_maxrss / 1024)
+    return seconds
+
+
+def peak_mb(command: list[object], environment: dict[str, str] | None = None) -> float:
+    """Sum of the peaks of a program and its child processes, which are looked at every 2 ms."""
+    peaks: dict[int, int] = {}
+    with subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # one may just have ended
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for pid in (process.pid, *map(int, children)):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if "VmHWM:" in status:  # not yet or no longer
+                        peaks[pid] = max(peaks.get(pid, 0), int(status.split("VmHWM:")[1].split()[0]))
+            time.sleep(0.002)
+    return sum(peaks.values()) / 1024
 
 
 def ours(module: str, *arguments: object) -> list[object]:
@@ -83,11 +92,11 @@ def compare(
 ) -> None:
     """Print one line of the table; ``outputs`` are the files that they write."""
     pairs = [(second_run(mine, outputs[0]), second_run(theirs, outputs[1], environment)) for _ in range(rounds)]
+    peaks = [peak_mb(mine), peak_mb(theirs, environment)]
     for output in outputs:
         output.unlink()
-    seconds = [statistics.median(pair[i].seconds for pair in pairs) for i in (0, 1)]
-    peaks = [max(pair[i].peak_mb for pair in pairs) for i in (0, 1)]
-    ratio = statistics.median(second.seconds / first.seconds for first, second in pairs)
+    seconds = [statistics.median(pair[i] for pair in pairs) for i in (0, 1)]
+    ratio = statistics.median(second / first for first, second in pairs)
     print(f"{name:46}{seconds[0]:9.2f}{seconds[1]:9.2f}{ratio:9.2f}{peaks[0]:11.0f}{peaks[1]:11.0f}", flush=True)
 
 

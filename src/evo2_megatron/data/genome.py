@@ -99,8 +99,8 @@ class Genome:
         return where.starts[low], bases
 
     def _read(self, offset: int, num_bytes: int, at_line_start: bool) -> bytes:
-        self._file.seek(offset)
-        return fasta.strip_lines(self._file.read(num_bytes), at_line_start)
+        # a position in the file would be shared with a process forked from this one
+        return fasta.strip_lines(os.pread(self._file.fileno(), num_bytes, offset), at_line_start)
 
     def _find_contigs(self, path: str | os.PathLike[str]) -> None:
         fasta.first_block(path, self._file)

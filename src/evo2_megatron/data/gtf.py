@@ -143,16 +143,16 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
     """
     if not Path(path).exists() or Path(path).is_dir():
         raise UserError(f"no such GTF file: {path}")
-    reader = _Reader(path, report)
+    reader = Reader(path, report)
     with open_fasta(path) as stream, no_garbage_collection():
-        for lines in _blocks(path, stream):
+        for lines in blocks(path, stream):
             reader.read(lines)
         if not reader.transcripts:
             raise UserError(
                 f"{path} has no exon or transcript that can be read in its {reader.num_lines} lines; GTF has 9 "
                 'columns between tabs, the last with gene_id "..."; transcript_id "...";'
             )
-        return list(reader.finished())
+        return list(reader.finished(report))
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[bytes]]:
+def blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[bytes]]:
     """Lines with their ends, some hundred at a time."""
     rest = stream.read(_BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK)
     if rest.startswith(b"##gff-version"):
@@ -183,7 +183,7 @@ def _blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[byt
         yield io.BytesIO(rest).readlines()
 
 
-class _Reader:
+class Reader:
     """Puts lines together to transcripts."""
 
     def __init__(self, path: str | os.PathLike[str], report: Callable[[Problem], None]) -> None:
@@ -304,13 +304,13 @@ class _Reader:
             transcript = self._get(found.groups(), b"", b"", number)
             transcript.blame(_BROKEN_EXON, number)
 
-    def finished(self) -> Iterator[Transcript]:
+    def finished(self, report: Callable[[Problem], None]) -> Iterator[Transcript]:
         """Transcripts whose exons make sense; the others are reported."""
         for transcript in self.transcripts.values():
             kind = None if transcript.fault else _arrange(transcript)
             fault = transcript.fault or (kind and transcript.problem(kind))
             if fault:
-                self._report(fault)
+                report(fault)
             else:
                 yield transcript
 

@@ -11,7 +11,9 @@ from typing import BinaryIO
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import read_pieces, record_id
+from evo2_megatron.tasks import fasta_blocks_to_jsonl
 from evo2_megatron.tasks.transfer import disk_errors, new_files
+from evo2_megatron.tasks.two_processes import worth_two
 
 _BATCH_BYTES = 1 << 16  # as for fasta.BLOCK_BYTES
 _NUMPY_BYTES = 1 << 26  # of a file from which on NumPy saves more than the 50 ms and 12 MB that its import costs
@@ -39,9 +41,22 @@ def fasta_to_jsonl(
         raise UserError(f"{target} is the input; choose another output")
     num_bytes = source.stat().st_size if source.is_file() else None
     pieces = read_pieces(source) if num_bytes != 0 else iter(())
-    needs_escapes = _numpy_check() if (num_bytes or 0) >= _NUMPY_BYTES else _needs_escapes
-    with disk_errors(), new_files([target]) as (partial,), partial.open("wb", buffering=0) as out:
-        return _write(pieces, out, needs_escapes, uppercase=uppercase)
+    with disk_errors(), new_files([target]) as (partial,):
+        if worth_two(source):
+            num_records = fasta_blocks_to_jsonl.convert(source, partial, _json_name, uppercase=uppercase)
+            if num_records is not None:
+                return num_records
+        needs_escapes = _numpy_check() if (num_bytes or 0) >= _NUMPY_BYTES else _needs_escapes
+        with partial.open("wb", buffering=0) as out:
+            return _write(pieces, out, needs_escapes, uppercase=uppercase)
+
+
+def _json_name(header: bytes) -> bytes:
+    """First word of a header as it stands between the quotes of a JSON string."""
+    name = header.split(None, 1)[0]
+    if not name.isalnum() and name.translate(None, _PLAIN):
+        name = json.dumps(record_id(header))[1:-1].encode()
+    return name
 
 
 def _write(
@@ -59,9 +74,7 @@ def _write(
     names: list[bytes] = []  # of the record that each has
     for header, bases in pieces:
         if header is not None:
-            name = header.split(None, 1)[0]
-            if not name.isalnum() and name.translate(None, _PLAIN):
-                name = json.dumps(record_id(header))[1:-1].encode()
+            name = _json_name(header)
             texts += (b'"}\n{"id": "' if num_records else b'{"id": "', name, b'", "prompt": "')
             num_records += 1
         places.append(len(texts))

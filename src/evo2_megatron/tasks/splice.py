@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data import gtf_halves
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.gtf import Problem, Transcript, no_garbage_collection, read_gtf, text
+from evo2_megatron.data.gtf_halves import OddPartError
 from evo2_megatron.data.nucleotides import COMPLEMENT
 from evo2_megatron.tasks.transfer import disk_errors, new_files
+from evo2_megatron.tasks.two_processes import Channel, Gone, PlacedWriter, second_process, worth_two
 
 JOIN = b"@"
 """Between the pieces of a stitched transcript; a control tag of the training data, never scored."""
@@ -86,7 +89,7 @@ def splice(
     Raises:
         UserError: An input cannot be used, nothing is left to write, or writing fails.
     """
-    start = time.perf_counter()
+    start, inputs = time.perf_counter(), (fasta_path, gtf_path)
     left_out: Counter[str] = Counter()
 
     def count(problem: Problem) -> None:
@@ -95,15 +98,63 @@ def splice(
 
     with no_garbage_collection(), Genome(fasta_path) as genome:
         lengths = genome.lengths
+        sequences = _Sequences(genome, lengths, stitched, former=former)
+        is_file = output_path is not None and (output_path.is_file() or not output_path.exists())
+        if is_file and stitched is None and not only_longest and worth_two(gtf_path):
+            with contextlib.suppress(*Gone, OddPartError), disk_errors(), _output(output_path, inputs) as out:
+                num, num_bases = _splice_halves(gtf_path, out.fileno(), sequences, count)
+                return SpliceSummary(num, num_bases, dict(left_out), time.perf_counter() - start)
         transcripts = [t for t in read_gtf(gtf_path, count) if _fits(t, lengths, count)]
         if not transcripts:
             raise UserError(_nothing_left(gtf_path, fasta_path, lengths, left_out))
         if only_longest:
             transcripts = _longest(transcripts)
-        sequences = _Sequences(genome, lengths, stitched, former=former)
-        with disk_errors(), _output(output_path, (fasta_path, gtf_path)) as out:
+        with disk_errors(), _output(output_path, inputs) as out:
             num_bases = _write(out, transcripts, sequences)
     return SpliceSummary(len(transcripts), num_bases, dict(left_out), time.perf_counter() - start)
+
+
+def _splice_halves(
+    gtf_path: Path, out: int, sequences: _Sequences, report: Callable[[Problem], None]
+) -> tuple[int, int]:
+    """Write the transcripts of either half of the GTF file in a process of its own, to their places.
+
+    Returns the numbers of transcripts and bases. Raises OddPartError, or what ``Gone`` lists, if one process has to do
+    it all; nothing has been reported then.
+    """
+    middle = gtf_halves.middle(gtf_path)
+    if middle is None:
+        raise OddPartError("no gene begins near the middle")
+
+    def write_second_half(channel: Channel) -> None:
+        reader = gtf_halves.read_part(gtf_path, middle, None)
+        channel.send(list(reader.transcripts))
+        problems: list[Problem] = []
+        transcripts = [t for t in reader.finished(problems.append) if _fits(t, sequences.lengths, problems.append)]
+        num_bases = _write(PlacedWriter(out, channel.receive()), transcripts, sequences)
+        channel.send((len(transcripts), num_bases, [tuple(problem) for problem in problems]))
+
+    with second_process(write_second_half) as channel:
+        reader = gtf_halves.read_part(gtf_path, 0, middle)
+        if not reader.transcripts.keys().isdisjoint(channel.receive()):
+            raise OddPartError("a transcript has lines in both halves")
+        problems: list[Problem] = []
+        transcripts = [t for t in reader.finished(problems.append) if _fits(t, sequences.lengths, problems.append)]
+        channel.send(sum(map(_num_bytes, transcripts)))
+        num_bases = _write(PlacedWriter(out, 0), transcripts, sequences)
+        num_others, num_other_bases, other_problems = channel.receive()
+    if not transcripts and not num_others:
+        raise OddPartError("nothing to write")
+    for problem in [*problems, *(Problem(*values) for values in other_problems)]:
+        report(problem)
+    return len(transcripts) + num_others, num_bases + num_other_bases
+
+
+def _num_bytes(transcript: Transcript) -> int:
+    """What ``_write`` writes for the exons of a transcript."""
+    return (
+        transcript.num_bases + len(transcript.contig) + len(transcript.gene_id) + len(transcript.id) + len(">||\n\n")
+    )
 
 
 def _fits(transcript: Transcript, lengths: dict[bytes, int], report: Callable[[Problem], None]) -> bool:
@@ -141,7 +192,7 @@ class _Sequences:
     def __init__(
         self, genome: Genome, lengths: dict[bytes, int], stitched: StitchedSettings | None, *, former: bool
     ) -> None:
-        self._genome, self._lengths, self._stitched, self._former = genome, lengths, stitched, former
+        self._genome, self.lengths, self._stitched, self._former = genome, lengths, stitched, former
         self.joined = stitched is not None
         self._complement = _FORMER_COMPLEMENT if former else COMPLEMENT
 
@@ -150,7 +201,7 @@ class _Sequences:
         starts, ends, join, skip = transcript.starts, transcript.ends, b"", 0
         reverse = transcript.strand == b"-"
         if self._stitched is not None:
-            length = self._lengths[transcript.contig]
+            length = self.lengths[transcript.contig]
             if self._former:
                 starts, ends = former_flanks(starts, ends, length, self._stitched, reverse=reverse)
                 join, skip = (JOIN, 0) if reverse else (b"", 1)
@@ -219,7 +270,7 @@ def former_flanks(
     return (new_starts[::-1], new_ends[::-1]) if reverse else (new_starts, new_ends)
 
 
-def _write(out: BinaryIO, transcripts: list[Transcript], sequences: _Sequences) -> int:
+def _write(out: BinaryIO | PlacedWriter, transcripts: list[Transcript], sequences: _Sequences) -> int:
     num_bases = num_waiting = 0
     parts: list[bytes] = []
     for transcript in transcripts:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FASTA to JSON Lines in two processes, each of which takes every second block of the file.
+
+A block's text needs nothing from other blocks where lines are tidy: a record that goes on has only bases there. Its
+place in the output is all that comes before it; so as soon as a process has made a text, before it writes it, it tells
+the other one where the next begins. ``fasta_to_jsonl`` in one process is the reference, and does what is not tidy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from evo2_megatron.tasks.two_processes import Channel, Gone, second_process, write_at
+
+BLOCK_BYTES = 3 << 15  # as in fasta.py
+_PROBE_BYTES = 1 << 12
+_NEWLINE = 10
+_BEGIN, _MIDDLE, _END = b'{"id": "', b'", "prompt": "', b'"}\n'
+
+
+class _NotTidyError(Exception):
+    """A block has something that only what comes before could explain, or that JSON or an error has to tell."""
+
+
+def convert(source: Path, target: Path, json_name: Callable[[bytes], bytes], *, uppercase: bool) -> int | None:
+    """Write the records and return how many there are; None if that needs one process, whatever is written then.
+
+    Args:
+        source: FASTA, neither compressed nor a pipe, that begins with a header.
+        target: File to write.
+        json_name: From a header to its first word as it stands in JSON.
+        uppercase: Write sequences in upper case.
+    """
+    file = os.open(source, os.O_RDONLY)
+    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    blocks = _Blocks(file, out, json_name, uppercase)
+    try:
+        with second_process(lambda channel: channel.send(blocks.write(1, channel)[0])) as channel:
+            num_records, end = blocks.write(0, channel)
+            num_records += channel.receive()
+        write_at(out, _END, end)
+    except (*Gone, _NotTidyError):
+        return None
+    finally:
+        os.close(file)
+        os.close(out)
+    return num_records
+
+
+class _Blocks:
+    """The blocks of an open file and their texts."""
+
+    def __init__(self, file: int, out: int, json_name: Callable[[bytes], bytes], uppercase: bool) -> None:
+        self._file, self._out, self._json_name, self._uppercase = file, out, json_name, uppercase
+        self._size = os.fstat(file).st_size
+
+    def write(self, first: int, channel: Channel) -> tuple[int, int]:
+        """Write every second block from ``first`` on; return how many records begin there and where all blocks end."""
+        num_blocks = -(-self._size // BLOCK_BYTES)
+        num_records = end = 0
+        for number in range(first, num_blocks, 2):
+            start = self._cut(number)
+            block = os.pread(self._file, self._cut(number + 1) - start, start)
+            # the file has to begin with a header; and within a long line a '>' is none
+            if block.startswith(b">") != (number == 0) and start == number * BLOCK_BYTES:
+                raise _NotTidyError
+            texts = self._texts(block)
+            if number == 0:
+                texts[1] = _BEGIN
+            num_records += len(texts) // 4
+            text = b"".join(texts)
+            place = channel.receive() if number else 0
+            end = place + len(text)
+            channel.send(end)
+            write_at(self._out, text, place)
+        if num_blocks % 2 == first:  # the last one was the other's
+            end = channel.receive()
+        return num_records, end
+
+    def _cut(self, number: int) -> int:
+        """Where a block begins: at the first line that begins in it, or, if none does, within that long line."""
+        at = number * BLOCK_BYTES
+        if number == 0 or at >= self._size:
+            return min(at, self._size)
+        for probe in range(at, at + BLOCK_BYTES, _PROBE_BYTES):
+            found = os.pread(self._file, _PROBE_BYTES, probe).find(b"\n")
+            if found >= 0:
+                return probe + found + 1
+        return at
+
+    def _texts(self, block: bytes) -> list[bytes]:
+        """Bases that come before the first header, then for each record what begins it, its name, and its bases."""
+        header_at = block.find(b">")
+        texts = [self._bases(block[:header_at] if header_at >= 0 else block)]
+        while header_at >= 0:
+            line_end = block.find(b"\n", header_at)
+            next_at = block.find(b">", line_end)
+            # a '>' within a line of bases, or a header that goes on in the next block
+            if line_end < 0 or (header_at and block[header_at - 1] != _NEWLINE):
+                raise _NotTidyError
+            header = block[header_at + 1 : line_end]
+            if not header.isalnum():
+                if b"\r" in header or not header.strip():
+                    raise _NotTidyError
+                header = self._json_name(header)
+            lines = block[line_end + 1 : next_at] if next_at >= 0 else block[line_end + 1 :]
+            texts += (_END + _BEGIN, header, _MIDDLE, self._bases(lines))
+            header_at = next_at
+        return texts
+
+    def _bases(self, lines: bytes) -> bytes:
+        bases = lines.replace(b"\n", b"")
+        if bases and not bases.isalpha():  # letters need no escapes, and are no white space
+            raise _NotTidyError
+        return bases.upper() if self._uppercase else bases
