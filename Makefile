@@ -26,6 +26,7 @@ quickstart: setup  ## preprocess, train, score and generate on a real genome, in
 
 bench: setup  ## speed and memory beside Vortex, plain PyTorch, gffread, pysam and cp
 	$(IN_ENV) python benchmarks/vortex.py
+	$(IN_ENV) python benchmarks/mixed_lengths.py
 	$(IN_ENV) python benchmarks/preprocess.py
 	$(IN_ENV) python benchmarks/data.py
 	$(IN_ENV) python benchmarks/training.py

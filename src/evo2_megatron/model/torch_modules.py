@@ -21,6 +21,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from evo2_megatron.model.context_parallel import SplitSequence
 
+_FEW_TOKENS = 8
+"""Tokens up to which the product with a weight matrix takes as long as reading it."""
+
 _MASKED_QUERIES = 512
 """Queries that attend together where some keys came before them all, at most."""
 
@@ -90,22 +93,17 @@ def _takes_just_the_product(layer: ColumnLinear | RowLinear, x_LBH: Tensor) -> b
 def _product(layer: ColumnLinear | RowLinear, x_LBH: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     bias = None if layer.skip_bias_add else layer.bias
     # as a matrix, because of more dimensions torch would copy what is not contiguous
-    y_LBH = F.linear(x_LBH.flatten(0, 1), weight, bias).unflatten(0, x_LBH.shape[:2])
-    return y_LBH, layer.bias if layer.skip_bias_add else None
+    x_TH = x_LBH.flatten(0, 1)
+    is_small = len(x_TH) <= _FEW_TOKENS and x_TH.dtype == torch.float32 and x_TH.device.type == "cpu"
+    y_TD = _small_product(x_TH, weight, bias) if is_small else F.linear(x_TH, weight, bias)
+    return y_TD.unflatten(0, x_LBH.shape[:2]), layer.bias if layer.skip_bias_add else None
 
 
-@torch.no_grad()
-def lay_out_for_decoding(model: torch.nn.Module) -> None:
-    """Keep the weights of a model that will not be trained column by column; names, shapes and values stay.
-
-    The product of one token with a matrix stored so reads memory 1.8 times as fast on a CPU (a sum of columns instead
-    of a dot product per row); products with many tokens take the same time. Does nothing to weights on a GPU.
-    """
-    for module in model.modules():
-        # an output layer that shares the embedding's table has no weight of its own
-        weight = module.weight if isinstance(module, (ColumnLinear, RowLinear)) else None
-        if weight is not None and weight.device.type == "cpu":
-            weight.data = weight.data.mT.contiguous().mT
+def _small_product(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
+    """``F.linear`` as ``(W x^T)^T``: MKL then reads the weights two to four times as fast, from two columns on."""
+    x_HT = x_TH.expand(max(2, len(x_TH)), -1).mT
+    y_TD = torch.mm(weight_DH, x_HT).mT[: len(x_TH)]
+    return y_TD if bias_D is None else y_TD + bias_D
 
 
 class RMSNormColumnLinear(ColumnLinear):
