@@ -124,6 +124,35 @@ def test_chunks_from_a_carried_state_equal_the_whole(one_process, model_size, cu
             state.reset()
 
 
+@pytest.mark.parametrize("position_scale", [None, 4.0])
+def test_sequences_of_different_lengths_are_decoded_together(one_process, position_scale):
+    """Each row is read by itself, two rows get copies, and single tokens of all follow at their own places."""
+    torch.manual_seed(0)
+    model = small("evo2_tiny", seq_len_interpolation_factor=position_scale)
+    lengths, num_new = [1, 2, 127, 127, 128, 131, 131], 4
+    ids = torch.randint(0, 512, (len(lengths), max(lengths) + num_new))
+    ids[3], ids[6, :131] = ids[2], ids[5, :131]
+    state = model.new_inference_state(len(lengths), max(lengths) + num_new)
+    with torch.no_grad():
+        for row, length in enumerate(lengths):
+            if row not in (3, 6):
+                model(ids[row : row + 1, :length], inference_context=state.rows(slice(row, row + 1)))
+        state.overwrite(slice(3, 4), torch.tensor([2]))
+        state.overwrite(slice(6, 7), torch.tensor([5]))
+        state.begin_at(lengths, ids.device)
+        copied = state.copies(torch.tensor([6, 0]))
+        for step in range(num_new):
+            places = torch.tensor(lengths) + step
+            got = model(ids[range(len(lengths)), places][:, None], inference_context=state)[:, 0]
+            want = torch.stack([model(ids[row : row + 1, : at + 1])[0, -1] for row, at in enumerate(places.tolist())])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+            two = model(ids[[6, 0], places[[6, 0]]][:, None], inference_context=copied)[:, 0]
+            torch.testing.assert_close(two, want[[6, 0]], rtol=1e-4, atol=1e-6)
+    assert state.num_tokens_seen == max(lengths) + num_new
+    state.reset()
+    assert state.num_tokens_seen == 0 and state.seen_B is None
+
+
 def test_last_token_logits_only(one_process):
     model = small("evo2_tiny")
     ids = torch.randint(0, 512, (2, 9))

@@ -257,7 +257,7 @@ def test_samples_of_a_prompt_share_its_prefill(model):
     prompts = [PROMPTS[5], PROMPTS[0] * 5, PROMPTS[5], PROMPTS[5] + [65], PROMPTS[5]]
     decoding = Decoding(model, settings, prompts, seeds=[1, 2, 3, 4, 5])
     together = decoding.run()
-    assert together.num_prefill_tokens == 2 * 40
+    assert together.num_prefill_tokens == sum(map(len, {tuple(prompt) for prompt in prompts}))
     for prompt, seed, got in zip(prompts, (1, 2, 3, 4, 5), together.generations):
         (alone,) = generate(model, [prompt], settings, seeds=[seed])
         assert got.token_ids == alone.token_ids
@@ -267,8 +267,8 @@ def test_samples_of_a_prompt_share_its_prefill(model):
 def test_a_batch_counts_its_work(model):
     settings = GenerationSettings(max_new_tokens=4, sampling=GREEDY, stop_ids=())
     done = Decoding(model, settings, [[65] * 5, [66] * 7], seeds=[0, 1]).run()
-    # 2 x 5 prompt tokens at once; then 2 of the longer prompt and 3 of its 4 new ones go in one by one
-    assert (done.num_prefill_tokens, done.num_steps) == (10, 5)
+    # the first of the 4 new tokens is drawn from what the prompts give
+    assert (done.num_prefill_tokens, done.num_steps) == (5 + 7, 3)
     assert done.prefill_seconds > 0 and done.decode_seconds > 0
 
 
@@ -308,8 +308,9 @@ def test_bad_settings(model, settings, message):
         ([5, 3, 4], 10, 1, [[1], [2], [0]]),
         ([5, 3, 4], 10, 2, [[1, 2], [0]]),
         ([5, 3, 5, 3], 10, 8, [[1, 3, 0, 2]]),
-        # the longest would cost 95 single steps in the batch of the others, and 10 on its own
+        # 3 x 110 tokens of caches for sequences of 15, 16 and 110
         ([100, 5, 6], 10, 8, [[1, 2], [0]]),
+        ([100, 5, 6], 100, 8, [[1, 2, 0]]),
     ],
 )
 def test_plan_batches(lengths, max_new_tokens, max_batch_size, batches):

@@ -144,7 +144,9 @@ def test_log_lines_carry_measured_figures(checkpoint, caplog):
     with caplog.at_level("INFO"):
         infer(PROMPTS, checkpoint, SETTINGS)
     for line in (
-        "[PERF] Batch 3 of 3: 1 sequences, prefill 40 tokens",
+        # "g" twice, read once, and the tag; then the long one by itself
+        "[PERF] Batch 1 of 2: 3 sequences, prefill 12 tokens",
+        "[PERF] Batch 2 of 2: 1 sequences, prefill 40 tokens",
         "decode 7 steps",
         "[PERF] Total: 4 sequences, 32",
     ):

@@ -194,7 +194,7 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
         type=groups.positive_int,
         metavar="N",
         help="most tokens at a time, of sequences of similar length; fewer if memory runs out (default: 65536, and "
-        "16384 without a GPU)",
+        "2048 without a GPU)",
     )
     group.add_argument(
         "--both-strands", action="store_true", help="mean of the results of a sequence and its reverse complement"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,7 +19,7 @@ from torch import Tensor
 from evo2_megatron.model.gated_mlp import GatedMLP
 from evo2_megatron.model.inference_state import InferenceState, KeyValueState
 from evo2_megatron.model.layer_specs import layer_modules
-from evo2_megatron.model.torch_modules import causal_attention
+from evo2_megatron.model.torch_modules import causal_attention, one_query_attention
 
 
 class CachedSelfAttention(SelfAttention):
@@ -48,7 +48,7 @@ class CachedSelfAttention(SelfAttention):
         Args:
             hidden_states: [L, B, H], before the fused norm.
             inference_context: What the layers have seen so far; None for training and scoring.
-            rotary_pos_emb: Angles [L, 1, 1, C] of the new tokens.
+            rotary_pos_emb: Angles of the new tokens, [L, 1, 1, C], or [1, B, 1, C] where sequences differ in length.
 
         Returns:
             Output [L, B, H] and its bias [H] or None, not yet added.
@@ -56,16 +56,22 @@ class CachedSelfAttention(SelfAttention):
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         query_LBNC, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
-        query_LBNC, key_LBNC = (
-            apply_rotary_pos_emb(x_LBNC, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
-            for x_LBNC in (query_LBNC, key_LBNC)
-        )
+        seen_B = inference_context.seen_B
+        query_LBNC, key_LBNC = (self._rotate(x_LBNC, rotary_pos_emb) for x_LBNC in (query_LBNC, key_LBNC))
         cache = inference_context.layers[self.layer_number]
-        key_BNSC, value_BNSC = cache.append(
-            key_LBNC.permute(1, 2, 0, 3), value_LBNC.permute(1, 2, 0, 3), inference_context.num_tokens_seen
-        )
-        context_BNLC = causal_attention(query_LBNC.permute(1, 2, 0, 3), key_BNSC, value_BNSC)
+        query_BNLC, key_BNLC, value_BNLC = (x.permute(1, 2, 0, 3) for x in (query_LBNC, key_LBNC, value_LBNC))
+        key_BNSC, value_BNSC = cache.append(key_BNLC, value_BNLC, inference_context.num_tokens_seen, seen_B)
+        if seen_B is None:
+            context_BNLC = causal_attention(query_BNLC, key_BNSC, value_BNSC)
+        else:
+            context_BNLC = one_query_attention(query_BNLC, key_BNSC, value_BNSC, seen_B + 1)
         return self.linear_proj(context_BNLC.permute(2, 0, 1, 3).flatten(2))
+
+    def _rotate(self, x_LBNC: Tensor, angles: Tensor) -> Tensor:
+        if angles.shape[1] == 1:
+            return apply_rotary_pos_emb(x_LBNC, angles, config=self.config, cp_group=self.pg_collection.cp)
+        # the fused kernel, and core's check of its arguments, know one angle for the whole batch
+        return _apply_rotary_pos_emb_bshd(x_LBNC, angles, rotary_interleaved=self.config.rotary_interleaved)
 
 
 def attention_layer_spec(*, output_bias: bool) -> ModuleSpec:

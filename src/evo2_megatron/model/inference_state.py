@@ -2,17 +2,23 @@
 """What each layer remembers of the tokens before, for prefill in chunks and for decoding one token at a time.
 
 Made by ``StripedHyenaModel.new_inference_state``, reset here, and updated in place by the layers: nothing else holds
-state between calls. Missing history is zeros, so a prompt may be shorter than any filter.
+state between calls. Missing history is zeros, so a prompt may be shorter than any filter. Prompts of different lengths
+are read group by group, each into its rows of the batch's caches (``rows``), and then decoded together (``begin_at``).
 Shape legend: B batch, D channels, P tokens of history, M modes, N heads, S tokens, C channels per head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from evo2_megatron.config import UserError
+
+Rows = Tensor | slice
+"""Numbers of sequences of a batch: copies of their caches, or for a slice the caches themselves."""
 
 
 @dataclass(slots=True)
@@ -24,8 +30,11 @@ class FirState:
     def reset(self) -> None:
         self.inputs_BDP.zero_()
 
-    def select(self, row_B: Tensor) -> FirState:
+    def select(self, row_B: Rows) -> FirState:
         return FirState(self.inputs_BDP[row_B])
+
+    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+        self.inputs_BDP[rows] = self.inputs_BDP[row_B]
 
 
 @dataclass(slots=True)
@@ -37,8 +46,11 @@ class ModalState:
     def reset(self) -> None:
         self.modes_BDM.zero_()
 
-    def select(self, row_B: Tensor) -> ModalState:
+    def select(self, row_B: Rows) -> ModalState:
         return ModalState(self.modes_BDM[row_B])
+
+    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+        self.modes_BDM[rows] = self.modes_BDM[row_B]
 
 
 @dataclass(slots=True)
@@ -57,10 +69,14 @@ class HyenaState:
         self.input_conv.reset()
         self.operator.reset()
 
-    def select(self, row_B: Tensor) -> HyenaState:
+    def select(self, row_B: Rows) -> HyenaState:
         return HyenaState(
             self.input_conv.select(row_B), self.operator.select(row_B), self.input_taps_EK, self.operator_filter
         )
+
+    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+        self.input_conv.overwrite(rows, row_B)
+        self.operator.overwrite(rows, row_B)
 
 
 @dataclass(slots=True)
@@ -70,23 +86,35 @@ class KeyValueState:
     keys_BNSC: Tensor
     values_BNSC: Tensor
 
-    def append(self, key_BNLC: Tensor, value_BNLC: Tensor, num_seen: int) -> tuple[Tensor, Tensor]:
-        """Store L new tokens after the ``num_seen`` old ones; return the keys and values of all of them."""
+    def append(
+        self, key_BNLC: Tensor, value_BNLC: Tensor, num_seen: int, seen_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store L new tokens after the old ones, of which there are ``num_seen``, or ``seen_B`` in each row and at
+        most ``num_seen`` (then L is 1); return the keys and values up to the last new one."""
         end = num_seen + key_BNLC.shape[2]
-        self.keys_BNSC[:, :, num_seen:end] = key_BNLC
-        self.values_BNSC[:, :, num_seen:end] = value_BNLC
+        if seen_B is None:
+            self.keys_BNSC[:, :, num_seen:end] = key_BNLC
+            self.values_BNSC[:, :, num_seen:end] = value_BNLC
+        else:
+            row_B = torch.arange(len(seen_B), device=seen_B.device)
+            self.keys_BNSC[row_B, :, seen_B] = key_BNLC[:, :, 0]
+            self.values_BNSC[row_B, :, seen_B] = value_BNLC[:, :, 0]
         return self.keys_BNSC[:, :, :end], self.values_BNSC[:, :, :end]
 
     def reset(self) -> None:
         """Nothing to clear: tokens beyond those seen are never read."""
 
-    def select(self, row_B: Tensor) -> KeyValueState:
+    def select(self, row_B: Rows) -> KeyValueState:
         return KeyValueState(self.keys_BNSC[row_B], self.values_BNSC[row_B])
+
+    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+        self.keys_BNSC[rows] = self.keys_BNSC[row_B]
+        self.values_BNSC[rows] = self.values_BNSC[row_B]
 
 
 @dataclass(slots=True)
 class InferenceState:
-    """The caches of one batch of sequences of equal length so far.
+    """The caches of one batch of sequences, which advance together.
 
     Memory per sequence: two float tensors of ``max_tokens`` x H per attention layer, and a few hundred values per
     channel for each Hyena layer, whatever the length.
@@ -101,12 +129,38 @@ class InferenceState:
     """Project only the last of the new tokens to the vocabulary."""
 
     num_tokens_seen: int = 0
+    """Of the longest sequence."""
+
+    seen_B: Tensor | None = None
+    """Tokens seen of each sequence, int64, where they differ; only single tokens can follow then."""
 
     def reset(self) -> None:
         """Forget everything seen; the same buffers serve the next batch."""
-        self.num_tokens_seen = 0
+        self.num_tokens_seen, self.seen_B = 0, None
         for layer in self.layers.values():
             layer.reset()
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that the layers have seen."""
+        self.num_tokens_seen += num_tokens
+        if self.seen_B is not None:
+            self.seen_B += num_tokens
+
+    def rows(self, rows: slice) -> InferenceState:
+        """Some of the sequences, with nothing seen, whose caches are this state's own: what they see, it has."""
+        layers = {number: layer.select(rows) for number, layer in self.layers.items()}
+        size = len(range(self.batch_size)[rows])
+        return replace(self, layers=layers, batch_size=size, num_tokens_seen=0, seen_B=None)
+
+    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+        """Give the sequences ``rows`` copies of the caches of those with the numbers ``row_B``."""
+        for layer in self.layers.values():
+            layer.overwrite(rows, row_B)
+
+    def begin_at(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Go on from caches that were filled through ``rows``; ``lengths``: tokens that each sequence has seen."""
+        self.num_tokens_seen = max(lengths)
+        self.seen_B = torch.tensor(lengths, device=device) if min(lengths) < max(lengths) else None
 
     def select(self, row_B: Tensor) -> None:
         """Replace the sequences by copies of those with the numbers ``row_B``, each as often as it is named.
@@ -116,11 +170,13 @@ class InferenceState:
         for number in self.layers:
             self.layers[number] = self.layers[number].select(row_B)
         self.batch_size = len(row_B)
+        self.seen_B = None if self.seen_B is None else self.seen_B[row_B]
 
     def copies(self, row_B: Tensor) -> InferenceState:
         """As ``select``, but in a state of its own; this one stays as it is."""
         layers = {number: layer.select(row_B) for number, layer in self.layers.items()}
-        return replace(self, layers=layers, batch_size=len(row_B))
+        seen_B = None if self.seen_B is None else self.seen_B[row_B]
+        return replace(self, layers=layers, batch_size=len(row_B), seen_B=seen_B)
 
     def check_room(self, batch_size: int, num_tokens: int) -> None:
         """Raise UserError when ``num_tokens`` more do not fit."""

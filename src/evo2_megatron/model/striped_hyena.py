@@ -121,7 +121,7 @@ class StripedHyenaModel(LanguageModule):
             hidden_after_layers=hidden_after_layers,
         )
         if inference_context is not None:
-            inference_context.num_tokens_seen += input_ids.shape[1]
+            inference_context.advance(input_ids.shape[1])
         if hidden_after_layers is not None:
             return tuple(hidden_LBH.transpose(0, 1).contiguous() for hidden_LBH in hidden_states)
         if not self.post_process:
@@ -135,10 +135,22 @@ class StripedHyenaModel(LanguageModule):
     ) -> Tensor:
         if inference_context is not None:
             inference_context.check_room(*input_ids.shape)
+            if inference_context.seen_B is not None:
+                return self._angles_of_rows(inference_context.seen_B)
             # not through forward(), whose cache of the last 32 results would fill with one-token tables
             return self.rotary_pos_emb.get_emb(input_ids.shape[1], inference_context.num_tokens_seen)
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden_states, self.config, None)
         return self.rotary_pos_emb(length)
+
+    def _angles_of_rows(self, position_B: Tensor) -> Tensor:
+        """What ``get_emb`` gives for one position, of each sequence its own, [1, B, 1, C]."""
+        rotary = self.rotary_pos_emb
+        frequencies = rotary.inv_freq.to(position_B.device)
+        position_B = position_B.to(frequencies.dtype)
+        if rotary.seq_len_interpolation_factor is not None:
+            position_B = position_B * (1 / rotary.seq_len_interpolation_factor)
+        angles_BC = torch.outer(position_B, frequencies)
+        return torch.cat((angles_BC, angles_BC), dim=-1)[None, :, None]
 
     def _head(
         self,

@@ -166,6 +166,12 @@ def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, d
     return context_BNLC
 
 
+def one_query_attention(query_BN1C: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, num_keys_B: Tensor) -> Tensor:
+    """Attention of each sequence's newest token to its first ``num_keys_B`` keys; context_BN1C."""
+    mask_BS = torch.arange(key_BNSC.shape[2], device=num_keys_B.device) < num_keys_B[:, None]
+    return F.scaled_dot_product_attention(query_BN1C, key_BNSC, value_BNSC, attn_mask=mask_BS[:, None, None])
+
+
 class TorchCoreAttention(MegatronModule):
     """The ``core_attention`` of a Megatron layer on torch's own attention, which never holds L x L scores."""
 

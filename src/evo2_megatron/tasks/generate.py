@@ -6,6 +6,7 @@ Shape legend: B sequences, T tokens of prompt and completion, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ PREFILL_CHUNK = 2_048
 """Tokens of a prompt that go through the model at once, unless told otherwise. It bounds the activations' memory, and
 beyond it nothing is gained: on a CPU 32,768 tokens take as long as in one go, and 8,192 at a time take longer."""
 
+_MOST_ROOM = 2
 _NEVER_DRAWN = (PAD, BOS, SEP, UNK)
 
 
@@ -132,7 +134,7 @@ class GeneratedBatch(NamedTuple):
     """In the order of the batch's prompts."""
 
     num_prefill_tokens: int
-    """Tokens processed in blocks, all sequences together; a beginning that several share counts once."""
+    """Of all prompts; one that several sequences share counts once."""
 
     prefill_seconds: float
     """Time to the first drawn token."""
@@ -147,20 +149,23 @@ class GeneratedBatch(NamedTuple):
 def plan_batches(lengths: Sequence[int], settings: GenerationSettings) -> list[list[int]]:
     """Group prompts by length.
 
-    A batch is prefilled up to its shortest prompt, and the rest of the longer ones is fed one token per step. So a
-    prompt joins a batch only if that takes no more steps than generating for it separately would.
+    All caches of a batch are as long as its longest sequence will be. So a prompt joins a batch only if they hold no
+    more than ``_MOST_ROOM`` times what its sequences need.
 
     Returns:
         Indices into ``lengths``, each once, shortest prompts first.
     """
-    most_extra = settings.max_new_tokens
     batches: list[list[int]] = []
+    needed = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         batch = batches[-1] if batches else []
-        if batch and len(batch) < settings.max_batch_size and lengths[index] - lengths[batch[0]] <= most_extra:
+        room = lengths[index] + settings.max_new_tokens
+        needed += room
+        if batch and len(batch) < settings.max_batch_size and (len(batch) + 1) * room <= _MOST_ROOM * needed:
             batch.append(index)
         else:
             batches.append([index])
+            needed = room
     return batches
 
 
@@ -214,8 +219,7 @@ class Decoding:
             seeds: Of each prompt; with the places in the sequence they decide the random numbers.
         """
         self._model, self._settings, self._prompts, self._seeds = model, settings, prompts, seeds
-        self._lengths = [len(prompt) for prompt in prompts]
-        if min(self._lengths) == 0:
+        if min(len(prompt) for prompt in prompts) == 0:
             raise UserError("a prompt is empty; give at least one token")
         self.rows = [settings.new_completion() for _ in prompts]
         """One for each prompt, in their order."""
@@ -232,44 +236,53 @@ class Decoding:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:
-        """Advance by one place of the sequences at each item. Closing the iterator frees the caches."""
+        """Give every sequence one more token at each item. Closing the iterator frees the caches."""
         start = time.perf_counter()
-        shortest, longest = min(self._lengths), max(self._lengths)
-        end = longest + self._settings.max_new_tokens
+        num_new = self._settings.max_new_tokens
         device = next(self._model.parameters()).device
-        prompt_BT, uniform_BT = (tensor.to(device) for tensor in self._buffers(end))
-        length_B = torch.tensor(self._lengths, device=device)
-
-        state, logits_BV = self._begin(prompt_BT[:, :shortest], end)
+        random_BN = [uniforms(seed, len(prompt), num_new) for seed, prompt in zip(self._seeds, self._prompts)]
+        uniform_BN = torch.stack(random_BN).to(device)
+        state, logits_BV = self._begin(device)
         blocked_V = self._settings.blocked(logits_BV.shape[-1], device)
-        for position in range(shortest, end):
-            drawn_B = draw(logits_BV, uniform_BT[:, position], self._settings.sampling, blocked_V=blocked_V)
-            self._take(position, drawn_B, logits_BV)
+        for step in range(num_new):
+            drawn_B = draw(logits_BV, uniform_BN[:, step], self._settings.sampling, blocked_V=blocked_V)
+            self._take(drawn_B, logits_BV)
             self.logits_BV = logits_BV
             now = time.perf_counter()
-            if position == shortest:
+            if step == 0:
                 self.prefill_seconds = now - start
-            self.num_steps, self.decode_seconds = position - shortest, now - start - self.prefill_seconds
+            self.num_steps, self.decode_seconds = step, now - start - self.prefill_seconds
             yield
-            if all(row.finish_reason for row in self.rows):
+            if step == num_new - 1 or all(row.finish_reason for row in self.rows):
                 return
-            if position < longest:
-                drawn_B = torch.where(position < length_B, prompt_BT[:, position], drawn_B)
             logits_BV = forward_last(self._model, drawn_B[:, None], state)
 
-    def _begin(self, start_BT: Tensor, end: int) -> tuple[InferenceState, Tensor]:
-        """Caches and logits_BV after the tokens that every sequence has."""
-        # samples of one prompt begin alike: what they share is computed once
-        start_UT, row_B = start_BT.unique(dim=0, return_inverse=True)
-        shared = len(start_UT) < len(start_BT)
-        start_BT = start_UT if shared else start_BT
-        self.num_prefill_tokens = start_BT.numel()
-        state = self._model.new_inference_state(len(start_BT), end, last_token_logits_only=True)
-        logits_BV = prefill(self._model, start_BT, state, chunk=self._settings.prefill_chunk)
-        if shared:
-            state.select(row_B)
-            logits_BV = logits_BV[row_B]
-        return state, logits_BV
+    def _begin(self, device: torch.device) -> tuple[InferenceState, Tensor]:
+        """Caches and logits_BV after the prompts: those of equal length go through together, equal ones once."""
+        lengths = [len(prompt) for prompt in self._prompts]
+        room = max(lengths) + self._settings.max_new_tokens
+        state = self._model.new_inference_state(len(lengths), room, last_token_logits_only=True)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        logits: list[Tensor] = []
+        first = 0
+        for _, places in itertools.groupby(order, key=lengths.__getitem__):
+            prompts = [tuple(self._prompts[place]) for place in places]
+            different = list(dict.fromkeys(prompts))
+            part = state.rows(slice(first, first + len(different)))
+            token_UT = torch.tensor(different, device=device)
+            logits_UV = prefill(self._model, token_UT, part, chunk=self._settings.prefill_chunk)
+            self.num_prefill_tokens += token_UT.numel()
+            row_B = torch.tensor([different.index(prompt) for prompt in prompts], device=device)
+            if len(different) < len(prompts):
+                state.overwrite(slice(first, first + len(prompts)), first + row_B)
+            logits.append(logits_UV[row_B])
+            first += len(prompts)
+        state.begin_at(sorted(lengths), device)
+        if order == sorted(order):
+            return state, torch.cat(logits)
+        place_B = torch.tensor(order, device=device).argsort()
+        state.select(place_B)
+        return state, torch.cat(logits)[place_B]
 
     def result(self) -> GeneratedBatch:
         """What a finished batch gave."""
@@ -281,21 +294,11 @@ class Decoding:
             decode_seconds=self.decode_seconds,
         )
 
-    def _buffers(self, end: int) -> tuple[Tensor, Tensor]:
-        """Tokens of the prompts, padded; and for each place the random number that would draw its token."""
-        prompt_BT = torch.full((len(self.rows), max(self._lengths)), PAD)
-        uniform_BT = torch.zeros((len(self.rows), end), dtype=torch.float64)
-        for row, (prompt, seed) in enumerate(zip(self._prompts, self._seeds)):
-            prompt_BT[row, : len(prompt)] = torch.tensor(prompt)
-            new = slice(len(prompt), len(prompt) + self._settings.max_new_tokens)
-            uniform_BT[row, new] = uniforms(seed, len(prompt), self._settings.max_new_tokens)
-        return prompt_BT, uniform_BT
-
-    def _take(self, position: int, drawn_B: Tensor, logits_BV: Tensor) -> None:
-        """Give each row its new token, unless the place is its prompt's or it is finished."""
+    def _take(self, drawn_B: Tensor, logits_BV: Tensor) -> None:
+        """Give each row that is not finished its new token."""
         drawn = tokens_with_log_probs(drawn_B, logits_BV, wanted=self._settings.return_log_probs)
-        for row, length, (token, log_prob) in zip(self.rows, self._lengths, drawn):
-            if position >= length and row.finish_reason is None:
+        for row, (token, log_prob) in zip(self.rows, drawn):
+            if row.finish_reason is None:
                 row.add(token, log_prob)
 
 

@@ -60,14 +60,13 @@ class RunningBatch:
         self._decoding.rows[:] = [job.settings.new_completion() for job in jobs]
         self._steps = self._decoding.steps()
         self._answered = [False] * len(jobs)
-        self._position = min(len(job.ids) for job in jobs)
         self._logits: list[list[list[float]]] = [[] for _ in jobs]
         self._step_ms: list[list[float]] = [[] for _ in jobs]
         self._num_released = [0] * len(jobs)
         self._last = time.perf_counter()
 
     def advance(self) -> int | None:
-        """One more place; the number of jobs that it answered, or None if all were before.
+        """One more token each; the number of jobs that it answered, or None if all were before.
 
         Raises:
             UserError: The model's output is not finite.
@@ -79,7 +78,7 @@ class RunningBatch:
             return None
         now = time.perf_counter()
         answered = sum(self._deliver(place, (now - self._last) * 1000) for place in range(len(self.jobs)))
-        self._position, self._last = self._position + 1, now
+        self._last = now
         return answered
 
     def close(self) -> None:
@@ -98,7 +97,7 @@ class RunningBatch:
 
     def _deliver(self, place: int, milliseconds: float) -> bool:
         job, row = self.jobs[place], self._decoding.rows[place]
-        if self._answered[place] or job.reply.cancelled or self._position < len(job.ids):
+        if self._answered[place] or job.reply.cancelled:
             return False
         self._step_ms[place].append(milliseconds)
         if job.wants_logits:
