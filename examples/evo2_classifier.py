@@ -21,9 +21,9 @@ from evo2_megatron.checkpoint.load import EMBEDDING, load_weights, stored_shapes
 from evo2_megatron.checkpoint.names import is_trained, is_weight
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.cli import groups
-from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError, uses_fp8
+from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
-from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions, schedule
+from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import train as training
 from evo2_megatron.tasks import train_lora
@@ -139,9 +139,10 @@ def check(options: Options) -> None:
         )
     if options.wandb_project is None and (options.wandb_entity or options.wandb_run_name or options.wandb_save_dir):
         raise UserError("--wandb-entity, --wandb-run-name and --wandb-save-dir go with --wandb-project")
-    if uses_fp8(options.precision_recipe or ""):
-        raise UserError(f"--precision-recipe {options.precision_recipe}: use bf16_mixed, fp16_mixed or fp32")
-    schedule(options.of_training())
+    if options.decay_steps is not None and options.decay_steps <= options.warmup_iters:
+        raise UserError(f"--decay-steps {options.decay_steps} is not after --warmup-iters {options.warmup_iters}")
+    if not options.base_ckpt_dir.exists():
+        raise UserError(f"{options.base_ckpt_dir} does not exist; check --base-ckpt-dir")
     tokenizer.read_vocab_size(options.tokenizer_path)
 
 
@@ -368,12 +369,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="(default: " + ",".join(LORA_TARGETS) + ")",
     )
     add("--tokenizer-path", help="folder of a nucleotide tokenizer (default: that with 512 tokens)", **path)
-    add(
-        "--precision-recipe",
-        choices=PRECISION_RECIPES,
-        metavar="NAME",
-        help="number formats (default: bf16_mixed, and fp32 without a GPU)",
-    )
+    recipes = ("fp32", "bf16_mixed", "fp16_mixed", "bf16-mixed", "fp16-mixed")
+    add("--precision-recipe", choices=recipes, help="number formats (default: bf16_mixed, and fp32 without a GPU)")
     add("--wandb-project", metavar="NAME", help="log to Weights & Biases (default: do not)")
     add("--wandb-entity", metavar="NAME", help="account or team there (default: yours)")
     add("--wandb-run-name", metavar="NAME", help="name there (default: --experiment-name)")

@@ -127,7 +127,7 @@ def test_files_that_cannot_be_read(parts, tmp_path):
 
 NEEDED = {
     "train_jsonl": Path("t"),
-    "base_ckpt_dir": Path("b"),
+    "base_ckpt_dir": Path(),
     "result_dir": Path("r"),
     "experiment_name": "e",
     "num_classes": 3,
@@ -143,9 +143,9 @@ NEEDED = {
         ({"classifier_dropout": 1.0}, "--classifier-dropout is 1.0"),
         ({"lora_dropout": -0.1}, "--lora-dropout is -0.1"),
         ({"micro_batch_size": 3}, "--global-batch-size 8 is not a multiple of --micro-batch-size 3 x 1 processes"),
-        ({"decay_steps": 20}, "--warmup-steps 20 must be between 0 and the end of the decay"),
+        ({"decay_steps": 20}, "--decay-steps 20 is not after --warmup-iters 20; raise it"),
+        ({"base_ckpt_dir": Path("none")}, "none does not exist; check --base-ckpt-dir"),
         ({"wandb_entity": "me"}, "go with --wandb-project"),
-        ({"precision_recipe": "bf16_with_fp8_current_scaling_mixed"}, "use bf16_mixed, fp16_mixed or fp32"),
         ({"tokenizer_path": Path("none")}, "cannot read none"),
     ],
 )
@@ -155,7 +155,7 @@ def test_options_that_cannot_work(classifier, given, message):
 
 
 def test_defaults_are_those_that_help_tells(classifier):
-    flags = ["--train-jsonl=t", "--base-ckpt-dir=b", "--result-dir=r", "--experiment-name=e", "--num-classes=3"]
+    flags = ["--train-jsonl=t", "--base-ckpt-dir=.", "--result-dir=r", "--experiment-name=e", "--num-classes=3"]
     assert classifier.Options(**vars(classifier.build_parser().parse_args(flags))) == classifier.Options(**NEEDED)
     options, told = classifier.Options(**NEEDED), 0
     for action in classifier.build_parser()._actions:
