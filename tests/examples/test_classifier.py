@@ -143,7 +143,7 @@ NEEDED = {
         ({"classifier_dropout": 1.0}, "--classifier-dropout is 1.0"),
         ({"lora_dropout": -0.1}, "--lora-dropout is -0.1"),
         ({"micro_batch_size": 3}, "--global-batch-size 8 is not a multiple of --micro-batch-size 3 x 1 processes"),
-        ({"decay_steps": 20}, "--decay-steps 20 is not after --warmup-iters 20; raise it"),
+        ({"decay_steps": 20}, "--decay-steps 20 is not after --warmup-iters 20"),
         ({"base_ckpt_dir": Path("none")}, "none does not exist; check --base-ckpt-dir"),
         ({"wandb_entity": "me"}, "go with --wandb-project"),
         ({"tokenizer_path": Path("none")}, "cannot read none"),
@@ -221,6 +221,7 @@ def runs(parts, tmp_path_factory):
         lora | {"experiment_name": "other", "lora_target_modules": ["dense", "linear_qvk"]},
         lora | {"experiment_name": "other", "seq_length_tokens": 65},
         lora | {"experiment_name": "other", "micro_batch_size": 20, "global_batch_size": 20},
+        lora | {"experiment_name": "bf16", "precision_recipe": "bf16_mixed"},
         common
         | {"experiment_name": "head", "train_iters": 60, "decay_steps": 60, "eval_interval": 60, "pool": "last"},
     ]
@@ -244,7 +245,7 @@ def scalars(run, tag):
     return dict(sorted(first.items()))
 
 
-@pytest.mark.parametrize("name", ["whole", "head"])
+@pytest.mark.parametrize("name", ["whole", "head", "bf16"])
 def test_what_is_loaded_is_what_was_trained(classifier, runs, name):
     """Loss and accuracy of the run's last validation, from the files that it left."""
     root, _, samples = runs
@@ -259,7 +260,7 @@ def test_what_is_loaded_is_what_was_trained(classifier, runs, name):
         max(scalars(root / name, "ce loss validation").items()),
         np.mean(result["predictions"] == labels),
     )
-    assert losses.mean() == pytest.approx(loss, rel=1e-4)
+    assert losses.mean() == pytest.approx(loss, rel=1e-3 if name == "bf16" else 1e-4)
     assert accuracy == pytest.approx(scalars(root / name, "accuracy validation")[last])
 
 
