@@ -174,6 +174,7 @@ def test_tiny_run(name, tmp_path, monkeypatch):
     folder = tmp_path / "examples"
     shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     monkeypatch.setenv("EVO2_NOTEBOOK_SIZE", "tiny")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # that of tests; a kernel shows pictures
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
