@@ -7,7 +7,8 @@ A block is what stands between ```` ```bash ```` and ```` ``` ````. A comment on
 * ``<!-- takes: minutes -->``: run in the slow tests, in order with those above;
 * ``<!-- needs: gpu -->`` (or weights, network, root, ...): not run.
 
-The flags of all of them are given to the real parsers.
+The flags of all of them are given to the real parsers. A block ```` ```text ```` that follows is what the commands
+print: its lines must occur in their output, in this order, but for numbers and sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ SCRIPTS = {
     script.name: script.value.removesuffix(":main")
     for script in metadata.distribution("evo2-megatron").entry_points.select(group="console_scripts")
 }
-_FENCE = re.compile(r"^(?:<!-- (needs|takes): [^\n]+ -->\n)?```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^(?:<!-- (needs|takes): [^\n]+ -->\n)?```bash\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
+_VARIES = re.compile(r"\d[\d.,]*(?:[eE][-+]?\d+)?|[ACGT]{10,}")
 _HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?([^\n]*)\n.*?^\1$", re.MULTILINE | re.DOTALL)
 _STARTS_A_TEST_RUN = re.compile(r"make (test|bench)|pytest|\.ci/run")
 
@@ -47,8 +51,11 @@ class Block(NamedTuple):
 
     text: str
 
+    prints: str
+    """What README.md shows of its output."""
 
-BLOCKS = [Block(README[: m.start(2)].count("\n") + 1, m[1] or "", m[2]) for m in _FENCE.finditer(README)]
+
+BLOCKS = [Block(README[: m.start(2)].count("\n") + 1, m[1] or "", m[2], m[3] or "") for m in _FENCE.finditer(README)]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -126,6 +133,17 @@ def run(blocks: list[Block], folder: Path, *, seconds: float) -> None:
             timeout=seconds,
         )
         assert done.returncode == 0, f"README.md:{block.line}: status {done.returncode}\n{done.stdout[-4000:]}"
+        missing = not_printed(block.prints, done.stdout)
+        assert missing is None, f"README.md:{block.line}: {missing!r} is not in the output\n{done.stdout[-4000:]}"
+
+
+def not_printed(shown: str, output: str) -> str | None:
+    """The first line that the output does not have after those before it; numbers and sequences may differ."""
+    lines = iter(_VARIES.sub("~", output).splitlines())
+    for line in shown.splitlines():
+        if not any(_VARIES.sub("~", line).strip() in printed for printed in lines):
+            return line
+    return None
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"line{b.line}")
@@ -133,6 +151,13 @@ def test_commands_parse(block):
     for words in commands(block.text):
         check(words)
     assert block.note == "needs" or not _STARTS_A_TEST_RUN.search(block.text), "say <!-- needs: ... --> above it"
+
+
+def test_what_a_block_prints_is_compared():
+    output = "x 1.50e-3 of ACGTACGTACGT\nsecond\n"
+    assert not_printed("x 2 of GGGGGGGGGGGGG\nsecond", output) is None
+    assert not_printed("second\nx 2 of GGGGGGGGGGGGG", output) == "x 2 of GGGGGGGGGGGGG"
+    assert any(block.prints for block in BLOCKS)
 
 
 def test_every_block_is_found():

@@ -192,7 +192,8 @@ def _bridge(bridge: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("parts", "Megatron", "ok", f"{versions}, loaded in {bridge['seconds']:.1f} s")
     if not bridge["dataset_index"]:
         text = "megatron-core has no compiled dataset index: training on indexed datasets stops"
-        yield Finding("parts", "dataset index", "problem", text, _install(Requirement("megatron-core")))
+        fix = f"{sys.executable} -m pip install --force-reinstall --no-deps -c constraints.txt megatron-core"
+        yield Finding("parts", "dataset index", "problem", text, fix)
 
 
 def _kernels(kernels: dict[str, Any], torch: dict[str, Any]) -> Iterator[Finding]:
