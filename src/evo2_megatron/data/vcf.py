@@ -2,8 +2,9 @@
 """Read VCF, plain, gzip or bgzip, line by line with line numbers, and write it again with more INFO fields.
 
 Read here and not by pysam because results belong to lines: an annotated file is the input byte for byte, but for the
-fields that are added, and pysam writes numbers anew. What is not a VCF ends with an error that names the line; an ALT that is no sequence is classified
-(``why_not_scored``). Line ends of Windows, a byte order mark, blank lines and a missing last line break are repaired.
+fields that are added, and pysam writes numbers anew. What is not VCF ends with an error that names the line; an ALT
+that is no sequence is classified (``why_not_scored``). Line ends of Windows, a byte order mark, blank lines and a
+missing last line break are repaired.
 """
 
 from __future__ import annotations
