@@ -130,7 +130,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-batch-tokens",
         **number,
-        help="most tokens at a time; fewer if memory runs out (default: 65536, and 8192 without a GPU)",
+        help="most tokens at a time; fewer if memory runs out (default: 65536, and 8448 without a GPU)",
     )
     group.add_argument(
         "--chunk-length",

@@ -34,8 +34,8 @@ from evo2_megatron.tasks.variant_windows import Comparison, Group, WindowSetting
 logger = logging.getLogger(__name__)
 
 WINDOW_LENGTH = 8_192
-BATCH_TOKENS_CPU = 8_192
-"""Half of what suits whole sequences: halves of windows stay in the cache."""
+BATCH_TOKENS_CPU = 8_448
+"""The second halves of two windows, with what the cut leaves of the first: half of what suits whole sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
