@@ -7,8 +7,11 @@ import torch
 from helpers import tiny_model
 
 
-@pytest.mark.parametrize("num_queries, num_keys", [(1, 1), (1, 9), (7, 7), (3, 8), (600, 1300), (1025, 1030)])
-def test_causal_attention(megatron, num_queries, num_keys):
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "num_queries, num_keys", [(1, 1), (1, 9), (7, 7), (3, 8), (63, 70), (64, 65), (600, 1300), (1025, 1030)]
+)
+def test_causal_attention(megatron, num_queries, num_keys, gradients):
     from evo2_megatron.model.torch_modules import causal_attention
 
     torch.manual_seed(0)
@@ -16,7 +19,21 @@ def test_causal_attention(megatron, num_queries, num_keys):
     future = torch.arange(num_keys) > torch.arange(num_queries)[:, None] + num_keys - num_queries
     score = (query @ key.mT / 8**0.5).masked_fill(future, float("-inf"))
 
-    torch.testing.assert_close(causal_attention(query, key, value), score.softmax(-1) @ value)
+    with torch.set_grad_enabled(gradients):
+        got = causal_attention(query, key, value)
+    torch.testing.assert_close(got, score.softmax(-1) @ value)
+
+
+def test_causal_attention_in_16_bits(megatron):
+    from evo2_megatron.model.torch_modules import causal_attention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 16, dtype=torch.bfloat16) for n in (100, 300, 300))
+    with torch.no_grad():
+        got = causal_attention(query, key, value)
+    wide = causal_attention(query.double(), key.double(), value.double())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), wide, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9])

@@ -30,6 +30,9 @@ _MASKED_QUERIES = 512
 _MASKED_SCORES = 1 << 23
 """The same as queries x keys: what the mask for them holds on a CPU, 32 MiB in float32, whatever the length."""
 
+_UNMASKED_QUERIES = 64
+"""From here on, without gradients, a CPU attends to earlier keys and to the new ones in turn, and needs no mask."""
+
 
 def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
@@ -147,6 +150,8 @@ def causal_attention(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor, d
         # object does not allow; memory and shape are the same
         options = {"is_causal": True} if query_BNLC.is_meta else {"attn_mask": causal_lower_right(L, S)}
         return F.scaled_dot_product_attention(query_BNLC, key_BNSC, value_BNSC, dropout_p=dropout, **options)
+    if L >= _UNMASKED_QUERIES and not dropout and not torch.is_grad_enabled():
+        return _earlier_and_new(query_BNLC, key_BNSC, value_BNSC)
     num_queries = min(_MASKED_QUERIES, L, max(32, _MASKED_SCORES // S))
     # the last columns of one mask serve all blocks: a tensor for each, a little larger every time, would leave gaps
     # in the heap that none of them fits into
@@ -168,6 +173,22 @@ def one_query_attention(query_BN1C: Tensor, key_BNSC: Tensor, value_BNSC: Tensor
     """Attention of each sequence's newest token to its first ``num_keys_B`` keys; context_BN1C."""
     mask_BS = torch.arange(key_BNSC.shape[2], device=num_keys_B.device) < num_keys_B[:, None]
     return F.scaled_dot_product_attention(query_BN1C, key_BNSC, value_BNSC, attn_mask=mask_BS[:, None, None])
+
+
+def _earlier_and_new(query_BNLC: Tensor, key_BNSC: Tensor, value_BNSC: Tensor) -> Tensor:
+    """``causal_attention`` of L < S queries as a mean of two, weighted by the sums of their exponentials.
+
+    With a mask, a CPU takes 1.2 to 2.5 times as long for 4,128 queries and 8,192 keys. The operator is the one behind
+    torch's own function, which does not return the sums; their gradient does not exist.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    num_earlier = key_BNSC.shape[2] - query_BNLC.shape[2]
+    earlier_BNLC, log_earlier_BNL = attend(query_BNLC, key_BNSC[:, :, :num_earlier], value_BNSC[:, :, :num_earlier])
+    new_BNLC, log_new_BNL = attend(
+        query_BNLC, key_BNSC[:, :, num_earlier:], value_BNSC[:, :, num_earlier:], is_causal=True
+    )
+    share_BNL1 = torch.sigmoid(log_earlier_BNL - log_new_BNL)[..., None].to(new_BNLC.dtype)
+    return new_BNLC.lerp_(earlier_BNLC, share_BNL1)
 
 
 class TorchCoreAttention(MegatronModule):
