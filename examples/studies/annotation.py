@@ -97,8 +97,8 @@ def check_within(intervals: Iterable[Interval], genome: dict[str, bytes], path: 
             raise UserError(f"{path} names contig '{interval.contig}', which the FASTA file does not have")
         if interval.end > len(genome[interval.contig]):
             raise UserError(
-                f"{path}: '{interval.name}' ends at {interval.end}, beyond the {len(genome[interval.contig])} bases of "
-                f"{interval.contig}; are FASTA and annotation of the same assembly?"
+                f"{path}: '{interval.name}' ends at {interval.end}, beyond the {len(genome[interval.contig])} bases "
+                f"of {interval.contig}; are FASTA and annotation of the same assembly?"
             )
 
 

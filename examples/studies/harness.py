@@ -149,8 +149,8 @@ class Model:
         """Raise UserError for a sequence that is longer than what the model was trained for."""
         if num_bases > self.max_length:
             raise UserError(
-                f"a window has {num_bases} bases, more than the {self.max_length} positions the checkpoint was trained "
-                "for; ask for shorter ones"
+                f"a window has {num_bases} bases, more than the {self.max_length} positions the checkpoint was "
+                "trained for; ask for shorter ones"
             )
 
 

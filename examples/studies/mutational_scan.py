@@ -138,7 +138,7 @@ def draw(mutations: Sequence[Mutation], title: str, path: Path) -> None:
     )
     right.set_yticks(range(len(shown)), [f"{effect.kind} ({effect.num_mutations})" for effect in shown])
     right.invert_yaxis()
-    right.set_xlabel("mean change, nat (bar: standard error)")
+    right.set_xlabel("mean change, nat\n(line: standard error)")
     right.set_title("by place (number of mutations)")
     for axes in (left, right):
         harness.tidy(axes)

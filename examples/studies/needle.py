@@ -175,7 +175,15 @@ def draw(cells: Sequence[Recall], measure: str, needle_length: int, path: Path) 
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top)
     for row, column in np.ndindex(values.shape):
         color = "white" if values[row, column] < 0.6 * top else "black"
-        axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)
+        axes.text(
+            column,
+            row,
+            f"{round(values[row, column], 2) + 0.0:.2f}",
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("length of the sequence, bases")
