@@ -69,10 +69,11 @@ def embed_bases(
     the start. Of the opposite strand, each base has the state of its partner: what comes after it in this direction.
     """
     step = max(window // 2, 1)
-    for start in range(0, max(len(sequence) - step, 1), step):
+    overlap = window - step
+    for start in range(0, max(len(sequence) - overlap, 1), step):
         part = sequence[start : start + window]
         kept = np.flatnonzero(labels[start : start + window] != IGNORED)
-        kept = kept[kept >= (step if start else 0)]
+        kept = kept[kept >= (overlap if start else 0)]
         if not len(kept):
             continue
         strands = [part, reverse_complement(part)] if both_strands else [part]
@@ -247,8 +248,9 @@ def main() -> None:
         check_within(spans(transcripts)[0], genome, args.gtf)
         for name in args.test_contigs:
             harness.contig_of(genome, name, "--test-contigs")
-        with harness.open_model(args.ckpt_dir, layer=args.layer, max_batch_tokens=args.max_batch_tokens) as model:
-            model.check_length(min(args.window, max(map(len, genome.values()))))
+        settings = {"layer": args.layer, "max_batch_tokens": args.max_batch_tokens}
+        longest = min(args.window, max(map(len, genome.values())))
+        with harness.open_model(args.ckpt_dir, longest=longest, **settings) as model:
             measured = exon_classifier(
                 model.embed,
                 genome,

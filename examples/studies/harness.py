@@ -79,8 +79,6 @@ class Model:
 
         self._loaded, self._layer = loaded, layer
         self._max_tokens = max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
-        self.max_length = loaded.run_config.seq_length
-        """Most bases of a sequence: what the model was trained for."""
 
     def log_probs(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
         """``LogProbs``."""
@@ -138,33 +136,28 @@ class Model:
         runner = Runner(self._loaded.model, output, precision=self._loaded.precision, layers=layers)
         forward = Backoff(runner, can_split=True)
         lengths = [len(sequence) for sequence in sequences]
-        self.check_length(max(lengths))
         for indices in tqdm(
             plan_batches(lengths, max_tokens=self._max_tokens), unit="batch", disable=None, leave=False
         ):
             tokens = [encode_sequence(sequences[index].upper(), name="a window") for index in indices]
             yield indices, forward([make_sample(ids, index) for ids, index in zip(tokens, indices)])
 
-    def check_length(self, num_bases: int) -> None:
-        """Raise UserError for a sequence that is longer than what the model was trained for."""
-        if num_bases > self.max_length:
-            raise UserError(
-                f"a window has {num_bases} bases, more than the {self.max_length} positions the checkpoint was "
-                "trained for; ask for shorter ones"
-            )
-
 
 @contextlib.contextmanager
-def open_model(ckpt_dir: Path, *, layer: int | None = None, max_batch_tokens: int | None = None) -> Iterator[Model]:
+def open_model(
+    ckpt_dir: Path, *, longest: int, layer: int | None = None, max_batch_tokens: int | None = None
+) -> Iterator[Model]:
     """Load a model in this process, on the GPU if there is one.
 
     Args:
         ckpt_dir: Checkpoint.
+        longest: Bases of the longest sequence that it will see.
         layer: For ``embed``: counted from 0, or from -1 backwards; later layers are not loaded. None: for scores.
         max_batch_tokens: Most tokens per forward pass; None: what suits the device.
 
     Raises:
-        UserError: No such checkpoint or layer; or started with several processes.
+        UserError: No such checkpoint or layer; sequences longer than those of its training; or started with several
+            processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study runs in one process; start it with python, not with torchrun")
@@ -176,8 +169,13 @@ def open_model(ckpt_dir: Path, *, layer: int | None = None, max_batch_tokens: in
     from evo2_megatron.tasks.prediction_settings import Output
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
-    pattern = read_run_config(checkpoint).pattern
-    overrides = {}
+    run_config = read_run_config(checkpoint)
+    if longest > run_config.seq_length:
+        raise UserError(
+            f"sequences of {longest} bases are longer than the {run_config.seq_length} positions the checkpoint was "
+            "trained for; ask for shorter ones"
+        )
+    pattern, overrides = run_config.pattern, {}
     if layer is not None:
         (layer,) = Output(embedding_layers=(layer,)).layers_of(len(pattern))
         overrides = {"num_layers": layer + 1, "hybrid_override_pattern": pattern[: layer + 1]}

@@ -241,8 +241,9 @@ def main() -> None:
     def work() -> None:
         harness.check_output_dir(args.output_dir)
         genome, gene = harness.read_genome(args.fasta), Gene(args.contig, args.start, args.end, args.strand)
-        window_of(genome, gene, 0)  # its errors come before the model is loaded
-        with harness.open_model(args.ckpt_dir, max_batch_tokens=args.max_batch_tokens) as model:
+        window, _ = window_of(genome, gene, max(args.context, args.flank))
+        settings = {"longest": len(window), "max_batch_tokens": args.max_batch_tokens}
+        with harness.open_model(args.ckpt_dir, **settings) as model:
             mutational_scan(
                 model.log_likelihoods,
                 genome,

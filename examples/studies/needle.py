@@ -234,8 +234,8 @@ def main() -> None:
     def work() -> None:
         harness.check_output_dir(args.output_dir)
         check(args.lengths, args.depths, args.needle_length)
-        with harness.open_model(args.ckpt_dir, max_batch_tokens=args.max_batch_tokens) as model:
-            model.check_length(max(args.lengths))
+        settings = {"longest": max(args.lengths), "max_batch_tokens": args.max_batch_tokens}
+        with harness.open_model(args.ckpt_dir, **settings) as model:
             needle(
                 model.log_probs if args.measure == "likelihood" else model.distributions,
                 args.output_dir,

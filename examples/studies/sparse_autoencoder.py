@@ -67,7 +67,8 @@ def draw_windows(genome: Mapping[str, bytes], length: int, count: int, seed: int
     ]
     if min(len(places), count) < 5:
         raise UserError(
-            f"{min(len(places), count)} windows of {length} bases are too few; make --window shorter or --num-bases larger"
+            f"{min(len(places), count)} windows of {length} bases are too few; make --window shorter, or --num-bases "
+            "larger"
         )
     order = np.random.default_rng(seed).permutation(len(places))[:count]
     return [places[place] for place in order]
@@ -208,7 +209,7 @@ def draw(
     axes[0].legend(frameon=False, loc="lower right")
     alive = frequency[frequency > 0]
     axes[1].hist(np.log10(alive), bins=40, color="C2")
-    axes[1].set_xlabel("log10 of the share of held-out bases where a latent is on")
+    axes[1].set_xlabel("log10(share of held-out bases with the latent)")
     axes[1].set_ylabel("latents")
     axes[1].set_title(f"{len(alive):,} latents; {report.num_dead:,} of {report.num_latents:,} are dead")
     if matches:
@@ -218,6 +219,7 @@ def draw(
         axes[2].scatter([m.chance for m in shown], ticks, color="black", marker="|", s=120, label="marking all bases")
         axes[2].set_yticks(ticks, [f"{m.feature} (latent {m.latent})" for m in shown])
         axes[2].set_xlim(0, 1)
+        axes[2].set_ylim(-2, max(len(shown), 3))  # -2: room for the legend
         axes[2].set_xlabel("F1, held-out bases")
         axes[2].set_title("latents and annotated features")
         axes[2].legend(frameon=False, fontsize="small", loc="lower right")
@@ -272,8 +274,8 @@ def main() -> None:
         from evo2_megatron.runtime import megatron
 
         chosen = {name: vars(args)[name] for name in ("num_latents", "k", "steps", "batch_size", "lr", "seed")}
-        with harness.open_model(args.ckpt_dir, layer=args.layer, max_batch_tokens=args.max_batch_tokens) as model:
-            model.check_length(args.window)
+        of_model = {"layer": args.layer, "max_batch_tokens": args.max_batch_tokens}
+        with harness.open_model(args.ckpt_dir, longest=args.window, **of_model) as model:
             report, _ = sparse_autoencoder(
                 model.embed,
                 windows,
