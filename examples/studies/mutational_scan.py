@@ -139,7 +139,7 @@ def draw(mutations: Sequence[Mutation], title: str, path: Path) -> None:
     right.set_yticks(range(len(shown)), [f"{effect.kind} ({effect.num_mutations})" for effect in shown])
     right.invert_yaxis()
     right.set_xlabel("mean change, nat\n(line: standard error)")
-    right.set_title("by place (number of mutations)")
+    right.set_title("by place (mutations)")
     for axes in (left, right):
         harness.tidy(axes)
         (axes.axhline if axes is left else axes.axvline)(0, color="black", linewidth=0.8)

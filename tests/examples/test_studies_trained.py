@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
     names = {"train": "train", "val": "validation", "test": "test"}
     (folder / "blend.yaml").write_text(
         "".join(
-            f"- {{dataset_prefix: p_nucleotide_fast_tokenizer_256_{file}, dataset_weight: 1.0, dataset_split: {split}}}\n"
+            f"- {{dataset_prefix: p_nucleotide_fast_tokenizer_256_{file}, dataset_weight: 1.0, "
+            f"dataset_split: {split}}}\n"
             for file, split in names.items()
         )
     )
@@ -95,5 +96,4 @@ def test_classifier_finds_planted_genes(folder, monkeypatch):
     made = study(folder, monkeypatch, "exon_classifier", *flags)
     with (made / "exon_classifier.tsv").open() as stream:
         *_, every = csv.DictReader(stream, delimiter="\t")
-    print(every)
     assert every["contig"] == "all" and float(every["auroc"]) > 0.9
