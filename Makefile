@@ -26,6 +26,7 @@ quickstart: setup  ## preprocess, train, score and generate on a real genome, in
 
 bench: setup  ## speed and memory beside Vortex, plain PyTorch, gffread, pysam and cp
 	$(IN_ENV) python benchmarks/vortex.py
+	$(IN_ENV) python benchmarks/mixed_lengths.py
 	$(IN_ENV) python benchmarks/preprocess.py
 	$(IN_ENV) python benchmarks/data.py
 	$(IN_ENV) python benchmarks/training.py
@@ -45,7 +46,7 @@ lock: setup  ## renew constraints.txt from pyproject.toml; UPGRADE=--upgrade tak
 	    --no-emit-find-links --custom-compile-command 'make lock' --excludes <(echo transformer-engine-cu12) \
 	    --extra dev --extra cuda13 $(UPGRADE) pyproject.toml --output-file constraints.txt
 	sed -Ei "s/ ?(and )?platform_machine == 'x86_64' and sys_platform == 'linux'//; \
-	    s/ and python_full_version < '3.13'//; s/python_full_version < '3.13'//; s/ *; *$$//" constraints.txt
+	    s/ and python_full_version < '3.13'//; s/python_full_version < '3.13'//; s/ *; *$$//; s/; +and /; /" constraints.txt
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .venv.old build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring many sequences of mixed length, and generating from mixed prompts, beside Arc's Vortex on a CPU.
 
-``python benchmarks/mixed_lengths.py [--sequences 24]``
+``python benchmarks/mixed_lengths.py [--sequences 8] [--new-tokens 64 256]``
 
 The model, its weights and the way of timing are those of ``benchmarks/vortex.py``. Sequences of 200 to 8,000 bases are
 scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts of 50 to
@@ -16,6 +16,8 @@ import importlib.util
 import random
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,6 @@ beside_vortex = sys.modules["beside_vortex"] = importlib.util.module_from_spec(_
 _FILE.loader.exec_module(beside_vortex)
 
 ROUNDS = 3
-NEW_TOKENS = 64
 TOLERANCE = 1e-5
 """Largest relative difference of log-likelihoods."""
 
@@ -69,35 +70,44 @@ def score_vortex(vortex, sequences: list[list[int]]) -> list[float]:
     return scores
 
 
-def generate_ours(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+def generate_ours(model: torch.nn.Module, prompts: list[list[int]], num_new: int) -> list[list[int]]:
     """Greedy continuations, all prompts in one batch."""
     from evo2_megatron.tasks.generate import GenerationSettings, generate
     from evo2_megatron.tasks.sampling import Sampling
 
     settings = GenerationSettings(
-        max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0), max_batch_size=len(prompts), alphabet="ACGT",
+        max_new_tokens=num_new, sampling=Sampling(temperature=0), max_batch_size=len(prompts), alphabet="ACGT",
         stop_at_eod=False,
     )  # fmt: skip
     return [generation.token_ids for generation in generate(model, prompts, settings)]
 
 
-def generate_vortex(vortex, prompts: list[list[int]]) -> list[list[int]]:
+def generate_vortex(vortex, prompts: list[list[int]], num_new: int) -> list[list[int]]:
     """The same, one after the other."""
     letters = torch.tensor(list(b"ACGT"))
     made = []
     for prompt in prompts:
-        logits_BV = vortex.prefill(torch.tensor([prompt]), max_tokens=len(prompt) + NEW_TOKENS)[:, -1]
+        logits_BV = vortex.prefill(torch.tensor([prompt]), max_tokens=len(prompt) + num_new)[:, -1]
         made.append([letters[logits_BV[0, letters].argmax()].item()])
-        while len(made[-1]) < NEW_TOKENS:
+        while len(made[-1]) < num_new:
             logits_BV = vortex.step(torch.tensor([made[-1][-1]]))
             made[-1].append(letters[logits_BV[0, letters].argmax()].item())
     return made
 
 
+def measure(name: str, ours: Callable[[], object], theirs: Callable[[], object], num_tokens: int) -> None:
+    """Print a row."""
+    timing = beside_vortex.interleave(ours, theirs, num_tokens=num_tokens, rounds=ROUNDS)
+    print(f"{name:14}{num_tokens:9,} {timing.ours:9,.0f} {timing.vortex:9,.0f} {timing.ratio:6.2f}", flush=True)
+
+
 def main() -> None:
-    """Print two rows."""
+    """Print a row for scoring, and one for each number of new tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=24, help="to score (default: 24)")
+    parser.add_argument("--sequences", type=int, default=8, help="to score (default: 8)")
+    parser.add_argument(
+        "--new-tokens", type=int, nargs="+", default=[64, 256], help="of each prompt (default: 64 256)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(beside_vortex.NUM_THREADS)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -108,24 +118,18 @@ def main() -> None:
         weights = beside_vortex.random_weights(beside_vortex.ARCHITECTURE)
         ours, vortex = beside_vortex.Ours(weights).model, beside_vortex.Vortex(beside_vortex.ARCHITECTURE, weights)
         pairs = zip(score_ours(ours, sequences), score_vortex(vortex, sequences))
-        worst = max(abs(a / b - 1) for a, b in pairs)
+        worst = max((abs(a / b - 1) for a, b in pairs), default=0.0)
         if worst > TOLERANCE:
             sys.exit(f"scores differ by {worst:.1e}; nothing was timed")
-        if generate_ours(ours, prompts) != generate_vortex(vortex, prompts):
-            sys.exit("generated tokens differ; nothing was timed")
-        print(f"{'':10}{'tokens':>9} {'ours/s':>9} {'Vortex/s':>9} {'ratio':>6}")
-        for name, run, theirs, given, num_tokens in (
-            ("score", score_ours, score_vortex, sequences, sum(map(len, sequences))),
-            ("generate", generate_ours, generate_vortex, prompts, NEW_TOKENS * len(prompts)),
-        ):
-            timing = beside_vortex.interleave(
-                lambda run=run, given=given: run(ours, given),
-                lambda theirs=theirs, given=given: theirs(vortex, given),
-                num_tokens=num_tokens,
-                rounds=ROUNDS,
-            )
-            rates = f"{timing.ours:9,.0f} {timing.vortex:9,.0f} {timing.ratio:6.2f}"
-            print(f"{name:10}{num_tokens:9,} {rates}", flush=True)
+        print(f"{'':14}{'tokens':>9} {'ours/s':>9} {'Vortex/s':>9} {'ratio':>6}")
+        if sequences:
+            run = (lambda: score_ours(ours, sequences), lambda: score_vortex(vortex, sequences))
+            measure("score", *run, sum(map(len, sequences)))
+        for num_new in args.new_tokens:
+            run = (partial(generate_ours, ours, prompts, num_new), partial(generate_vortex, vortex, prompts, num_new))
+            if run[0]() != run[1]():
+                sys.exit(f"{num_new} generated tokens differ; they were not timed")
+            measure(f"generate {num_new}", *run, num_new * len(prompts))
 
 
 if __name__ == "__main__":

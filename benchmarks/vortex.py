@@ -49,10 +49,7 @@ class Ours:
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         """Load float32 ``weights`` of ``ARCHITECTURE``."""
-        from evo2_megatron.model.torch_modules import lay_out_for_decoding
-
         self.model = our_model(ARCHITECTURE, weights)
-        lay_out_for_decoding(self.model)  # as checkpoint.load does
         self._state = None
 
     @torch.inference_mode()

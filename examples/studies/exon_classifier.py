@@ -244,6 +244,7 @@ def main() -> None:
 
     def work() -> None:
         harness.check_output_dir(args.output_dir)
+        harness.check_installed("sklearn")
         genome, transcripts = harness.read_genome(args.fasta), read_transcripts(args.gtf)
         check_within(spans(transcripts)[0], genome, args.gtf)
         for name in args.test_contigs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -238,6 +239,12 @@ def beside(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_installed(package: str) -> None:
+    """Raise UserError unless a package of the extra ``notebooks`` is there; does not import it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"this needs {package}, which is not installed; pip install 'evo2-megatron[notebooks]'")
 
 
 def check_output_dir(path: Path) -> None:

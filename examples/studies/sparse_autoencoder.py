@@ -260,6 +260,7 @@ def main() -> None:
 
     def work() -> None:
         harness.check_output_dir(args.output_dir)
+        harness.check_installed("scipy")
         if args.k >= args.num_latents:
             raise UserError(f"--k {args.k} of --num-latents {args.num_latents} is not sparse; give a smaller --k")
         if not args.lr > 0:

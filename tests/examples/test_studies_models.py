@@ -174,6 +174,14 @@ def test_bad_input_is_one_line(study, capsys, name, flags, message):
     assert list(Path(f"out_{name}").iterdir()) == []
 
 
+def test_a_missing_package_is_named(study, capsys, monkeypatch):
+    importlib.import_module("harness")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        study("exon_classifier", "--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 1, "--test-contigs", "c1")
+    assert "this needs sklearn, which is not installed; pip install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_does_not_load_torch(monkeypatch, name):
     import subprocess

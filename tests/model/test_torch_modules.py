@@ -7,8 +7,11 @@ import torch
 from helpers import tiny_model
 
 
-@pytest.mark.parametrize("num_queries, num_keys", [(1, 1), (1, 9), (7, 7), (3, 8), (600, 1300), (1025, 1030)])
-def test_causal_attention(megatron, num_queries, num_keys):
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "num_queries, num_keys", [(1, 1), (1, 9), (7, 7), (3, 8), (63, 70), (64, 65), (600, 1300), (1025, 1030)]
+)
+def test_causal_attention(megatron, num_queries, num_keys, gradients):
     from evo2_megatron.model.torch_modules import causal_attention
 
     torch.manual_seed(0)
@@ -16,22 +19,43 @@ def test_causal_attention(megatron, num_queries, num_keys):
     future = torch.arange(num_keys) > torch.arange(num_queries)[:, None] + num_keys - num_queries
     score = (query @ key.mT / 8**0.5).masked_fill(future, float("-inf"))
 
-    torch.testing.assert_close(causal_attention(query, key, value), score.softmax(-1) @ value)
+    with torch.set_grad_enabled(gradients):
+        got = causal_attention(query, key, value)
+    torch.testing.assert_close(got, score.softmax(-1) @ value)
 
 
-def test_the_layout_for_decoding_changes_no_value(one_process):
-    from evo2_megatron.model.torch_modules import lay_out_for_decoding
+def test_causal_attention_in_16_bits(megatron):
+    from evo2_megatron.model.torch_modules import causal_attention
 
-    model = tiny_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    ids = torch.randint(0, 512, (2, 20))
-    with torch.inference_mode():
-        logits = model(ids)
-        lay_out_for_decoding(model)
-        torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-6)
-    assert not model.decoder.layers[0].mlp.linear_fc1.weight.is_contiguous()
-    for name, tensor in before.items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 16, dtype=torch.bfloat16) for n in (100, 300, 300))
+    with torch.no_grad():
+        got = causal_attention(query, key, value)
+    wide = causal_attention(query.double(), key.double(), value.double())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), wide, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_few_tokens(one_process, num_tokens, dtype, bias):
+    model = tiny_model(add_bias_output=bias)
+    layer = model.output_layer
+    weight = model.embedding.word_embeddings.weight.detach().to(dtype).requires_grad_()
+    if bias:
+        layer.bias = torch.nn.Parameter(torch.randn(512, dtype=dtype))
+    x_LBH = torch.randn(1, num_tokens, 128, dtype=dtype, requires_grad=True)
+    inputs = [x_LBH, weight, *([layer.bias] if bias else [])]
+
+    got, kept_bias = layer(x_LBH, weight)
+
+    want = x_LBH @ weight.mT + (layer.bias if bias else 0)
+    assert kept_bias is None and got.shape == want.shape
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(got, want, **tolerance)
+    for mine, theirs in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
+        torch.testing.assert_close(mine, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

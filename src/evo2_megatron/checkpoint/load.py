@@ -93,7 +93,6 @@ def load_model(
     from megatron.core.utils import unwrap_model
 
     from evo2_megatron.model.fp8_linear import fix_projections
-    from evo2_megatron.model.torch_modules import lay_out_for_decoding
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
@@ -117,7 +116,6 @@ def load_model(
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
     if provider.fp8_emulation:
         fix_projections(unwrap_model(model), _fp8_scales(base))
-    lay_out_for_decoding(model)
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
 

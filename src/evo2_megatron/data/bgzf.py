@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read bgzip files (BGZF, section 4.1 of the SAM specification) on several cores.
+"""Read, on several cores, and write bgzip files (BGZF, section 4.1 of the SAM specification).
 
 A BGZF file is a gzip file of independent blocks of at most 64 KiB, whose headers say how long they are; its last block
 is empty, so that a file cut off between two blocks can be told.
@@ -19,6 +19,7 @@ from typing import BinaryIO
 _HEADER = struct.Struct("<4BI2BH2BHH")
 _MAGIC = (31, 139, 8, 4)
 _TRAILER = struct.Struct("<II")
+_BLOCK_BYTES = 0xFF00  # of text: what bgzip takes, so that incompressible text fits into a block
 _GROUP = 16  # blocks that a thread takes at a time: about 1 MiB of text
 
 
@@ -108,3 +109,31 @@ def _inflate(group: list[bytes]) -> bytes:
             raise zlib.error("a block does not have the checksum that it says")
         texts.append(text)
     return b"".join(texts)
+
+
+class BgzfWriter:
+    """Writes a BGZF file, as the program bgzip does; ``close`` adds the empty block that ends it."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._waiting = raw, bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Append text."""
+        self._waiting += data
+        while len(self._waiting) >= _BLOCK_BYTES:
+            self._raw.write(_block(bytes(self._waiting[:_BLOCK_BYTES])))
+            del self._waiting[:_BLOCK_BYTES]
+
+    def close(self) -> None:
+        """Write what is left; the file stays open."""
+        if self._waiting:
+            self._raw.write(_block(bytes(self._waiting)))
+        self._raw.write(_block(b""))
+
+
+def _block(text: bytes) -> bytes:
+    compressor = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    body = compressor.compress(text) + compressor.flush()
+    size = _HEADER.size + len(body) + _TRAILER.size - 1
+    header = _HEADER.pack(*_MAGIC, 0, 0, 255, 6, 66, 67, 2, size)
+    return header + body + _TRAILER.pack(zlib.crc32(text), len(text))

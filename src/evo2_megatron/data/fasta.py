@@ -182,15 +182,18 @@ def _split_tidy(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
 
 @contextlib.contextmanager
 def open_fasta(
-    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None
+    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None, kind: str = "FASTA"
 ) -> Iterator[BinaryIO | _WatchedStream]:
-    """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name)."""
+    """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name).
+
+    ``kind``: of file, for errors.
+    """
     try:
         raw = Path(path).open("rb")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
-        raise UserError(f"no such FASTA file: {path}") from None
+        raise UserError(f"no such {kind} file: {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read FASTA file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {kind} file {path}: {error.strerror}") from None
     with raw:
         try:
             with _decompressed(raw, threads) as stream:

@@ -86,7 +86,7 @@ def predict(
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))
     dataset = FastaDataset(fasta, prepend_bos=sequences.prepend_bos, mask_tags=sequences.mask_phylogenetic_tags)
-    _check_lengths(dataset, sequences.max_seq_length or _position_range(run_config, changes))
+    _check_lengths(dataset, sequences.max_seq_length or position_range(run_config, changes))
     _check_window(dataset, output, int(sequences.prepend_bos))
     with distributed.process_groups(parallel, seed=run_config.seed):
         loaded = _load(
@@ -123,7 +123,7 @@ def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
             raise UserError(f"{flag} is {asked}, but torchrun started {found}; leave it out, torchrun decides")
 
 
-def _position_range(run_config: RunConfig, changes: ModelChanges) -> int:
+def position_range(run_config: RunConfig, changes: ModelChanges) -> int:
     """Tokens whose rotary angles the model has seen in training."""
     if changes.seq_len_interpolation_factor is None:
         return run_config.seq_length
@@ -175,7 +175,7 @@ class _Prediction:
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
         copies = distributed.data_parallel_size()
         if first:
-            key = settings | {"checkpoint": identity, "precision": self.loaded.precision, "device": _device()}
+            key = settings | {"checkpoint": identity, "precision": self.loaded.precision, "device": device_name()}
             if self.files.write_interval == "batch":
                 key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
             prediction_parts.begin(self.files.output_dir, key, batches)
@@ -237,7 +237,7 @@ class _Prediction:
         run = Backoff(runner, can_split=distributed.world_size() == distributed.data_parallel_size())
         copy, copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
         mine = [number for number in range(copy, len(batches), copies) if number not in done]
-        progress = _Progress([sum(self.dataset.lengths[i] for i in batches[number]) for number in mine])
+        progress = Progress([sum(self.dataset.lengths[i] for i in batches[number]) for number in mine])
         for number in mine:
             result = self._run_batch(run, batches[number])
             progress.advance(len(batches[number]))
@@ -262,7 +262,8 @@ def _halves(size: int) -> tuple[slice, slice]:
     return slice(0, size), slice(size, None)
 
 
-def _device() -> str:
+def device_name() -> str:
+    """What computes: the GPU's name, or CPU."""
     return torch.cuda.get_device_name() if megatron.on_cuda() else "CPU"
 
 
@@ -293,21 +294,24 @@ def _tensor_files(files: Files) -> TensorFiles:
     )
 
 
-class _Progress:
+class Progress:
     """On rank 0: a bar on a terminal, elsewhere a log line every few seconds: how far, how fast, how long still.
 
     Copies of the model have batches of about the same sizes, so that one stands for all.
     """
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        """``tokens``: of each batch that is to be run here."""
+    def __init__(self, tokens: Sequence[int], *, unit: str = "sequences", doing: str = "Predict") -> None:
+        """``tokens``: of each batch that is to be run here. ``unit``: what ``advance`` counts."""
+        self._unit, self._doing = unit, doing
         self._tokens, self._copies = list(tokens), distributed.data_parallel_size()
         self._batches = self._sequences = self._done = 0
         self._start = self._last_shown = time.perf_counter()
         self._bar = None
         if distributed.rank() == 0 and sys.stderr.isatty():
             total = self._copies * sum(tokens)
-            self._bar = tqdm(total=total, unit="base", unit_scale=True, desc="Predicting", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, unit="base", unit_scale=True, desc=f"{doing.removesuffix('e')}ing", dynamic_ncols=True
+            )
 
     def advance(self, num_sequences: int) -> None:
         """One more batch is done."""
@@ -324,8 +328,9 @@ class _Progress:
         seconds, total = now - self._start, self._copies * sum(self._tokens)
         left = timedelta(seconds=round(seconds * (total - self._done) / self._done))
         logger.info(
-            "Predicted %d sequences, %.0f %% of the bases, %.1f sequences/s, %.0f bases/s, time left %s",
-            self._sequences, 100 * self._done / total, self._sequences / seconds, self._done / seconds, left,
+            "%sed %d %s, %.0f %% of the bases, %.1f %s/s, %.0f bases/s, time left %s",
+            self._doing.removesuffix("e"), self._sequences, self._unit, 100 * self._done / total,
+            self._sequences / seconds, self._unit, self._done / seconds, left,
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -340,6 +345,7 @@ class _Progress:
         if distributed.rank() == 0:
             seconds, (num_sequences, num_tokens) = time.perf_counter() - self._start, counts.tolist()
             logger.info(
-                "Predicted %d sequences, %d tokens in %.2f s: %.1f sequences/s, %.0f tokens/s",
-                num_sequences, num_tokens, seconds, num_sequences / seconds, num_tokens / seconds,
+                "%sed %d %s, %d tokens in %.2f s: %.1f %s/s, %.0f tokens/s",
+                self._doing.removesuffix("e"), num_sequences, self._unit, num_tokens, seconds,
+                num_sequences / seconds, self._unit, num_tokens / seconds,
             )  # fmt: skip

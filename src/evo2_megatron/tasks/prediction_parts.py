@@ -17,7 +17,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,20 @@ class Parts:
         return self._folder / f"batch_{number:07d}.pt"
 
 
-def begin(output_dir: Path, settings: dict[str, Any], batches: Sequence[Sequence[int]]) -> None:
+def begin(
+    output_dir: Path,
+    settings: dict[str, Any],
+    batches: Sequence[Sequence[int]],
+    *,
+    remove_stale: Callable[[Path], None] = remove_stale_files,
+) -> None:
     """Make the folder for parts, unless it is there and belongs to the same run; one process calls this.
 
     Args:
         output_dir: Folder of the results; those of an earlier run are deleted.
         settings: All that decides what the results are; must survive JSON.
         batches: Which sequences each batch has.
+        remove_stale: Deletes the results of an earlier run.
     """
     folder = output_dir / FOLDER
     plan = json.dumps({"settings": settings, "batches": batches}, sort_keys=True)
@@ -104,7 +111,7 @@ def begin(output_dir: Path, settings: dict[str, Any], batches: Sequence[Sequence
     if folder.exists():
         logger.info("%s is of a run with other settings; starting over", folder)
         shutil.rmtree(folder)
-    remove_stale_files(output_dir)
+    remove_stale(output_dir)
     folder.mkdir(parents=True)
     write_beside(path, lambda file: file.write(plan.encode()))
 

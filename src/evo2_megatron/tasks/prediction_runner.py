@@ -24,6 +24,7 @@ from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Output, Window
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
+    from evo2_megatron.model.inference_state import InferenceState
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 
@@ -150,14 +151,18 @@ class Runner:
 
         Sequences that are split over processes go through in one piece. Only the last pipeline stage yields.
         """
-        from evo2_megatron.model.pipeline import forward_through_stages
-
         num_tokens = tokens_BS.shape[1]
         in_pieces = num_tokens > self._chunk(tokens_BS.shape[0]) and self._groups.cp.size() == 1
         length = self._chunk(tokens_BS.shape[0]) if in_pieces else num_tokens
-        state = self._inner.new_inference_state(*tokens_BS.shape) if in_pieces else None
-        next_BS = tokens_BS.roll(-1, dims=1)
-        for start in range(0, num_tokens, length):
+        state = self.new_state(*tokens_BS.shape) if in_pieces else None
+        yield from self._pieces_from(state, tokens_BS, tokens_BS.roll(-1, dims=1), length)
+
+    def _pieces_from(
+        self, state: InferenceState | None, tokens_BS: Tensor, next_BS: Tensor, length: int
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        from evo2_megatron.model.pipeline import forward_through_stages
+
+        for start in range(0, tokens_BS.shape[1], length):
             piece = slice(start, start + length)
             values = forward_through_stages(
                 self.model,
@@ -168,6 +173,30 @@ class Runner:
             )
             if values is not None:
                 yield start, {name: self._all_parts(part, name) for name, part in self._named(values).items()}
+
+    def new_state(self, batch_size: int, max_tokens: int) -> InferenceState:
+        """Caches of sequences that have seen nothing, for ``extend``."""
+        return self._inner.new_inference_state(batch_size, max_tokens)
+
+    @property
+    def multiple(self) -> int:
+        """What lengths given to ``extend`` must be divisible by."""
+        return self._multiple
+
+    @torch.no_grad()
+    def extend(self, state: InferenceState, tokens_BS: Tensor, next_BS: Tensor) -> Tensor | None:
+        """Log-probabilities of ``next_BS``, the tokens after each of ``tokens_BS``, float32 [B, S] on the CPU.
+
+        Long sequences go through in pieces. None on all pipeline stages but the last.
+
+        Args:
+            state: What has been seen before, brought up to date in place.
+            tokens_BS, next_BS: Ids, S a multiple of ``multiple``.
+        """
+        device = megatron.device()
+        pieces = self._pieces_from(state, tokens_BS.to(device), next_BS.to(device), self._chunk(tokens_BS.shape[0]))
+        log_probs = [values["log_probs"].cpu() for _, values in pieces]
+        return torch.cat(log_probs, dim=1) if log_probs else None
 
     def _chunk(self, batch_size: int) -> int:
         """Tokens of a piece; of several sequences at a time the pieces are shorter."""

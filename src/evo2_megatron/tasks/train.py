@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
     options = training_options(recipe, given)
     train_checks.check(options)
     train_lora.check_options(options, given)
-    start = _find_start(options)
+    start = find_start(options)
     if start.resumes:
         _check_same_layout(start.checkpoint, options)
     if start.checkpoint is not None:
@@ -90,28 +91,27 @@ def train(recipe: str | None = None, **given: Any) -> None:
     if start.step >= end:
         logger.info("Nothing to do: %s has done step %s of %s", options.checkpoint_dir, start.step, end)
         return
-    megatron.enter()
-    training_repairs.install()
-    run_checkpoints.make_saving_safe()
+    enter()
 
+    from evo2_megatron.model.forward_step import forward_step
     from evo2_megatron.recipes.pretrain import pretrain_config
 
     config = pretrain_config(options)
     _check_model(config)
-    if not start.resumes:
-        # the tracker may name a first checkpoint that was never finished
-        config.checkpoint.load = None
     if start.checkpoint is not None:
         _begin_from(start, config, options)
-    _make_run_dir(options.run_dir)
-    first = distributed.rank() == 0
-    with run_checkpoints.locked(options.run_dir) if first else nullcontext():
-        if first:
-            run_checkpoints.tidy(options.checkpoint_dir, start.checkpoint if start.resumes else None)
-        _run(config, options, start)
+    _log_plan(options, start)
+    run(config, options, start, forward_step)
 
 
-def _find_start(options: TrainingOptions) -> Start:
+def enter() -> None:
+    """Make Megatron Bridge importable, and its training loop do what it says."""
+    megatron.enter()
+    training_repairs.install()
+    run_checkpoints.make_saving_safe()
+
+
+def find_start(options: TrainingOptions) -> Start:
     """This run's own newest checkpoint, or else the one to fine-tune, or else nothing."""
     own = options.checkpoint_dir
     checkpoint = run_checkpoints.newest(own)
@@ -197,19 +197,11 @@ def _make_run_dir(run_dir: Path) -> None:
 
 def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions) -> None:
     """Make Bridge start where ``start`` says."""
-    from megatron.bridge.training.utils import checkpoint_utils
-
     stored = load.stored_shapes(start.base)
     # as many rows as the checkpoint: Megatron would cut the table, or fill it up with zeros, without a word
     config.model.vocab_size = stored[load.EMBEDDING][0]
-    if start.resumes:
-        # the newest complete one, which need not be the one that the tracker names
-        config.checkpoint.ckpt_step = start.step
-        # they keep what they read for the life of the process, which may have trained before
-        checkpoint_utils.read_run_config.cache_clear()
-        checkpoint_utils.read_train_state.cache_clear()
-        if config.peft is None:
-            return
+    if start.resumes and config.peft is None:
+        return
     _check_same_model(start.base, config.model, options)
 
     def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
@@ -237,11 +229,45 @@ def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options:
             )
 
 
-def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> None:
+def run(
+    config: ConfigContainer, options: TrainingOptions, start: Start, forward_step: Callable[..., tuple[Tensor, Any]]
+) -> None:
+    """Run Megatron Bridge's loop in the folder of a run, which no other run may use meanwhile.
+
+    Args:
+        config: Of the run; what it begins with is loaded by hooks of its model.
+        options: Folders, logging and profiling.
+        start: Where it begins; what belongs to resuming is set in ``config`` here.
+        forward_step: One micro-batch through the model, as Bridge asks for it.
+
+    Raises:
+        UserError: The folder cannot be used, or a checkpoint cannot be written.
+    """
+    from megatron.bridge.training.utils import checkpoint_utils
+
+    if start.resumes:
+        # the newest complete one, which need not be the one that the tracker names
+        config.checkpoint.ckpt_step = start.step
+        # they keep what they read for the life of the process, which may have trained before
+        checkpoint_utils.read_run_config.cache_clear()
+        checkpoint_utils.read_train_state.cache_clear()
+    else:
+        # the tracker may name a first checkpoint that was never finished
+        config.checkpoint.load = None
+    _make_run_dir(options.run_dir)
+    first = distributed.rank() == 0
+    with run_checkpoints.locked(options.run_dir) if first else nullcontext():
+        if first:
+            run_checkpoints.tidy(options.checkpoint_dir, start.checkpoint if start.resumes else None)
+        _run_loop(config, options, start, forward_step)
+
+
+def _run_loop(
+    config: ConfigContainer, options: TrainingOptions, start: Start, forward_step: Callable[..., tuple[Tensor, Any]]
+) -> None:
     from megatron.bridge.training.callbacks import CallbackManager
     from megatron.bridge.training.pretrain import pretrain
 
-    from evo2_megatron.model.forward_step import forward_step
     from evo2_megatron.tasks.progress import TrainingProgress, quiet_console
     from evo2_megatron.tasks.stragglers import StragglerReport
 
@@ -264,7 +290,6 @@ def _run(config: ConfigContainer, options: TrainingOptions, start: Start) -> Non
     _be_alone_without_torchrun()
     if options.wandb_project is not None and speaks:
         wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
-    _log_plan(options, start)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with nullcontext() if options.debug else quiet_console(progress):
         try:

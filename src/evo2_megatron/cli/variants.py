@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score the variants of a VCF file: how much less probable the genome is with each ALT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evo2_megatron.cli import groups
+
+PROG = "variants_evo2"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; None stands for "not given"."""
+    parser = groups.Parser(PROG, __doc__)
+    source = parser.add_argument_group("source")
+    source.add_argument("--vcf", type=Path, required=True, metavar="FILE", help="variants: VCF, plain, gzip or bgzip")
+    source.add_argument(
+        "--fasta",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the genome they were called on, plain, gzip or bgzip",
+    )
+    source.add_argument(
+        "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
+    )
+    groups.add_base_checkpoint(source)
+    groups.add_self_test(source)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results, replacing earlier ones"
+    )
+    output.add_argument(
+        "--output-format",
+        nargs="+",
+        choices=("tsv", "parquet", "vcf", "vcf.gz"),
+        default=["tsv"],
+        metavar="FORMAT",
+        help="tsv, parquet, or the VCF file with the scores in INFO: vcf, or vcf.gz (bgzip) (default: tsv)",
+    )
+    output.add_argument(
+        "--log-prob-collapse-option",
+        choices=("sum", "mean"),
+        default="mean",
+        help="difference of the log-likelihoods, or that per token (default: mean)",
+    )
+    _add_windows(parser)
+    groups.add_parallel(parser)
+    precision = parser.add_argument_group("precision and kernels")
+    groups.add_precision(precision)
+    groups.add_vortex_style_fp8(precision)
+    groups.add_fp8_choice(precision)
+    groups.add_kernels(precision)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``variants_evo2``."""
+    groups.run(PROG, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    groups.set_up_logging()
+
+    # torch loads here, so --help stays instant
+    from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, ModelChanges
+    from evo2_megatron.tasks.variants import VariantSettings, score_variants
+
+    groups.clean_up_when_terminated()
+    score_variants(
+        args.vcf,
+        args.fasta,
+        args.ckpt_dir,
+        output_dir=args.output_dir,
+        formats=tuple(dict.fromkeys(args.output_format)),
+        settings=VariantSettings(
+            window_length=args.window_length,
+            window_step=args.window_step,
+            score=args.log_prob_collapse_option,
+            both_strands=args.both_strands,
+            prepend_bos=args.prepend_bos,
+            shared_context=not args.no_shared_context,
+            max_seq_length=args.max_seq_length,
+            max_batch_tokens=args.max_batch_tokens,
+            chunk_length=args.chunk_length or CHUNK_LENGTH,
+        ),
+        changes=ModelChanges(
+            vortex_style_fp8=groups.vortex_style_fp8(args),
+            use_subquadratic_ops=groups.use_subquadratic_ops(args),
+            fp8=groups.fp8_choice(args),
+        ),
+        parallel=groups.parallel(args),
+        precision=groups.precision(args),
+        base_ckpt_dir=groups.base_checkpoint(args),
+        with_self_test=groups.self_test(args),
+    )
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("windows")
+    number = {"type": groups.positive_int, "metavar": "N"}
+    group.add_argument(
+        "--window-length",
+        **number,
+        help="bases around a variant (default: 8192, or what the model was trained for if that is less)",
+    )
+    group.add_argument(
+        "--window-step",
+        **number,
+        default=1,
+        help="begin windows at multiples of N bases: variants that lie close share a reference window, which saves "
+        "time, and are up to N bases off its middle (default: 1)",
+    )
+    group.add_argument("--both-strands", action="store_true", help="mean of the forward and the reverse strand")
+    group.add_argument(
+        "--prepend-bos", action="store_true", help="start windows with the token between documents, as in training"
+    )
+    group.add_argument(
+        "--max-seq-length", **number, help="longest window to accept (default: what the model was trained for)"
+    )
+    group.add_argument(
+        "--no-shared-context",
+        action="store_true",
+        help="run each window from its start: slower, same scores; needed with --context-parallel-size",
+    )
+    group.add_argument(
+        "--max-batch-tokens",
+        **number,
+        help="most tokens at a time; fewer if memory runs out (default: 65536, and 8448 without a GPU)",
+    )
+    group.add_argument(
+        "--chunk-length",
+        **number,
+        help="longer windows are processed in pieces of N tokens; less memory, same result (default: 65536)",
+    )

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score the variants of a VCF file with a trained model: how much less probable the genome is with each ALT."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from evo2_megatron.checkpoint.adapter import base_checkpoint
+from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
+from evo2_megatron.checkpoint.load import LoadedModel, load_model
+from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.data.genome import Genome
+from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.tasks import prediction_parts, self_test, variant_files
+from evo2_megatron.tasks.allele_scoring import Batch, SharedContext, WholeWindows, make_item
+from evo2_megatron.tasks.batching import Backoff
+from evo2_megatron.tasks.predict import BATCH_TOKENS_CUDA, Progress, device_name, position_range
+from evo2_megatron.tasks.prediction_files import write_manifest
+from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
+from evo2_megatron.tasks.prediction_parts import Parts
+from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Files, ModelChanges, Output
+from evo2_megatron.tasks.variant_alleles import Allele, read_alleles, report_skipped
+from evo2_megatron.tasks.variant_files import Score
+from evo2_megatron.tasks.variant_windows import Comparison, Group, WindowSettings, make_groups, plan_groups
+
+logger = logging.getLogger(__name__)
+
+WINDOW_LENGTH = 8_192
+BATCH_TOKENS_CPU = 8_448
+"""The second halves of two windows, with what the cut leaves of the first: half of what suits whole sequences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantSettings:
+    """What is compared, and how."""
+
+    window_length: int | None = None
+    """Bases; None: 8,192, or what the model was trained for if that is less."""
+
+    window_step: int = 1
+    """Windows begin at multiples of this many bases."""
+
+    score: Literal["mean", "sum"] = "mean"
+    """Difference of log-likelihoods per scored token, or of their sums."""
+
+    both_strands: bool = False
+    prepend_bos: bool = False
+    shared_context: bool = True
+    """Compute what alleles have in common once."""
+
+    max_seq_length: int | None = None
+    """Most tokens of a window to accept; None: what the model was trained for."""
+
+    max_batch_tokens: int | None = None
+    chunk_length: int = CHUNK_LENGTH
+
+    def windows(self, trained_for: int) -> WindowSettings:
+        """Settings of the windows for a model that was trained for so many tokens.
+
+        Raises:
+            UserError: They do not fit.
+        """
+        limit = (self.max_seq_length or trained_for) - self.prepend_bos
+        length = self.window_length or min(WINDOW_LENGTH, limit)
+        if length > limit:
+            raise UserError(
+                f"--window-length {length} is more than the {limit} bases the checkpoint was trained for; lower it, "
+                "or accept worse scores with --max-seq-length"
+            )
+        if length < 4:
+            raise UserError(f"--window-length {length} leaves no context; give at least 4")
+        if self.window_step > max(length // 4, 1):
+            raise UserError(
+                f"--window-step {self.window_step} moves variants far from the middle of {length} bases; give at "
+                f"most {length // 4}"
+            )
+        return WindowSettings(length, self.window_step)
+
+
+def score_variants(
+    vcf: Path,
+    fasta: Path,
+    ckpt_dir: Path,
+    *,
+    output_dir: Path,
+    formats: tuple[str, ...] = ("tsv",),
+    settings: VariantSettings = VariantSettings(),
+    changes: ModelChanges = ModelChanges(),
+    parallel: ParallelConfig = ParallelConfig(),
+    precision: str | None = None,
+    base_ckpt_dir: Path | None = None,
+    with_self_test: bool = False,
+) -> None:
+    """Compare, for each ALT, the window around it with the window of the reference; every process calls this.
+
+    Copies of the model share the batches. Finished batches are kept in the output folder: a job that was killed goes
+    on where it was, with the same bytes in the end. The files are described in ``tasks/variant_files.py``; what is
+    compared, in ``tasks/variant_windows.py``.
+
+    Args:
+        vcf, fasta: Variants, and the genome that they were called on; plain, gzip or bgzip.
+        ckpt_dir: A Megatron Bridge checkpoint, or a folder of iterations.
+        output_dir, formats: Where to write, and what: of ``variant_files.FORMATS``.
+        settings: What to compare.
+        changes: Number formats and kernels that replace the checkpoint's.
+        parallel: Sizes of the layout; the rest of the processes are copies of the model.
+        precision, base_ckpt_dir, with_self_test: As for ``predict``.
+
+    Raises:
+        UserError: Something about the files, the model or the settings is wrong; no result has been written.
+    """
+    parallel.check_world_size(distributed.world_size())
+    if settings.shared_context and parallel.context > 1:
+        raise UserError("shared context has no form that is split over processes; add --no-shared-context")
+    Files(output_dir=output_dir)  # checks the folder
+    if not vcf.is_file():
+        raise UserError(f"no such VCF file: {vcf}" + "; it is read twice, so not from a pipe" * vcf.exists())
+    checkpoint = resolve_checkpoint_path(ckpt_dir)
+    run_config = read_run_config(checkpoint)
+    base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
+    windows = settings.windows(position_range(run_config, changes))
+    with Genome(fasta) as genome:
+        alleles = read_alleles(vcf, genome, windows)
+        with distributed.process_groups(parallel, seed=run_config.seed):
+            loaded = _load(checkpoint, run_config, changes, with_self_test, parallel, precision, base_ckpt_dir)
+            run = _Scoring(loaded, genome, vcf, alleles, output_dir, formats, settings, windows)
+            known = as_json({"variants": settings, "changes": changes, "parallel": parallel})
+            known |= {"window_length": windows.length, "vcf": str(vcf), "fasta": str(fasta)}
+            known |= {
+                f"{name}_sha256": prediction_parts.sha256_of_file(Path(known[name])) for name in ("vcf", "fasta")
+            }
+            run.compute_and_write(known, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
+
+
+def _load(
+    checkpoint: Path,
+    run_config: RunConfig,
+    changes: ModelChanges,
+    with_self_test: bool,
+    parallel: ParallelConfig,
+    precision: str | None,
+    base_ckpt_dir: Path | None,
+) -> LoadedModel:
+    loaded = load_model(
+        checkpoint,
+        parallel=parallel,
+        precision=precision,
+        provider_overrides=changes.overrides(changes.pattern(run_config)),
+        base_ckpt_dir=base_ckpt_dir,
+        fp8=changes.fp8,
+    )
+    if with_self_test:
+        self_test.check(loaded)
+    return loaded
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """A loaded model, and what it is to do."""
+
+    loaded: LoadedModel
+    genome: Genome
+    vcf: Path
+    alleles: list[Allele]
+    output_dir: Path
+    formats: tuple[str, ...]
+    settings: VariantSettings
+    windows: WindowSettings
+
+    def compute_and_write(self, known: dict[str, Any], identity: list[Any]) -> None:
+        """Run what an earlier job has not, and write the files."""
+        first, num_scored = distributed.rank() == 0, sum(allele.is_scored for allele in self.alleles)
+        if first:
+            self._log_start(num_scored)
+        groups, batches = self._plan()
+        jobs = [[job for index in batch for job in groups[index].jobs] for batch in batches]
+        digest = CheckpointDigest(self.loaded.checkpoint) if first else None
+        if first:
+            key = known | {"checkpoint": identity, "precision": self.loaded.precision, "device": device_name()}
+            prediction_parts.begin(self.output_dir, key, jobs, remove_stale=variant_files.remove_stale_files)
+        torch.distributed.barrier()
+        parts = Parts(self.output_dir, jobs)
+        done = [parts.done() if first else None]
+        torch.distributed.broadcast_object_list(done, src=0)
+        for number, result in self._results(groups, batches, done=done[0]):
+            if distributed.is_model_parallel_writer():
+                parts.add(number, result)
+        torch.distributed.barrier()
+        if first:
+            self._write(parts)
+            write_manifest(self.output_dir, manifest(self.loaded, digest.result(), known))
+            logger.info(
+                "%d ALT alleles of %d scored, %d not; results in %s",
+                num_scored, len(self.alleles), len(self.alleles) - num_scored, self.output_dir,
+            )  # fmt: skip
+        torch.distributed.barrier()
+        if first:
+            parts.remove()
+
+    def _log_start(self, num_scored: int) -> None:
+        report_skipped(self.alleles)
+        logger.info(
+            "%d ALT alleles to score of %d, windows of %d bases, %s; data parallel %d, precision %s, device %s",
+            num_scored, len(self.alleles), self.windows.length,
+            "both strands" if self.settings.both_strands else "forward strand",
+            distributed.data_parallel_size(), self.loaded.precision, megatron.device(),
+        )  # fmt: skip
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.settings.max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+
+    def _plan(self) -> tuple[list[Group], list[list[int]]]:
+        strands = (False, True) if self.settings.both_strands else (False,)
+        comparisons = [
+            Comparison(allele.record.contig, allele.edit, reverse)
+            for allele in self.alleles
+            if allele.is_scored
+            for reverse in strands
+        ]
+        groups = make_groups(comparisons, self.genome.lengths, self.windows)
+        return groups, plan_groups(groups, max_tokens=self._max_tokens)
+
+    def _results(self, groups: list[Group], batches: list[list[int]], done: set[int]) -> Iterator[tuple[int, Batch]]:
+        """Run this copy's share of what is not done; on the last pipeline stage, yield (number, results)."""
+        runner = Runner(
+            self.loaded.model,
+            Output(log_probs="sum"),
+            precision=self.loaded.precision,
+            chunk_length=self.settings.chunk_length,
+        )
+        can_split = distributed.world_size() == distributed.data_parallel_size()
+        if self.settings.shared_context:
+            run = Backoff(SharedContext(runner, max_tokens=self._max_tokens), can_split=can_split)
+        else:
+            run = WholeWindows(runner, max_tokens=self._max_tokens, can_split=can_split)
+        copy, copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
+        mine = [number for number in range(copy, len(batches), copies) if number not in done]
+        sizes = [sum(groups[i].length * (1 + len(groups[i].edits)) for i in batches[number]) for number in mine]
+        progress = Progress(sizes, unit="comparisons", doing="Score")
+        for number in mine:
+            batch = [groups[index] for index in batches[number]]
+            items = [make_item(group, self.genome, prepend_bos=self.settings.prepend_bos) for group in batch]
+            result = run(items)
+            progress.advance(sum(len(group.jobs) for group in batch))
+            if result is not None:
+                lengths = [len(item["tokens"]) - 1 for item in items for _ in item["alternatives"]]
+                yield number, result | {"num_scored": torch.tensor(lengths)}
+        torch.distributed.barrier()
+        progress.finish()
+
+    def _scores(self, parts: Parts) -> Iterator[Score]:
+        """Of the alleles that have one, in their order."""
+        strands = 1 + self.settings.both_strands
+        for number in range(sum(allele.is_scored for allele in self.alleles)):
+            found = [parts.sequence(strands * number + strand) for strand in range(strands)]
+            reference, alternative = (
+                sum(f[name].item() for f in found) / strands for name in ("reference", "alternative")
+            )
+            num_scored = int(found[0]["num_scored"])
+            delta = alternative - reference
+            yield Score(
+                delta / num_scored if self.settings.score == "mean" else delta, reference, alternative, num_scored
+            )
+
+    def _write(self, parts: Parts) -> None:
+        strands = ", mean of both strands" if self.settings.both_strands else ""
+        how = "per token" if self.settings.score == "mean" else "in sum"
+        meaning = f"log-likelihood of {self.windows.length} bases with ALT minus with REF, {how}, in nat{strands}"
+        for name in self.formats:
+            path = self.output_dir / f"variants.{name}"
+            if name.startswith("vcf"):
+                variant_files.write_vcf(path, self.vcf, self.alleles, self._scores(parts), meaning=meaning)
+            else:
+                variant_files.write_table(path, variant_files.rows(self.alleles, self._scores(parts)))
+        variant_files.write_skipped(self.output_dir, self.alleles)
