@@ -19,7 +19,7 @@ NUM_ATOMS, NUM_CHANNELS, NUM_ACTIVE = 48, 32, 3
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Products this small take a hundred times as long where two threads wait for each other on a busy machine."""
+    """Products this small take many times as long where two threads wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
