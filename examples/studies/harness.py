@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the studies share: a trained model as functions of sequences, and results that are whole or not there.
+
+A study's core takes functions of sequences, not a model, so that a test can hand it one whose answer is known.
+
+Shape legend: L bases of a sequence, H channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evo2_megatron.config import ParallelConfig, UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from evo2_megatron.checkpoint.load import LoadedModel
+
+BASES = "ACGT"
+
+LogProbs = Callable[[Sequence[bytes]], list[np.ndarray]]
+"""Sequences to log-probabilities in nat, float32 [L]: of each base after those before it. The first has none: 0."""
+
+Distributions = Callable[[Sequence[bytes]], list[np.ndarray]]
+"""Sequences to log-probabilities in nat, float32 [L, 4]: in row t those of A, C, G, T (summing to 1) as the base at t
+after those before it. The first row, before which nothing is, has ln 1/4."""
+
+Embed = Callable[[Sequence[bytes]], Iterable[np.ndarray]]
+"""Sequences to hidden states, float32 [L, H] each, in their order."""
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """With the flags that every study has."""
+    made = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    made.add_argument(
+        "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
+    )
+    made.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for tables and pictures")
+    made.add_argument(
+        "--max-batch-tokens",
+        type=positive_int,
+        metavar="N",
+        help="most tokens per forward pass (default: 65536, and 2048 without a GPU)",
+    )
+    return made
+
+
+def positive_int(text: str) -> int:
+    """Type of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def run(name: str, main: Callable[[], None]) -> None:
+    """Call ``main``; a UserError becomes one line on stderr and exit status 2."""
+    from evo2_megatron.cli import groups
+
+    groups.set_up_logging()
+    groups.run(name, lambda _: main())
+
+
+class Model:
+    """A loaded model; ``log_probs``, ``distributions`` and ``embed`` are what the studies' cores take."""
+
+    def __init__(self, loaded: LoadedModel, layer: int | None, max_batch_tokens: int | None) -> None:
+        """``layer``: counted from 0, the last of ``loaded``; None: for scores."""
+        from evo2_megatron.runtime import megatron
+        from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
+
+        self._loaded, self._layer = loaded, layer
+        self._max_tokens = max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+
+    def log_probs(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
+        """``LogProbs``."""
+        from evo2_megatron.tasks.prediction_settings import Output
+
+        results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
+        for indices, batch in self._batches(sequences, Output(log_probs="per_token")):
+            for row, index in enumerate(indices):
+                values = batch["log_probs_seqs"][row, : len(sequences[index]) - 1].numpy()
+                results[index] = np.concatenate([np.zeros(1, np.float32), values])
+        return results
+
+    def log_likelihoods(self, sequences: Sequence[bytes]) -> np.ndarray:
+        """Sums of ``log_probs`` in nat, float64, one per sequence."""
+        from evo2_megatron.tasks.prediction_settings import Output
+
+        results = np.zeros(len(sequences))
+        for indices, batch in self._batches(sequences, Output(log_probs="sum")):
+            results[indices] = batch["log_likelihood"].numpy()
+        return results
+
+    def distributions(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
+        """``Distributions``; the logits of all tokens of a batch exist at a time."""
+        from evo2_megatron.tasks.prediction_settings import Output
+
+        letters = list(BASES.encode())
+        results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+        for indices, batch in self._batches(sequences, Output()):
+            rows_BL4 = batch["token_logits"][..., letters].float().log_softmax(-1).numpy()
+            for row, index in enumerate(indices):
+                first = np.full((1, len(BASES)), -np.log(len(BASES)), np.float32)
+                results[index] = np.concatenate([first, rows_BL4[row, : len(sequences[index]) - 1]])
+        return results
+
+    def embed(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
+        """``Embed``, after the layer that the model was opened with."""
+        from evo2_megatron.tasks.prediction_settings import Output
+
+        assert self._layer is not None, "opened for scores"
+        results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+        for indices, batch in self._batches(sequences, Output(embedding_layers=(self._layer,))):
+            for row, index in enumerate(indices):
+                results[index] = batch["hidden_embeddings"][row, : len(sequences[index])].numpy()
+        return results
+
+    def _batches(self, sequences: Sequence[bytes], output) -> Iterator[tuple[list[int], dict]]:
+        from tqdm import tqdm
+
+        from evo2_megatron.data.fasta_dataset import make_sample
+        from evo2_megatron.data.tokenizer import encode_sequence
+        from evo2_megatron.tasks.batching import Backoff, plan_batches
+        from evo2_megatron.tasks.prediction_runner import Runner
+
+        layers = [] if self._layer is None else [self._layer]
+        runner = Runner(self._loaded.model, output, precision=self._loaded.precision, layers=layers)
+        forward = Backoff(runner, can_split=True)
+        lengths = [len(sequence) for sequence in sequences]
+        for indices in tqdm(
+            plan_batches(lengths, max_tokens=self._max_tokens), unit="batch", disable=None, leave=False
+        ):
+            tokens = [encode_sequence(sequences[index].upper(), name="a window") for index in indices]
+            yield indices, forward([make_sample(ids, index) for ids, index in zip(tokens, indices)])
+
+
+@contextlib.contextmanager
+def open_model(
+    ckpt_dir: Path, *, longest: int, layer: int | None = None, max_batch_tokens: int | None = None
+) -> Iterator[Model]:
+    """Load a model in this process, on the GPU if there is one.
+
+    Args:
+        ckpt_dir: Checkpoint.
+        longest: Bases of the longest sequence that it will see.
+        layer: For ``embed``: counted from 0, or from -1 backwards; later layers are not loaded. None: for scores.
+        max_batch_tokens: Most tokens per forward pass; None: what suits the device.
+
+    Raises:
+        UserError: No such checkpoint or layer; sequences longer than those of its training; or started with several
+            processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study runs in one process; start it with python, not with torchrun")
+
+    from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.checkpoint.run_config import read_run_config
+    from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    checkpoint = resolve_checkpoint_path(ckpt_dir)
+    run_config = read_run_config(checkpoint)
+    if longest > run_config.seq_length:
+        raise UserError(
+            f"sequences of {longest} bases are longer than the {run_config.seq_length} positions the checkpoint was "
+            "trained for; ask for shorter ones"
+        )
+    pattern, overrides = run_config.pattern, {}
+    if layer is not None:
+        (layer,) = Output(embedding_layers=(layer,)).layers_of(len(pattern))
+        overrides = {"num_layers": layer + 1, "hybrid_override_pattern": pattern[: layer + 1]}
+    with process_groups(ParallelConfig()):
+        loaded = load_model(checkpoint, parallel=ParallelConfig(), provider_overrides=overrides)
+        yield Model(loaded, layer, max_batch_tokens)
+
+
+def read_genome(path: Path) -> dict[str, bytes]:
+    """Contigs by name, in upper case."""
+    from evo2_megatron.data.fasta import read_fasta
+
+    return {record.id: record.sequence.upper() for record in read_fasta(path, unique_ids=True)}
+
+
+def contig_of(genome: dict[str, bytes], name: str, where: str) -> bytes:
+    """Bases of a contig; UserError, which names ``where`` it is asked for, if there is none."""
+    if name not in genome:
+        raise UserError(f"{where} names contig '{name}', which the FASTA file does not have; it has {_some(genome)}")
+    return genome[name]
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = [f"'{name}'" for name in names]
+    return ", ".join(listed[:3]) + ", ..." * (len(listed) > 3)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write tab-separated values with a heading; floats get six digits. The file appears when it is complete."""
+    lines = ["\t".join(columns), *("\t".join(_cell(value) for value in row) for row in rows)]
+    with beside(path) as partial:
+        partial.write_text("\n".join(lines) + "\n")
+    sys.stdout.write(f"{path}\n")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file, which appears when it is complete, and close the figure."""
+    import matplotlib.pyplot as plt
+
+    with beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    plt.close(figure)
+    sys.stdout.write(f"{path}\n")
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` at the end; UserError where the folder cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output-dir") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def check_installed(package: str) -> None:
+    """Raise UserError unless a package of the extra ``notebooks`` is there; does not import it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"this needs {package}, which is not installed; pip install 'evo2-megatron[notebooks]'")
+
+
+def check_output_dir(path: Path) -> None:
+    """Make the folder before work starts; UserError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {path}: {error.strerror}; choose another") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {path}: no permission to write; choose another")
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def tidy(axes) -> None:
+    """Light grid, no box."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies as they are run, on a checkpoint of a random model."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+SCRIPTS = ("mutational_scan", "essentiality", "needle", "exon_classifier", "sparse_autoencoder")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Products this small take many times as long where two threads wait for each other on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def study(monkeypatch, checkpoint, tmp_path):
+    """Run a script with flags; its tables and pictures, with the lines of the former."""
+    monkeypatch.syspath_prepend(STUDIES)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    contigs = ["".join(rng.choice(list("ACGT"), 1200)) for _ in range(2)]
+    Path("g.fa").write_text("".join(f">c{n}\n{bases}\n" for n, bases in enumerate(contigs)))
+    Path("g.bed").write_text("c0\t20\t80\ta\t0\t+\nc0\t100\t400\tb\t0\t-\nc1\t100\t900\ta2\t0\t+\n")
+    line = 'c{}\tx\texon\t{}\t{}\t.\t+\t.\tgene_id "g{}"; transcript_id "t{}"; exon_number "{}";\n'
+    Path("g.gtf").write_text(
+        "".join(line.format(c, 300 * e + 1, 300 * e + 99, c, c, e + 1) for c in (0, 1) for e in (0, 1))
+    )
+    Path("labels").write_text("a\t1\nb\t0\n")
+
+    def run(name: str, *flags: str) -> dict[str, list[list[str]]]:
+        flags = ("--ckpt-dir", str(checkpoint), "--output-dir", f"out_{name}", *flags)
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, flags)])
+        runpy.run_path(str(STUDIES / f"{name}.py"), run_name="__main__")
+        files = sorted(Path(f"out_{name}").iterdir())
+        return {
+            path.name: list(csv.reader(path.read_text().splitlines(), delimiter="\t")) if path.suffix == ".tsv" else []
+            for path in files
+        }
+
+    return run
+
+
+def test_scan(study):
+    files = study("mutational_scan", "--fasta", "g.fa", "--contig", "c0", "--start", 20, "--end", 80, "--context", 50)
+    assert list(files) == ["mutational_scan.png", "mutational_scan.tsv", "mutational_scan_classes.tsv"]
+    assert len(files["mutational_scan.tsv"]) == 1 + 3 * (60 + 30 + 20)
+    deltas = [float(row[-1]) for row in files["mutational_scan.tsv"][1:]]
+    assert len(set(deltas)) > 300
+
+
+def test_essentiality(study, capsys):
+    files = study("essentiality", "--fasta", "g.fa", "--genes", "g.bed", "--window", 200, "--labels", "labels")
+    assert list(files) == ["essentiality.png", "essentiality.tsv"] and len(files["essentiality.tsv"]) == 4
+    assert "AUROC" in capsys.readouterr().out
+    deltas = [float(row[6]) for row in files["essentiality.tsv"][1:]]
+    assert deltas == sorted(deltas)
+
+
+@pytest.mark.parametrize("measure", ["likelihood", "jacobian"])
+def test_needle(study, measure):
+    flags = ("--lengths", 96, 128, "--depths", 0, 1, "--needle-length", 20, "--repeats", 2, "--measure", measure)
+    files = study("needle", *flags)
+    assert list(files) == ["needle.png", "needle.tsv"] and len(files["needle.tsv"]) == 5
+    assert all(np.isfinite([float(cell) for cell in row]).all() for row in files["needle.tsv"][1:])
+
+
+def test_exon_classifier(study, capsys):
+    flags = ("--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 1, "--test-contigs", "c1", "--window", 200)
+    files = study("exon_classifier", *flags)
+    assert list(files) == ["exon_classifier.png", "exon_classifier.tsv", "exon_classifier_roc.tsv"]
+    assert files["exon_classifier.tsv"][-1][:3] == ["all", "399", "198"]
+    assert "AUROC" in capsys.readouterr().out
+
+
+def test_sparse_autoencoder(study):
+    flags = ("--fasta", "g.fa", "--layer", 0, "--features", "g.bed", "--window", 100, "--num-latents", 64, "--k", 4)
+    files = study("sparse_autoencoder", *flags, "--steps", 20)
+    names = ["sparse_autoencoder" + end for end in (".png", ".safetensors", ".tsv", "_features.tsv")]
+    assert list(files) == names
+    assert files["sparse_autoencoder.tsv"][1][0] == "500"  # a fifth of 24 windows of 100 bases, rounded up
+    assert {row[0] for row in files["sparse_autoencoder_features.tsv"][1:]} <= {"a", "b", "a2"}
+
+
+def test_numbers_are_those_of_predict(study, checkpoint, tmp_path):
+    """Whatever the batches, and with windows of different lengths."""
+    from evo2_megatron.tasks.predict import predict
+    from evo2_megatron.tasks.prediction_settings import Files, Output
+
+    harness = importlib.import_module("harness")
+    rng = np.random.default_rng(3)
+    sequences = ["".join(rng.choice(list("ACGT"), n)).encode() for n in (1, 40, 250, 39, 100)]
+    with harness.open_model(checkpoint, longest=250, max_batch_tokens=300) as model:
+        scores, log_probs = model.log_likelihoods(sequences), model.log_probs(sequences)
+        rows = model.distributions(sequences)
+    with harness.open_model(checkpoint, longest=250, layer=-3, max_batch_tokens=300) as model:
+        hidden = model.embed(sequences)
+    Path("s.fa").write_text("".join(f">{n}\n{s.decode()}\n" for n, s in enumerate(sequences)))
+    predict(
+        Path("s.fa"),
+        checkpoint,
+        output=Output(log_probs="sum"),
+        files=Files(output_dir=tmp_path / "p", formats=("tsv",)),
+    )
+    predict(
+        Path("s.fa"),
+        checkpoint,
+        output=Output(embedding_layers=(1,)),
+        files=Files(output_dir=tmp_path / "h", formats=("npz",)),
+    )
+
+    with (tmp_path / "p" / "scores.tsv").open() as stream:
+        wanted = [float(row["log_likelihood"]) for row in csv.DictReader(stream, delimiter="\t")]
+    np.testing.assert_allclose(scores, wanted, rtol=1e-4)
+    np.testing.assert_allclose([values.sum() for values in log_probs], wanted, rtol=1e-4)
+    assert [len(values) for values in log_probs] == [len(values) for values in rows] == [len(s) for s in sequences]
+    for values, of_bases, sequence in zip(log_probs, rows, sequences):
+        np.testing.assert_allclose(np.exp(of_bases).sum(-1), 1, rtol=1e-4)
+        picked = of_bases[range(len(sequence)), [b"ACGT".index(base) for base in sequence]]
+        assert (picked[1:] >= values[1:] - 1e-4).all()  # of four letters, not of all tokens
+    with np.load(next((tmp_path / "h").glob("*.npz"))) as arrays:
+        for number, states in enumerate(hidden):
+            np.testing.assert_allclose(states, arrays[f"{number}/embedding"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("needle", ("--lengths", 300), "sequences of 300 bases are longer than the 256 positions"),
+        ("needle", ("--lengths", 30), "--lengths 30 has no room for two needles of 100"),
+        ("needle", ("--depths", 2), "--depths 2.0: give numbers from 0"),
+        ("essentiality", ("--fasta", "g.fa", "--genes", "g.gtf", "--insert", "TAX"), "--insert TAX: give bases"),
+        ("essentiality", ("--fasta", "no.fa", "--genes", "g.bed"), "no such FASTA file: no.fa"),
+        (
+            "exon_classifier",
+            ("--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 9, "--test-contigs", "c1", "--window", 200),
+            "Invalid embedding_layer 9",
+        ),
+        ("exon_classifier", ("--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 1, "--test-contigs", "x"), "contig 'x'"),
+        (
+            "sparse_autoencoder",
+            ("--fasta", "g.fa", "--layer", 1, "--k", 9, "--num-latents", 9),
+            "--k 9 of",
+        ),
+        ("sparse_autoencoder", ("--fasta", "g.fa", "--layer", 1, "--features", "no"), "cannot read BED file no"),
+    ],
+)
+def test_bad_input_is_one_line(study, capsys, name, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        study(name, *flags)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"{name}.py: error: ") and message in error
+    assert list(Path(f"out_{name}").iterdir()) == []
+
+
+def test_a_missing_package_is_named(study, capsys, monkeypatch):
+    importlib.import_module("harness")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        study("exon_classifier", "--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 1, "--test-contigs", "c1")
+    assert "this needs sklearn, which is not installed; pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_does_not_load_torch(monkeypatch, name):
+    import subprocess
+    import sys
+
+    code = f"import sys; sys.path.insert(0, {str(STUDIES)!r}); import {name}; {name}.build_parser().format_help()"
+    done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"])
+    assert done.returncode == 0
