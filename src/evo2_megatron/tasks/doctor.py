@@ -50,7 +50,8 @@ def examine() -> list[Finding]:
     """Look at everything; takes as long as loading Megatron."""
     findings = [*_machine(), *_packages(), *_files()]
     probed, failure = _probe()
-    return [*findings, *_parts(probed, failure, has_gpu=bool(_gpus()))]
+    has_gpu = any(finding.name == "GPU" and finding.status == "ok" for finding in findings)
+    return [*findings, *_parts(probed, failure, has_gpu=has_gpu)]
 
 
 def _machine() -> Iterator[Finding]:
@@ -91,7 +92,7 @@ def _gpus() -> list[str]:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
-    return [f"{line}" for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def _packages() -> Iterator[Finding]:

@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from evo2_megatron.data.fasta import BLOCK_BYTES
 from evo2_megatron.tasks.two_processes import Channel, Gone, second_process, write_at
 
-BLOCK_BYTES = 3 << 15  # as in fasta.py
 _PROBE_BYTES = 1 << 12
 _NEWLINE = 10
 _BEGIN, _MIDDLE, _END = b'{"id": "', b'", "prompt": "', b'"}\n'
