@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from evo2_megatron.ops.causal_conv import causal_conv
-from evo2_megatron.ops.fused_conv import gated_conv
+from evo2_megatron.ops.fused_conv import gated_conv, gated_operator
 from evo2_megatron.ops.reference import gated_conv_ref
 
 LENGTHS = (1, 2, 6, 7, 8, 64, 126, 127, 128, 129, 200)
@@ -75,6 +75,30 @@ def test_bfloat16_is_rounded_once():
     got, want = gated_conv(*args), gated_conv(*(x.double() for x in args))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, want.bfloat16(), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 128, 199])
+@pytest.mark.parametrize("K", [7, 128])
+def test_in_two_pieces(few_channels_at_a_time, K, cut):
+    u_BEL, input_taps_EK, inner_taps_DK, _ = make(2, 3, 200, K)
+    want = gated_conv_ref(u_BEL, input_taps_EK, inner_taps_DK)
+    history_BEP, inner_history_BDP = torch.zeros(2, 9, 2).double(), torch.zeros(2, 3, K - 1).double()
+
+    def operator(x_BDL, channels):
+        history = inner_history_BDP[:, channels]
+        y_BDL = causal_conv(x_BDL, inner_taps_DK[channels], history)
+        history.copy_(torch.cat([history, x_BDL], dim=-1)[..., x_BDL.shape[-1] :])
+        return y_BDL
+
+    pieces = [gated_operator(u, input_taps_EK, operator, history_BEP) for u in (u_BEL[..., :cut], u_BEL[..., cut:])]
+    torch.testing.assert_close(torch.cat(pieces, dim=-1), want)
+    assert torch.equal(history_BEP, u_BEL[..., -2:])
+
+
+def test_any_operator_without_history():
+    u_BEL, input_taps_EK, inner_taps_DK, _ = make(2, 3, 50, 7)
+    got = gated_operator(u_BEL, input_taps_EK, lambda x_BDL, part: causal_conv(x_BDL, inner_taps_DK[part]))
+    torch.testing.assert_close(got, gated_conv_ref(u_BEL, input_taps_EK, inner_taps_DK))
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     # torch loads here, so --help stays instant
     from evo2_megatron.tasks.predict import check_launch, predict
-    from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Files, ModelChanges, Output, Sequences, Window
+    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
     check_launch(num_nodes=args.num_nodes, devices=args.devices)
     predict(
@@ -82,7 +82,7 @@ def _main(argv: Sequence[str] | None) -> None:
             micro_batch_size=args.micro_batch_size,
             max_batch_tokens=args.max_batch_tokens,
             min_length=args.min_length,
-            chunk_length=args.chunk_length or CHUNK_LENGTH,
+            chunk_length=args.chunk_length,
         ),
         changes=ModelChanges(
             num_layers=args.num_layers,
@@ -224,7 +224,8 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
         "--chunk-length",
         type=groups.positive_int,
         metavar="N",
-        help="longer sequences are processed in pieces of N tokens; less memory, same result (default: 65536)",
+        help="longer sequences are processed in pieces of N tokens; less memory, same result (default: 65536, and "
+        "4096 without a GPU)",
     )
     group.add_argument("--eden-tokenizer", action="store_true", help=argparse.SUPPRESS)
 

@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> None:
     groups.set_up_logging()
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, ModelChanges
+    from evo2_megatron.tasks.prediction_settings import ModelChanges
     from evo2_megatron.tasks.variants import VariantSettings, score_variants
 
     groups.clean_up_when_terminated()
@@ -86,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> None:
             shared_context=not args.no_shared_context,
             max_seq_length=args.max_seq_length,
             max_batch_tokens=args.max_batch_tokens,
-            chunk_length=args.chunk_length or CHUNK_LENGTH,
+            chunk_length=args.chunk_length,
         ),
         changes=ModelChanges(
             vortex_style_fp8=groups.vortex_style_fp8(args),
@@ -135,5 +135,6 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chunk-length",
         **number,
-        help="longer windows are processed in pieces of N tokens; less memory, same result (default: 65536)",
+        help="longer windows are processed in pieces of N tokens; less memory, same result (default: 65536, and 4096 "
+        "without a GPU)",
     )

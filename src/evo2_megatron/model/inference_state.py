@@ -30,6 +30,10 @@ class FirState:
     def reset(self) -> None:
         self.inputs_BDP.zero_()
 
+    def channels(self, channels: slice) -> FirState:
+        """Those of some channels; bringing them up to date does so here, too."""
+        return FirState(self.inputs_BDP[:, channels])
+
     def select(self, row_B: Rows) -> FirState:
         return FirState(self.inputs_BDP[row_B])
 
@@ -45,6 +49,10 @@ class ModalState:
 
     def reset(self) -> None:
         self.modes_BDM.zero_()
+
+    def channels(self, channels: slice) -> ModalState:
+        """Those of some channels; bringing them up to date does so here, too."""
+        return ModalState(self.modes_BDM[:, channels])
 
     def select(self, row_B: Rows) -> ModalState:
         return ModalState(self.modes_BDM[row_B])

@@ -23,7 +23,8 @@ from evo2_megatron.model.hyena_se import HyenaSE
 from evo2_megatron.model.inference_state import FirState, HyenaState
 from evo2_megatron.model.layer_specs import layer_modules
 from evo2_megatron.model.operator import streams
-from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
+from evo2_megatron.ops.causal_conv import causal_conv_step
+from evo2_megatron.ops.fused_conv import gated_operator
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
@@ -91,11 +92,11 @@ class HyenaMixer(MegatronModule):
         return self.dense(y_LBD if y_LBD.device.type == "cpu" else y_LBD.contiguous())
 
     def _extend(self, u_BEL: Tensor, state: HyenaState) -> Tensor:
-        history = state.input_conv.inputs_BDP
-        f_BEL = causal_conv(u_BEL, state.input_taps_EK, history)
-        history.copy_(last_inputs(u_BEL, INPUT_FILTER_LENGTH - 1, history))
-        post_gate, pre_gate, value = streams(f_BEL)
-        return post_gate * self.mixer.extend(pre_gate * value, state.operator_filter, state.operator)
+        def operator(x_BDL: Tensor, channels: slice) -> Tensor:
+            of_channels = tuple(part[channels] for part in state.operator_filter)
+            return self.mixer.extend(x_BDL, of_channels, state.operator.channels(channels))
+
+        return gated_operator(u_BEL, state.input_taps_EK, operator, state.input_conv.inputs_BDP)
 
     def _step(self, u_BE: Tensor, state: HyenaState) -> Tensor:
         f_BE = causal_conv_step(u_BE, state.input_taps_EK, state.input_conv.inputs_BDP)

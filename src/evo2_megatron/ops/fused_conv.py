@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input convolution, gate, inner convolution, gate: the whole operator of an S or D layer.
 
-Shape legend: B batch, D channels, E = 3D interleaved rows, L tokens, K taps.
+Shape legend: B batch, D channels, E = 3D interleaved rows, L tokens, K taps, P = K - 1 tokens of history.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,41 @@ def gated_conv(u_BEL: Tensor, input_taps_EK: Tensor, inner_taps_DK: Tensor, skip
     dtype = torch.promote_types(u_BEL.dtype, torch.float32)
     skip_D = None if skip_D is None else skip_D.to(dtype)
     return _GatedConv.apply(u_BEL, input_taps_EK.to(dtype), inner_taps_DK.to(dtype), skip_D)
+
+
+def gated_operator(
+    u_BEL: Tensor,
+    input_taps_EK: Tensor,
+    operator: Callable[[Tensor, slice], Tensor],
+    history_BEP: Tensor | None = None,
+) -> Tensor:
+    """``y = post_gate * operator(pre_gate * value)`` for any operator and with what came before; without gradients.
+
+    Slices of channels go through all steps while they are in cache.
+
+    Args:
+        u_BEL: As for ``gated_conv``, like ``input_taps_EK``.
+        operator: From the gated values of some channels, in float32 or float64, and the numbers of these channels to
+            their outputs.
+        history_BEP: The K - 1 tokens before ``u``, oldest first, brought up to date in place; None means zeros.
+
+    Returns:
+        y_BDL, in the dtype of ``u_BEL``.
+    """
+    B, E, L = u_BEL.shape
+    dtype = torch.promote_types(u_BEL.dtype, torch.float32)
+    num_back = 0 if history_BEP is None else history_BEP.shape[-1]
+    y_BDL = torch.empty(B, E // 3, L, dtype=u_BEL.dtype, device=u_BEL.device)
+    for part in channel_slices(y_BDL, copies=_COPIES):
+        rows = slice(3 * part.start, 3 * part.stop)
+        u = u_BEL[:, rows].to(dtype)
+        # a copy either way
+        seen = by_channel(u, dtype) if history_BEP is None else torch.cat([history_BEP[:, rows].to(dtype), u], dim=-1)
+        if history_BEP is not None:
+            history_BEP[:, rows] = seen[..., L:]
+        post_gate, pre_gate, value = _streams(correlate(seen, input_taps_EK[rows].to(dtype))[..., num_back:])
+        torch.mul(operator(pre_gate * value, part), post_gate, out=y_BDL[:, part])
+    return y_BDL
 
 
 class _GatedConv(torch.autograd.Function):

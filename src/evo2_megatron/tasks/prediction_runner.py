@@ -19,7 +19,7 @@ from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.data.tokenizer import PAD
 from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Output, Window
+from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CPU, CHUNK_LENGTH_CUDA, Output, Window
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -39,7 +39,7 @@ class Runner:
         precision: str,
         layers: Sequence[int] = (),
         min_length: int = 1,
-        chunk_length: int = CHUNK_LENGTH,
+        chunk_length: int | None = None,
     ) -> None:
         """Use it on all processes of a copy of the model alike.
 
@@ -49,7 +49,8 @@ class Runner:
             precision: Name of the model's precision recipe.
             layers: What ``output.layers_of`` gives; the last must be the model's last.
             min_length: Tokens that every batch is padded to, at least.
-            chunk_length: Longer sequences go through the model in pieces of this many tokens.
+            chunk_length: Longer sequences go through the model in pieces of this many tokens. None: what suits the
+                device.
 
         Raises:
             UserError: Several layers, which lie on different pipeline stages.
@@ -73,7 +74,7 @@ class Runner:
         # results are padded to the length asked for; what the layout wants beyond it is cut off again
         self._shown_length = min_length
         self._min_length = max(min_length, layouts.min_sequence_length(layout))
-        self.chunk_length = chunk_length
+        self.chunk_length = chunk_length or (CHUNK_LENGTH_CUDA if megatron.on_cuda() else CHUNK_LENGTH_CPU)
 
     @torch.no_grad()
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:

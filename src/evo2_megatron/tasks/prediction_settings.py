@@ -11,8 +11,11 @@ from typing import Any, Literal, NamedTuple
 from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import Fp8Choice, UserError
 
-CHUNK_LENGTH = 65_536
+CHUNK_LENGTH_CUDA = 65_536
 """Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
+
+CHUNK_LENGTH_CPU = 4_096
+"""The same without a GPU, where larger tensors than these make, mapped and unmapped every time, cost 6 %."""
 
 LogProbs = Literal["sum", "mean", "per_token"]
 
@@ -173,8 +176,8 @@ class Sequences:
     min_length: int = 1
     """Tokens that every batch is padded to, at least."""
 
-    chunk_length: int = CHUNK_LENGTH
-    """Longer sequences go through the model in pieces of this many tokens."""
+    chunk_length: int | None = None
+    """Longer sequences go through the model in pieces of this many tokens. None: what suits the device."""
 
     def check_can_make(self, output: Output) -> None:
         """Raise UserError where results of two strands have no mean."""

@@ -26,7 +26,7 @@ from evo2_megatron.tasks.prediction_files import write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH, Files, ModelChanges, Output
+from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output
 from evo2_megatron.tasks.variant_alleles import Allele, read_alleles, report_skipped
 from evo2_megatron.tasks.variant_files import Score
 from evo2_megatron.tasks.variant_windows import Comparison, Group, WindowSettings, make_groups, plan_groups
@@ -60,7 +60,7 @@ class VariantSettings:
     """Most tokens of a window to accept; None: what the model was trained for."""
 
     max_batch_tokens: int | None = None
-    chunk_length: int = CHUNK_LENGTH
+    chunk_length: int | None = None
 
     def windows(self, trained_for: int) -> WindowSettings:
         """Settings of the windows for a model that was trained for so many tokens.
