@@ -16,6 +16,8 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
 }
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels then run without a GPU, slowly
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one worker per core: torch, not imported yet, and the processes that tests start would each take all of them
     os.environ["OMP_NUM_THREADS"] = "1"

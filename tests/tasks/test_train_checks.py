@@ -166,7 +166,6 @@ def test_what_a_machine_without_gpu_can_do_without(no_gpu, caplog):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"use_subquadratic_ops": True}, "needs the package subquadratic-ops-torch"),
         ({"precision": "bf16_with_fp8_current_scaling_mixed"}, "needs Transformer Engine"),
     ],
 )

@@ -217,7 +217,7 @@ def add_kernels(parser: argparse._ActionsContainer) -> None:
         "--use-subquadratic-ops",
         action="store_true",
         default=None,
-        help="fused convolution kernels on CUDA (package subquadratic-ops-torch); the results stay the same",
+        help="compiled convolutions on CUDA: subquadratic-ops-torch, or Triton without it; the same results",
     )
 
 

@@ -12,7 +12,6 @@ from evo2_megatron.model.context_parallel import SplitSequence
 from evo2_megatron.model.filters import INPUT_FILTER_LENGTH, NUM_MODES, ModalFilter, uniform_
 from evo2_megatron.model.inference_state import ModalState
 from evo2_megatron.model.operator import HyenaOperator, streams
-from evo2_megatron.ops.causal_conv import causal_conv
 from evo2_megatron.ops.modal import modal_conv, modal_state, modal_step
 
 if TYPE_CHECKING:
@@ -37,15 +36,17 @@ class HyenaLI(HyenaOperator):
     def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:
         log_pole_DM, residue_DM, skip_D, _ = self.derived_filter()
 
-        def conv(u_BEL: Tensor) -> Tensor:
-            return causal_conv(u_BEL, input_taps_EK)
+        def input_conv(u_BEL: Tensor) -> Tensor:
+            return self.kernels.causal_conv(u_BEL, input_taps_EK, None)
 
-        f_BEL = conv(u_BEL) if split is None else split.convolve(conv, u_BEL, INPUT_FILTER_LENGTH - 1)
+        f_BEL = input_conv(u_BEL) if split is None else split.convolve(input_conv, u_BEL, INPUT_FILTER_LENGTH - 1)
         post_gate, pre_gate, value = streams(f_BEL)
         x_BDL, entering_BDM = pre_gate * value, None
         if split is not None:
             entering_BDM = split.entering_states(modal_state(x_BDL, log_pole_DM), log_pole_DM, x_BDL.shape[-1])
-        return post_gate * modal_conv(x_BDL, log_pole_DM, residue_DM, skip_D, entering_BDM).y_BDL
+        # with what enters, and its gradient, only the plain form
+        conv = self.kernels.modal_conv if split is None else modal_conv
+        return post_gate * conv(x_BDL, log_pole_DM, residue_DM, skip_D, entering_BDM).y_BDL
 
     def new_state(self, batch_size: int) -> ModalState:
         shape = (batch_size, self.num_channels, NUM_MODES)
@@ -53,7 +54,7 @@ class HyenaLI(HyenaOperator):
 
     def extend(self, x_BDL: Tensor, filter: tuple[Tensor, ...], state: ModalState) -> Tensor:
         log_pole_DM, residue_DM, skip_D, _ = filter
-        y_BDL, modes_BDM = modal_conv(x_BDL, log_pole_DM, residue_DM, skip_D, state.modes_BDM)
+        y_BDL, modes_BDM = self.kernels.modal_conv(x_BDL, log_pole_DM, residue_DM, skip_D, state.modes_BDM)
         state.modes_BDM.copy_(modes_BDM)
         return y_BDL
 

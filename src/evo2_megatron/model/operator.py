@@ -16,8 +16,8 @@ from evo2_megatron.model.context_parallel import SplitSequence
 from evo2_megatron.model.filters import INPUT_FILTER_LENGTH
 from evo2_megatron.model.inference_state import FirState, ModalState
 from evo2_megatron.model.sharded_parameters import ShardedParameters
-from evo2_megatron.ops.causal_conv import causal_conv, causal_conv_step, last_inputs
-from evo2_megatron.ops.fused_conv import gated_conv
+from evo2_megatron.ops.backends import PLAIN, compiled_kernels
+from evo2_megatron.ops.causal_conv import causal_conv_step, last_inputs
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
@@ -35,6 +35,7 @@ class HyenaOperator(ShardedParameters):
     def __init__(self, config: StripedHyenaProvider) -> None:
         super().__init__(config)
         self.num_channels = config.hidden_size // self.tp_group.size()
+        self.kernels = compiled_kernels() if config.use_subquadratic_ops else PLAIN
 
     def per_channel(self, filter_G: Tensor) -> Tensor:
         """Repeat the filter of each group for its channels; groups are contiguous."""
@@ -96,7 +97,7 @@ class ExplicitOperator(HyenaOperator):
         taps_DK = self.taps_with_skip_DK()
 
         def conv(u_BEL: Tensor) -> Tensor:
-            return gated_conv(u_BEL, input_taps_EK, taps_DK)
+            return self.kernels.gated_conv(u_BEL, input_taps_EK, taps_DK)
 
         if split is None:
             return conv(u_BEL)
@@ -110,7 +111,7 @@ class ExplicitOperator(HyenaOperator):
         return (self.taps_with_skip_DK(),)
 
     def extend(self, x_BDL: Tensor, filter: tuple[Tensor, ...], state: FirState) -> Tensor:
-        y_BDL = causal_conv(x_BDL, *filter, state.inputs_BDP)
+        y_BDL = self.kernels.causal_conv(x_BDL, *filter, state.inputs_BDP)
         state.inputs_BDP.copy_(last_inputs(x_BDL, self.num_taps - 1, state.inputs_BDP))
         return y_BDL
 

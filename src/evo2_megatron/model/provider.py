@@ -23,6 +23,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
 from evo2_megatron.model.loss import Normalization
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
+from evo2_megatron.ops.backends import can_run_compiled
 from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
 
 logger = logging.getLogger(__name__)
@@ -159,10 +160,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
         self.masked_softmax_fusion = with_te
         self.gradient_accumulation_fusion = with_te and can_enable_gradient_accumulation_fusion()
         self.use_cpu_initialization = not on_cuda()
-        if self.use_subquadratic_ops:
-            logger.warning(
-                "use_subquadratic_ops: the model does not call these kernels yet; plain ones give the same results"
-            )
+        if self.use_subquadratic_ops and not can_run_compiled():
+            raise UserError("use_subquadratic_ops needs a CUDA GPU; switch it off, the results are the same")
         if self.vortex_style_fp8:
             raise UserError(
                 "vortex_style_fp8: FP8 input projections by hardware are not available yet; set fp8_emulation in its "

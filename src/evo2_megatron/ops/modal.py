@@ -87,13 +87,13 @@ def modal_conv(
     dtype = torch.promote_types(x_BDL.dtype, torch.float32)
     log_pole_DN, residue_DN, skip_D = log_pole_DN.to(dtype), residue_DN.to(dtype), skip_D.to(dtype)
     if state_BDN is None:
-        return ModalOutput(*_ModalConv.apply(x_BDL, log_pole_DN, residue_DN, skip_D, None, None))
+        return ModalOutput(*ModalConv.apply(x_BDL, log_pole_DN, residue_DN, skip_D, None, None))
     # the old state shows in the outputs of the first block (echo); what is left of it after that block joins the scan
     state_BDN = state_BDN.to(dtype)
     powers_DNK = _powers(log_pole_DN, _layout(L).num_first + 1)
     left_BDN = state_BDN * powers_DNK[..., -1]
     echo_BDT = torch.einsum("bdn,dnt->bdt", state_BDN * residue_DN, powers_DNK[..., 1:])
-    return ModalOutput(*_ModalConv.apply(x_BDL, log_pole_DN, residue_DN, skip_D, left_BDN, echo_BDT))
+    return ModalOutput(*ModalConv.apply(x_BDL, log_pole_DN, residue_DN, skip_D, left_BDN, echo_BDT))
 
 
 def modal_state(x_BDL: Tensor, log_pole_DN: Tensor, state_BDN: Tensor | None = None) -> Tensor:
@@ -135,7 +135,7 @@ def modal_step(x_BD: Tensor, pole_DN: Tensor, residue_DN: Tensor, skip_D: Tensor
     return y_BD.to(x_BD.dtype)
 
 
-class _ModalConv(torch.autograd.Function):
+class ModalConv(torch.autograd.Function):
     """The backward pass is the same walk from the end of the sequence, with the read and write tables swapped.
 
     ``left_BDN`` is added to the state after the first block and ``echo_BDT`` to the outputs of the first block.

@@ -58,10 +58,6 @@ def fit_to_machine(options: TrainingOptions) -> TrainingOptions:
     if options.use_subquadratic_ops and not megatron.on_cuda():
         logger.warning("--use-subquadratic-ops are CUDA kernels, and there is no GPU here: going on without them")
         options = replace(options, use_subquadratic_ops=False)
-    if options.use_subquadratic_ops and importlib.util.find_spec("subquadratic_ops_torch") is None:
-        raise UserError(
-            "--use-subquadratic-ops needs the package subquadratic-ops-torch-cu12 or -cu13; install it or leave it out"
-        )
     return options
 
 
