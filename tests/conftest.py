@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
 }
-if not os.path.exists("/dev/nvidiactl"):
+if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels then run without a GPU, slowly
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one worker per core: torch, not imported yet, and the processes that tests start would each take all of them

@@ -124,6 +124,40 @@ def test_chunks_from_a_carried_state_equal_the_whole(one_process, model_size, cu
             state.reset()
 
 
+@pytest.fixture
+def plain_and_compiled():
+    """A model on plain operators and one with the same weights on compiled ones: Triton's interpreter on a CPU."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    models = small("evo2_tiny"), small("evo2_tiny", use_subquadratic_ops=True)
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def test_compiled_kernels_give_the_same_gradients(one_process, plain_and_compiled):
+    ids = torch.randint(0, 512, (2, 130))
+    losses, gradients = [], []
+    for model in plain_and_compiled:
+        losses.append(model(ids[:, :-1], labels=ids[:, 1:]).mean())
+        losses[-1].backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for name, want in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], want, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    plain, compiled = (model.decoder.layers[0].mixer.mixer.kernels for model in plain_and_compiled)
+    assert plain.gated_conv is not compiled.gated_conv
+
+
+def test_compiled_kernels_carry_a_state(one_process, plain_and_compiled):
+    ids = torch.randint(0, 512, (2, 140))
+    state = plain_and_compiled[1].new_inference_state(2, 140)
+    with torch.no_grad():
+        want = plain_and_compiled[0](ids)
+        parts = ids.split((129, 1, 10), dim=1)
+        got = torch.cat([plain_and_compiled[1](part, inference_context=state) for part in parts], dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("position_scale", [None, 4.0])
 def test_sequences_of_different_lengths_are_decoded_together(one_process, position_scale):
     """Each row is read by itself, two rows get copies, and single tokens of all follow at their own places."""

@@ -53,9 +53,7 @@ def compiled_kernels() -> Kernels:
     if importlib.util.find_spec(PACKAGE) is not None:
         return _of_package(subquadratic_ops())
     if importlib.util.find_spec("triton") is None:
-        raise ImportError(
-            f"compiled kernels need {PACKAGE} or triton; install one, or switch use_subquadratic_ops off"
-        )
+        raise ImportError(f"use_subquadratic_ops needs {PACKAGE} or triton; install one, or switch it off")
     logger.info("%s is not installed: Triton kernels run in its place", PACKAGE)
     from evo2_megatron.ops import triton_kernels
 

@@ -80,6 +80,8 @@ def last_inputs(x_BDL: Tensor, num: int, history_BDP: Tensor | None = None) -> T
 
 
 class CausalConv(torch.autograd.Function):
+    """``causal_conv`` without history, the taps in the dtype of the sums."""
+
     @staticmethod
     def forward(ctx: Any, x_BDL: Tensor, taps_DK: Tensor) -> Tensor:
         ctx.save_for_backward(x_BDL, taps_DK)

@@ -75,6 +75,8 @@ def gated_operator(
 
 
 class GatedConv(torch.autograd.Function):
+    """``gated_conv``, the taps in the dtype of the sums."""
+
     @staticmethod
     def forward(
         ctx: Any, u_BEL: Tensor, input_taps_EK: Tensor, inner_taps_DK: Tensor, skip_D: Tensor | None
