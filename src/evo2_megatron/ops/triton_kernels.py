@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the operators.
 
-The gated convolution of S and D layers, a convolution without gates for pieces of a sequence, and the scan of H layers.
-Values come from one kernel each; gradients are those of the plain operators, computed by their code. Without a GPU they
-run only under Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported), for tests.
+The gated convolution of S and D layers, a convolution without gates for pieces of a sequence, and the scan of H
+layers. Values come from one kernel each; gradients are those of the plain operators, computed by their code. Without a
+GPU they run only under Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported), for tests.
 
 Shape legend: B batch, D channels, E = 3D interleaved rows, L tokens, K taps, N modes, T tokens in a block, M blocks of
 a program.
