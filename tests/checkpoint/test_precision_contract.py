@@ -52,9 +52,15 @@ def test_refused_in_one_line_that_names_both_ways_out(load, precision):
 
 
 @pytest.mark.gpu
-def test_refused_on_a_gpu(load):
-    with pytest.raises(UserError, match="--fp8-emulation"):
-        load()
+def test_a_gpu_with_fp8_computes_what_is_asked_for(load):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8")
+    tokens_BL = TOKENS_BL.cuda()
+    loaded, rounded = load(), load(fp8="emulate")
+    assert loaded.fp8_projections == "hardware"
+    with torch.no_grad():
+        got, want = loaded.model(tokens_BL).float(), rounded.model(tokens_BL).float()
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 def test_allowed_mismatch_is_told(load, caplog):
@@ -115,11 +121,13 @@ def test_a_recipe_of_8_bits_keeps_the_contract(megatron):
         settle("emulate", fp8="hybrid")
 
 
-def test_fp8_hardware_is_told_what_else_there_is(megatron, monkeypatch):
+def test_fp8_hardware_is_used(megatron, monkeypatch, caplog):
     monkeypatch.setattr("evo2_megatron.runtime.megatron.on_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
-    with pytest.raises(UserError, match="only with all layers in FP8, by --mixed-precision-recipe; choose"):
-        settle()
+    assert settle(hidden_size=8192) == "hardware" and settle(asked=False) == "not_asked"
+    assert "short sums" not in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (10, 0))
+    assert settle(hidden_size=8192) == "hardware" and "needs their short sums" in caplog.text
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
     with pytest.raises(UserError, match="no FP8 hardware"):
         settle()

@@ -19,7 +19,7 @@ EVERY_FLAG = """
 --prompt-file prompts.jsonl --output-file out/records.jsonl --return-log-probs --max-new-tokens 7 --temperature 0.5
 --top-k 4 --top-p 0.9 --seed 0 --num-samples 2 --output-format fasta --include-prompt --stream --alphabet ACGT
 --stop-string TAA --stop-string TAG --include-stop-string --no-stop-at-eod
---max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128
+--max-seq-length 9000 --max-batch-size 3 --prompt-segmentation-threshold 128 --cuda-graphs
 --tensor-parallel-size 4 --pipeline-model-parallel-size 3 --context-parallel-size 2
 --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --self-test --use-subquadratic-ops
 --base-ckpt-dir base
@@ -87,6 +87,7 @@ def test_every_flag_arrives(call, tmp_path, monkeypatch):
             return_log_probs=True,
             max_batch_size=3,
             prefill_chunk=128,
+            cuda_graphs=True,
             alphabet="ACGT",
             stop_strings=("TAA", "TAG"),
             include_stop_string=True,

@@ -160,7 +160,7 @@ def logits_of_the_first(model, layout):
 
 def decoded(model):
     """Logits of the first 130 tokens from caches, in pieces."""
-    from evo2_megatron.tasks.generate import forward_last
+    from evo2_megatron.tasks.forward import forward_last
 
     state = model.new_inference_state(1, 130, last_token_logits_only=True)
     with torch.inference_mode():

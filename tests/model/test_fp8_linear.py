@@ -110,6 +110,53 @@ def test_pieces_and_single_steps_equal_the_whole(loaded, lengths):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=2e-4)
 
 
+@pytest.fixture
+def multiplied(one_process):
+    """A model whose projections multiply 8 bits, and one with the same weights and scales that rounds to them."""
+    from evo2_megatron.model.fp8_linear import Scales, fix_projections
+
+    torch.manual_seed(3)
+    models = tiny_model(fp8_projections=True), tiny_model(fp8_emulation=True)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        fix_projections(model, {0: Scales(*SCALES), 2: Scales(11.0, 300.0)})
+        if torch.cuda.is_available():
+            model.cuda()
+    return models
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 2), (127, 1), (129, 3)])
+def test_products_of_eight_bits_are_those_of_rounded_numbers(multiplied, shape):
+    hardware, emulated = (model.decoder.layers[0].mixer.dense_projection for model in multiplied)
+    assert hardware.weight.dtype == FLOAT8
+    x_LBH = torch.randn(*shape, 128, device=hardware.weight.device)
+    with torch.no_grad():
+        got, want = hardware(x_LBH)[0], emulated(x_LBH)[0]
+    # a GPU's sums are shorter than float32
+    close = {"rtol": 1e-2, "atol": 1e-2} if x_LBH.is_cuda else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got, want, **close)
+
+
+def test_models_with_products_of_eight_bits(multiplied):
+    tokens_BL = torch.randint(65, 90, (2, 100), device=next(multiplied[0].parameters()).device)
+    with torch.no_grad():
+        got, want = (model(tokens_BL) for model in multiplied)
+        state = multiplied[0].new_inference_state(2, 100)
+        pieces = [multiplied[0](part, inference_context=state) for part in tokens_BL.split([60, 1, 39], dim=1)]
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), got, rtol=0, atol=2e-3)
+
+
+def test_products_in_sixteen_bits():
+    from evo2_megatron.ops.fp8 import e4m3_matmul, to_e4m3
+
+    x_TH, weight_DH = torch.randn(5, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    got = e4m3_matmul(x_TH, to_e4m3(weight_DH, SCALES[1]), *torch.tensor(SCALES))
+    want = to_float8(x_TH, SCALES[0]) @ to_float8(weight_DH, SCALES[1]).T / (SCALES[0] * SCALES[1])
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projection_on_a_gpu(one_process, dtype):

@@ -187,6 +187,35 @@ def test_sequences_of_different_lengths_are_decoded_together(one_process, positi
     assert state.num_tokens_seen == 0 and state.seen_B is None
 
 
+@pytest.mark.parametrize("lengths", [[5, 5], [1, 130]])
+def test_steps_of_fixed_shapes(one_process, lengths):
+    """What a CUDA graph records: every step looks at the whole room, and writes the same tensors in place."""
+    torch.manual_seed(0)
+    model = small("evo2_tiny")
+    num_new = 4
+    ids = torch.randint(0, 512, (2, max(lengths) + num_new))
+    state = model.new_inference_state(2, max(lengths) + num_new + 3)
+    with torch.no_grad():
+        for row, length in enumerate(lengths):
+            model(ids[row : row + 1, :length], inference_context=state.rows(slice(row, row + 1)))
+        state.begin_at(lengths, ids.device)
+        state.fix_shapes(ids.device)
+        tensors = [tensor.data_ptr() for tensor in state.changing()]
+        for step in range(num_new):
+            before = [tensor.clone() for tensor in state.changing()]
+            token_B1 = ids[range(2), torch.tensor(lengths) + step][:, None]
+            model((token_B1 + 7) % 512, inference_context=state)
+            for tensor, value in zip(state.changing(), before):  # as if that token had not been
+                tensor.copy_(value)
+            state.num_tokens_seen -= 1
+            got = model(token_B1, inference_context=state)[:, 0]
+            want = torch.stack([model(ids[row : row + 1, : n + step + 1])[0, -1] for row, n in enumerate(lengths)])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert tensors == [tensor.data_ptr() for tensor in state.changing()]
+    state.reset()
+    assert not state.fixed_shapes
+
+
 def test_last_token_logits_only(one_process):
     model = small("evo2_tiny")
     ids = torch.randint(0, 512, (2, 9))

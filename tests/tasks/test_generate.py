@@ -316,3 +316,34 @@ def test_bad_settings(model, settings, message):
 def test_plan_batches(lengths, max_new_tokens, max_batch_size, batches):
     settings = GenerationSettings(max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
     assert plan_batches(lengths, settings) == batches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"sampling": GREEDY}, {"sampling": Sampling(top_k=4), "return_log_probs": True}])
+def test_cuda_graphs_change_nothing(one_process, settings):
+    model = sensitive_model("evo2_tiny").cuda().eval()
+    prompts = [random_tokens(length, seed=length) for length in (1, 20, 20, 150)]
+    plain, graphed = (
+        run(model, prompts, max_new_tokens=50, max_batch_size=4, cuda_graphs=graphs, **settings)
+        for graphs in (False, True)
+    )
+    assert [g.token_ids for g in plain] == [g.token_ids for g in graphed]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without a GPU says")
+def test_cuda_graphs_need_a_gpu(megatron):
+    from evo2_megatron.config import ParallelConfig
+    from evo2_megatron.tasks.decoding_step import check_cuda_graphs
+
+    with pytest.raises(UserError, match="--cuda-graphs needs a CUDA GPU; leave it out"):
+        check_cuda_graphs(ParallelConfig())
+
+
+def test_cuda_graphs_need_one_process_a_model(megatron, monkeypatch):
+    from evo2_megatron.config import ParallelConfig
+    from evo2_megatron.tasks.decoding_step import check_cuda_graphs
+
+    monkeypatch.setattr("evo2_megatron.runtime.megatron.on_cuda", lambda: True)
+    check_cuda_graphs(ParallelConfig())
+    with pytest.raises(UserError, match="use tensor and pipeline size 1"):
+        check_cuda_graphs(ParallelConfig(tensor=2))

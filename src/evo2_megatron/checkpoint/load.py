@@ -114,7 +114,7 @@ def load_model(
     if run_config.is_lora:
         _add_adapters(model, checkpoint, run_config, dropped)
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
-    if provider.fp8_emulation:
+    if provider.fp8_emulation or provider.fp8_projections:
         fix_projections(unwrap_model(model), _fp8_scales(base))
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)

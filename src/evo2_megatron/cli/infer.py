@@ -104,6 +104,7 @@ def _settings(args: argparse.Namespace) -> GenerationSettings:
         return_log_probs=args.return_log_probs,
         max_batch_size=args.max_batch_size,
         prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
+        cuda_graphs=args.cuda_graphs,
     )
 
 
@@ -222,4 +223,9 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of a prompt that are processed at once, 0: all; less memory, same result "
         "(default: EVO2_PST, else 2048)",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="launch the kernels of a new token together: faster where a GPU waits for its host; one GPU per model",
     )

@@ -60,7 +60,7 @@ class CachedSelfAttention(SelfAttention):
         query_LBNC, key_LBNC = (self._rotate(x_LBNC, rotary_pos_emb) for x_LBNC in (query_LBNC, key_LBNC))
         cache = inference_context.layers[self.layer_number]
         query_BNLC, key_BNLC, value_BNLC = (x.permute(1, 2, 0, 3) for x in (query_LBNC, key_LBNC, value_LBNC))
-        key_BNSC, value_BNSC = cache.append(key_BNLC, value_BNLC, inference_context.num_tokens_seen, seen_B)
+        key_BNSC, value_BNSC = cache.append(key_BNLC, value_BNLC, inference_context.num_before, seen_B)
         if seen_B is None:
             context_BNLC = causal_attention(query_BNLC, key_BNSC, value_BNSC)
         else:

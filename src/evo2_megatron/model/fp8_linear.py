@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hyena input projection with both operands rounded to 8 bits, on any device, by ordinary matrix products.
+"""The Hyena input projection with both operands in 8 bits: rounded, on any device, or multiplied as such.
 
 ``y = round(norm(x) * s_x) round(W * s_w)^T / (s_x * s_w)``, with fixed scales s_x and s_w. They are fixed in
 Transformer Engine's delayed scaling, too, when no gradients are computed. A scale made from the tensor at hand would
@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from evo2_megatron.model.torch_modules import RMSNormColumnLinear
-from evo2_megatron.ops.fp8 import remaining_factor, round_scaled
+from evo2_megatron.ops.fp8 import e4m3_matmul, remaining_factor, round_scaled, to_e4m3
 
 
 class Scales(NamedTuple):
@@ -47,8 +48,35 @@ class E4M3ColumnLinear(RMSNormColumnLinear):
         self._weight_is_rounded = True
 
 
+class ScaledColumnLinear(RMSNormColumnLinear):
+    """The same product by the device's 8-bit units; for a loaded model that will not be trained.
+
+    Sums are those of the device: on Hopper short ones, as when the models were trained.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.bias is None
+        self.scales = Scales()
+        # on the device: a copy from the host for every product would be waited for
+        self.register_buffer("scale_2", torch.ones(2), persistent=False)
+
+    def product(self, norm_LBH: Tensor) -> tuple[Tensor, None]:
+        assert self.weight.dtype == torch.float8_e4m3fn, "round_weight comes first"
+        if self.sequence_parallel and self.tp_group.size() > 1:
+            norm_LBH = gather_from_sequence_parallel_region(norm_LBH, group=self.tp_group)
+        y_TE = e4m3_matmul(norm_LBH.flatten(0, 1), self.weight, *self.scale_2)
+        return y_TE.unflatten(0, norm_LBH.shape[:2]), None
+
+    @torch.no_grad()
+    def round_weight(self) -> None:
+        """Keep the weight in 8 bits from now on; half of what it takes in 16 bits."""
+        self.scale_2 = self.weight.new_tensor(self.scales, dtype=torch.float32)
+        self.weight = torch.nn.Parameter(to_e4m3(self.weight, self.scales.weight), requires_grad=False)
+
+
 def fix_projections(model: torch.nn.Module, scales: Mapping[int, Scales]) -> None:
-    """Give the rounded projections of a loaded model their scales, and round their weights for good.
+    """Give the 8-bit projections of a loaded model their scales, and round their weights for good.
 
     Args:
         model: With ``decoder.layers``, of which this process may have some only; adapters may wrap a projection.
@@ -56,6 +84,6 @@ def fix_projections(model: torch.nn.Module, scales: Mapping[int, Scales]) -> Non
     """
     for layer in model.decoder.layers:
         for module in layer.modules():
-            if isinstance(module, E4M3ColumnLinear):
+            if isinstance(module, E4M3ColumnLinear | ScaledColumnLinear):
                 module.scales = scales.get(layer.layer_number - 1, Scales())
                 module.round_weight()

@@ -9,7 +9,7 @@ Shape legend: B batch, D channels, P tokens of history, M modes, N heads, S toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,9 +142,12 @@ class InferenceState:
     seen_B: Tensor | None = None
     """Tokens seen of each sequence, int64, where they differ; only single tokens can follow then."""
 
+    fixed_shapes: bool = False
+    """Attention looks at the whole room, hiding what is empty: no tensor of a step grows, as CUDA graphs want it."""
+
     def reset(self) -> None:
         """Forget everything seen; the same buffers serve the next batch."""
-        self.num_tokens_seen, self.seen_B = 0, None
+        self.num_tokens_seen, self.seen_B, self.fixed_shapes = 0, None, False
         for layer in self.layers.values():
             layer.reset()
 
@@ -153,6 +156,25 @@ class InferenceState:
         self.num_tokens_seen += num_tokens
         if self.seen_B is not None:
             self.seen_B += num_tokens
+
+    def fix_shapes(self, device: torch.device) -> None:
+        """From now on only single tokens follow, and all steps are alike."""
+        if self.seen_B is None:
+            self.seen_B = torch.full((self.batch_size,), self.num_tokens_seen, device=device)
+        self.fixed_shapes = True
+
+    @property
+    def num_before(self) -> int:
+        """Places of keys and values before the new tokens."""
+        return self.max_tokens - 1 if self.fixed_shapes else self.num_tokens_seen
+
+    def changing(self) -> Iterator[Tensor]:
+        """What a step with fixed shapes changes for good; it writes keys and values where nothing is yet."""
+        yield self.seen_B
+        for layer in self.layers.values():
+            if isinstance(layer, HyenaState):
+                yield layer.input_conv.inputs_BDP
+                yield layer.operator.inputs_BDP if isinstance(layer.operator, FirState) else layer.operator.modes_BDM
 
     def rows(self, rows: slice) -> InferenceState:
         """Some of the sequences, with nothing seen, whose caches are this state's own: what they see, it has."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evo2_megatron.model.context_parallel import SplitSequence
 from evo2_megatron.model.filters import INPUT_FILTER_LENGTH, DepthwiseFilter
-from evo2_megatron.model.fp8_linear import E4M3ColumnLinear
+from evo2_megatron.model.fp8_linear import E4M3ColumnLinear, ScaledColumnLinear
 from evo2_megatron.model.hyena_li import HyenaLI
 from evo2_megatron.model.hyena_mr import HyenaMR
 from evo2_megatron.model.hyena_se import HyenaSE
@@ -42,7 +42,9 @@ class HyenaMixer(MegatronModule):
         hidden, tp_group = config.hidden_size, groups.tp
         self._split = SplitSequence(groups.cp) if groups.cp.size() > 1 else None
         linear = {"config": config, "is_expert": False, "tp_group": tp_group}
-        norm_column_linear = E4M3ColumnLinear if config.fp8_emulation else modules.norm_column_linear
+        norm_column_linear = modules.norm_column_linear
+        if config.fp8_emulation or config.fp8_projections:
+            norm_column_linear = E4M3ColumnLinear if config.fp8_emulation else ScaledColumnLinear
         self.dense_projection = norm_column_linear(
             hidden,
             3 * hidden,

@@ -85,6 +85,9 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
     fp8_emulation: bool = False
     """Round what goes into these projections to 8 bits, with ordinary matrix products (see ``model.fp8_linear``)."""
 
+    fp8_projections: bool = False
+    """Multiply 8 bits in these projections, for scoring and generation (see ``model.fp8_linear``)."""
+
     restore_modelopt_state: bool = False
     hf_model_id: str | None = None
 
@@ -164,8 +167,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             raise UserError("use_subquadratic_ops needs a CUDA GPU; switch it off, the results are the same")
         if self.vortex_style_fp8:
             raise UserError(
-                "vortex_style_fp8: FP8 input projections by hardware are not available yet; set fp8_emulation in its "
-                "place, or load the checkpoint with checkpoint.load.load_model, which knows the alternatives"
+                "vortex_style_fp8 is what a checkpoint asks for; load it with checkpoint.load.load_model, which picks "
+                "between fp8_projections, fp8_emulation and neither"
             )
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:

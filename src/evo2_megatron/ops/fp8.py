@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX = 448.0
@@ -73,3 +74,33 @@ def remaining_factor(scale: float) -> float:
 
 def _power(scale: float) -> int:
     return math.frexp(scale)[1] - 1
+
+
+def to_e4m3(x: Tensor, scale: float | Tensor) -> Tensor:
+    """``x * scale`` as torch.float8_e4m3fn, rounded as ``round_to_e4m3`` does."""
+    # torch's cast makes NaN of what is too large
+    return (x.float() * scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def e4m3_matmul(x_TH: Tensor, weight_DH: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """``round(x * s_x) w^T / (s_x * s_w)`` by the device's 8-bit units; no gradients.
+
+    Args:
+        x_TH: Any float dtype but float8; any number of rows.
+        weight_DH: torch.float8_e4m3fn, of ``to_e4m3``; on CUDA both sides a multiple of 16.
+        x_scale: Above 0, float32 without dimensions, like ``weight_scale``, with which the weight was made.
+
+    Returns:
+        y_TD, in the dtype of x. On CUDA with the fast sums that Transformer Engine uses forwards.
+    """
+    per_tensor = F.ScalingType.TensorWise
+    return F.scaled_mm(
+        to_e4m3(x_TH, x_scale),
+        weight_DH.t(),
+        x_scale.reciprocal(),
+        per_tensor,
+        weight_scale.reciprocal(),
+        per_tensor,
+        output_dtype=x_TH.dtype,
+        use_fast_accum=x_TH.is_cuda,
+    )

@@ -18,6 +18,8 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import BOS, EOD, PAD, SEP, UNK, outside_vocabulary
 from evo2_megatron.tasks.completion import Completion, Generation
+from evo2_megatron.tasks.decoding_step import DecodingStep, GraphedStep, ToHost
+from evo2_megatron.tasks.forward import prefill
 from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, derive_seed, draw, log_probability, uniforms
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ class GenerationSettings:
 
     prefill_chunk: int = PREFILL_CHUNK
     """Most tokens of a prompt that go through the model at once; 0: all of them."""
+
+    cuda_graphs: bool = False
+    """Launch the kernels of a step together; needs a GPU of its own for each copy of the model."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("max_batch_size", 1), ("prefill_chunk", 0)):
@@ -243,11 +248,17 @@ class Decoding:
         random_BN = [uniforms(seed, len(prompt), num_new) for seed, prompt in zip(self._seeds, self._prompts)]
         uniform_BN = torch.stack(random_BN).to(device)
         state, logits_BV = self._begin(device)
+        advance = (GraphedStep if self._settings.cuda_graphs else DecodingStep)(self._model, state)
+        # a GPU goes on while the host looks at what was drawn, even if that turns out to have been the end
+        runs_ahead = device.type == "cuda"
         blocked_V = self._settings.blocked(logits_BV.shape[-1], device)
         for step in range(num_new):
             drawn_B = draw(logits_BV, uniform_BN[:, step], self._settings.sampling, blocked_V=blocked_V)
-            self._take(drawn_B, logits_BV)
-            self.logits_BV = logits_BV
+            self.logits_BV = logits_BV.clone() if runs_ahead else logits_BV
+            arriving = ToHost(_drawn(drawn_B, logits_BV, wanted=self._settings.return_log_probs))
+            if runs_ahead and step < num_new - 1:
+                logits_BV = advance(drawn_B)
+            self._take(_checked_pairs(arriving))
             now = time.perf_counter()
             if step == 0:
                 self.prefill_seconds = now - start
@@ -255,7 +266,8 @@ class Decoding:
             yield
             if step == num_new - 1 or all(row.finish_reason for row in self.rows):
                 return
-            logits_BV = forward_last(self._model, drawn_B[:, None], state)
+            if not runs_ahead:
+                logits_BV = advance(drawn_B)
 
     def _begin(self, device: torch.device) -> tuple[InferenceState, Tensor]:
         """Caches and logits_BV after the prompts: those of equal length go through together, equal ones once."""
@@ -294,9 +306,8 @@ class Decoding:
             decode_seconds=self.decode_seconds,
         )
 
-    def _take(self, drawn_B: Tensor, logits_BV: Tensor) -> None:
+    def _take(self, drawn: Sequence[tuple[int, float | None]]) -> None:
         """Give each row that is not finished its new token."""
-        drawn = tokens_with_log_probs(drawn_B, logits_BV, wanted=self._settings.return_log_probs)
         for row, (token, log_prob) in zip(self.rows, drawn):
             if row.finish_reason is None:
                 row.add(token, log_prob)
@@ -308,45 +319,20 @@ def tokens_with_log_probs(drawn_B: Tensor, logits_BV: Tensor, *, wanted: bool) -
     Raises:
         UserError: The logits of a sequence are not finite.
     """
-    if wanted:
-        # float64 holds every token id and every float32 exactly
-        log_prob_B = log_probability(logits_BV, drawn_B.clamp(min=0))
-        both_B2 = torch.stack([drawn_B.double(), log_prob_B.double()], dim=1)
-        pairs = [(int(token), log_prob) for token, log_prob in both_B2.tolist()]
-    else:
-        pairs = [(token, None) for token in drawn_B.tolist()]
+    return _checked_pairs(ToHost(_drawn(drawn_B, logits_BV, wanted=wanted)))
+
+
+def _drawn(drawn_B: Tensor, logits_BV: Tensor, *, wanted: bool) -> Tensor:
+    """Tokens [B, 1], or with their log-probabilities [B, 2], float64."""
+    if not wanted:
+        return drawn_B[:, None]
+    # float64 holds every token id and every float32 exactly
+    log_prob_B = log_probability(logits_BV, drawn_B.clamp(min=0))
+    return torch.stack([drawn_B.double(), log_prob_B.double()], dim=1)
+
+
+def _checked_pairs(drawn: ToHost) -> list[tuple[int, float | None]]:
+    pairs = [(int(row[0]), row[1] if len(row) == 2 else None) for row in drawn.tolist()]
     if any(token == NOT_FINITE for token, _ in pairs):
         raise UserError("the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32")
     return pairs
-
-
-def prefill(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState, *, chunk: int) -> Tensor:
-    """Run tokens through the model, ``chunk`` at a time (0: all at once), as ``forward_last``; logits_BV."""
-    for chunk_BT in token_BT.split(chunk or token_BT.shape[1], dim=1):
-        logits_BV = forward_last(model, chunk_BT, state)
-    return logits_BV
-
-
-def forward_last(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState) -> Tensor:
-    """Run tokens through the model, all its pipeline stages, continuing from a state.
-
-    Args:
-        model: This process's stage.
-        token_BT: The new tokens; every stage gets the same.
-        state: Made with ``last_token_logits_only``; brought up to date in place.
-
-    Returns:
-        Logits after the last token, logits_BV, on every process.
-    """
-    from evo2_megatron.model.pipeline import forward_through_stages
-
-    output = forward_through_stages(model, token_BT, inference_context=state)
-    group = model.pg_collection.pp
-    if group.size() == 1:
-        return output[:, -1]
-    if output is None:
-        logits_BV = torch.empty((token_BT.shape[0], model.vocab_size), device=token_BT.device)
-    else:
-        logits_BV = output[:, -1].float().contiguous()
-    torch.distributed.broadcast(logits_BV, group=group, group_src=group.size() - 1)
-    return logits_BV

@@ -24,7 +24,8 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.tasks.completion import Completion, FinishReason, Generation
-from evo2_megatron.tasks.generate import GenerationSettings, forward_last, prefill, tokens_with_log_probs
+from evo2_megatron.tasks.forward import forward_last, prefill
+from evo2_megatron.tasks.generate import GenerationSettings, tokens_with_log_probs
 from evo2_megatron.tasks.sampling import derive_seed, draw, uniforms
 from evo2_megatron.tasks.scorers import Score, check_scores
 

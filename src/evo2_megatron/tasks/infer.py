@@ -19,6 +19,7 @@ from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks import records as record_files
 from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.completion import FinishReason, Generation
+from evo2_megatron.tasks.decoding_step import check_cuda_graphs
 from evo2_megatron.tasks.generate import Decoding, GeneratedBatch, GenerationSettings, plan_batches
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, check_layout, find_checkpoint, running_model
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
@@ -221,6 +222,8 @@ def _prepare(
     base_ckpt_dir: Path | None,
 ) -> _Work:
     check_layout(parallel)
+    if settings.cuda_graphs:
+        check_cuda_graphs(parallel)
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
     checkpoint = find_checkpoint(ckpt_dir, base_ckpt_dir)

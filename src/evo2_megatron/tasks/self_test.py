@@ -160,7 +160,9 @@ def check(loaded: LoadedModel) -> list[Row]:
     """
     stored = _read(loaded.checkpoint)
     _check_whole(loaded)
-    arithmetic: Arithmetic = "fp8_emulated" if loaded.fp8_projections in ("emulated", "recipe") else "plain"
+    arithmetic: Arithmetic = (
+        "fp8_emulated" if loaded.fp8_projections in ("hardware", "emulated", "recipe") else "plain"
+    )
     measured = _measure(loaded.model, loaded.precision, [window["sequence"] for window in stored])
     rows = [
         Row(
@@ -191,7 +193,7 @@ def check(loaded: LoadedModel) -> list[Row]:
 
 
 def _kind(loaded: LoadedModel) -> str:
-    if loaded.fp8_projections == "recipe" or uses_fp8(loaded.precision):
+    if loaded.fp8_projections in ("hardware", "recipe") or uses_fp8(loaded.precision):
         return "fp8"
     if loaded.fp8_projections == "emulated":
         return "fp8_emulation"

@@ -14,7 +14,8 @@ import torch
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.completion import Completion, Generation
-from evo2_megatron.tasks.generate import GenerationSettings, prefill, tokens_with_log_probs
+from evo2_megatron.tasks.forward import prefill
+from evo2_megatron.tasks.generate import GenerationSettings, tokens_with_log_probs
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
 from evo2_megatron.tasks.sampling import draw, uniforms
 
