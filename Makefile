@@ -2,7 +2,7 @@
 # Thin names for the everyday commands; `make` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu quickstart bench lint format lock clean
+.PHONY: help setup test test-slow test-gpu quickstart bench bench-gpu lint format lock clean
 IN_ENV := source ./.ci_test_env.sh &&
 ARGS ?=
 
@@ -32,6 +32,9 @@ bench: setup  ## speed and memory beside Vortex, plain PyTorch, gffread, pysam a
 	$(IN_ENV) python benchmarks/training.py
 	$(IN_ENV) python benchmarks/plain_model.py
 	$(IN_ENV) python benchmarks/layers.py
+
+bench-gpu: setup  ## training, scoring and decoding on a GPU beside the limits of the chip
+	$(IN_ENV) python benchmarks/gpu.py
 
 lint: setup  ## check style
 	$(IN_ENV) ruff check . && ruff format --check .

@@ -24,6 +24,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+class _AnyDevice:
+    """Tests marked ``any_device`` run on the GPU where there is one, and then count as ``gpu``."""
+
+    @pytest.hookimpl(tryfirst=True)  # before -m takes its choice
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        on_any = [item for item in items if item.get_closest_marker("any_device")]
+        if on_any and Path("/dev/nvidiactl").exists():
+            for item in on_any:
+                item.add_marker("gpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two hooks of one name need an object for one of them."""
+    config.pluginmanager.register(_AnyDevice())
+
+
 @pytest.hookimpl(trylast=True)  # after -m has taken its choice: only then is torch imported for the question
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is none."""

@@ -125,6 +125,7 @@ def multiplied(one_process):
     return models
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("shape", [(1, 1), (7, 2), (127, 1), (129, 3)])
 def test_products_of_eight_bits_are_those_of_rounded_numbers(multiplied, shape):
     hardware, emulated = (model.decoder.layers[0].mixer.dense_projection for model in multiplied)
@@ -137,6 +138,7 @@ def test_products_of_eight_bits_are_those_of_rounded_numbers(multiplied, shape):
     torch.testing.assert_close(got, want, **close)
 
 
+@pytest.mark.any_device
 def test_models_with_products_of_eight_bits(multiplied):
     tokens_BL = torch.randint(65, 90, (2, 100), device=next(multiplied[0].parameters()).device)
     with torch.no_grad():

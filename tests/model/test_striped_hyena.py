@@ -131,11 +131,12 @@ def plain_and_compiled():
     torch.manual_seed(0)
     models = small("evo2_tiny"), small("evo2_tiny", use_subquadratic_ops=True)
     models[1].load_state_dict(models[0].state_dict())
-    return models
+    return [model.cuda() for model in models] if torch.cuda.is_available() else models
 
 
+@pytest.mark.any_device
 def test_compiled_kernels_give_the_same_gradients(one_process, plain_and_compiled):
-    ids = torch.randint(0, 512, (2, 130))
+    ids = torch.randint(0, 512, (2, 130), device=next(plain_and_compiled[0].parameters()).device)
     losses, gradients = [], []
     for model in plain_and_compiled:
         losses.append(model(ids[:, :-1], labels=ids[:, 1:]).mean())
@@ -148,8 +149,9 @@ def test_compiled_kernels_give_the_same_gradients(one_process, plain_and_compile
     assert plain.gated_conv is not compiled.gated_conv
 
 
+@pytest.mark.any_device
 def test_compiled_kernels_carry_a_state(one_process, plain_and_compiled):
-    ids = torch.randint(0, 512, (2, 140))
+    ids = torch.randint(0, 512, (2, 140), device=next(plain_and_compiled[0].parameters()).device)
     state = plain_and_compiled[1].new_inference_state(2, 140)
     with torch.no_grad():
         want = plain_and_compiled[0](ids)

@@ -11,6 +11,8 @@ from evo2_megatron.ops.reference import causal_conv_ref, gated_conv_ref, modal_c
 from evo2_megatron.ops.triton_kernels import causal_conv, gated_conv
 from evo2_megatron.ops.triton_kernels import modal_conv as triton_modal_conv
 
+pytestmark = pytest.mark.any_device
+
 LENGTHS = (1, 2, 127, 128, 129, 251)
 
 
