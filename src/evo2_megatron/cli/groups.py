@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evo2_megatron.architectures import ARCHITECTURES
-from evo2_megatron.config import PRECISION_RECIPES, Fp8Choice, ParallelConfig, UserError
+from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
 
@@ -226,44 +226,6 @@ def use_subquadratic_ops(args: argparse.Namespace) -> bool | None:
     return args.use_subquadratic_ops
 
 
-def add_vortex_style_fp8(parser: argparse._ActionsContainer) -> None:
-    """Add ``--vortex-style-fp8``; True if given, else None."""
-    parser.add_argument(
-        "--vortex-style-fp8",
-        action="store_true",
-        default=None,
-        help="8-bit arithmetic in the Hyena input projections only, as the FP8-sensitive checkpoints were trained",
-    )
-
-
-def vortex_style_fp8(args: argparse.Namespace) -> bool | None:
-    """True if asked for, else None: the checkpoint decides."""
-    return args.vortex_style_fp8
-
-
-def add_fp8_choice(parser: argparse._ActionsContainer) -> None:
-    """Add ``--fp8-emulation`` and ``--allow-precision-mismatch``, read by ``fp8_choice``."""
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--fp8-emulation",
-        action="store_true",
-        help="round inputs and weights of the Hyena input projections to FP8, on any device (default: only with "
-        "hardware for it)",
-    )
-    choice.add_argument(
-        "--allow-precision-mismatch",
-        action="store_true",
-        help="run a checkpoint that asks for FP8 input projections without them (default: refuse)",
-    )
-
-
-def fp8_choice(args: argparse.Namespace) -> Fp8Choice:
-    """What to do about 8-bit input projections."""
-    if args.fp8_emulation:
-        return "emulate"
-    return "allow_mismatch" if args.allow_precision_mismatch else "as_asked"
-
-
 def add_base_checkpoint(parser: argparse._ActionsContainer) -> None:
     """Add ``--base-ckpt-dir``, read as ``base_checkpoint(args)``."""
     parser.add_argument(
@@ -331,7 +293,7 @@ def conversion(args: argparse.Namespace) -> dict[str, Any]:
         "model_size": args.model_size,
         "recipe": precision(args),
         "seq_length": args.seq_length,
-        "vortex_style_fp8": vortex_style_fp8(args),
+        "vortex_style_fp8": args.vortex_style_fp8,
         "self_test": self_test(args),
     }
 

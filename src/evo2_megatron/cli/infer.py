@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import generation_groups, groups
+from evo2_megatron.cli import generation_groups, groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
@@ -41,11 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     generation_groups.add_stopping(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
-    precision = parser.add_argument_group("precision and kernels")
-    groups.add_precision(precision)
-    groups.add_vortex_style_fp8(precision)
-    groups.add_fp8_choice(precision)
-    groups.add_kernels(precision)
+    model_groups.add_precision_and_kernels(parser)
     return parser
 
 
@@ -65,10 +61,6 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.prompts import Prompt, read_prompts
 
     prompts = [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
-    switches = {
-        "vortex_style_fp8": groups.vortex_style_fp8(args),
-        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
-    }
     printer: dict[str, Any] = {"on_record": _show}
     if args.stream:
         one = len(prompts) * args.num_samples == 1
@@ -85,9 +77,9 @@ def _main(argv: Sequence[str] | None) -> None:
             parallel=groups.parallel(args),
             precision=groups.precision(args),
             base_ckpt_dir=groups.base_checkpoint(args),
-            fp8=groups.fp8_choice(args),
+            fp8=model_groups.fp8_choice(args),
             with_self_test=groups.self_test(args),
-            provider_overrides={name: value for name, value in switches.items() if value is not None},
+            provider_overrides=model_groups.provider_overrides(args),
             output_file=args.output_file,
             output_format=args.output_format,
             include_prompt=args.include_prompt,

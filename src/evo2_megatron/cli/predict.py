@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 from evo2_megatron.config import UserError
 
 PROG = "predict_evo2"
@@ -29,11 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sequences(parser)
     _add_model(parser)
     groups.add_parallel(parser)
-    precision = parser.add_argument_group("precision and kernels")
-    groups.add_precision(precision)
-    groups.add_vortex_style_fp8(precision)
-    groups.add_fp8_choice(precision)
-    groups.add_kernels(precision)
+    model_groups.add_precision_and_kernels(parser)
     _add_launch(parser)
     return parser
 
@@ -88,9 +84,8 @@ def _main(argv: Sequence[str] | None) -> None:
             num_layers=args.num_layers,
             hybrid_override_pattern=args.hybrid_override_pattern,
             seq_len_interpolation_factor=args.seq_len_interpolation_factor,
-            vortex_style_fp8=groups.vortex_style_fp8(args),
-            use_subquadratic_ops=groups.use_subquadratic_ops(args),
-            fp8=groups.fp8_choice(args),
+            fp8=model_groups.fp8_choice(args),
+            **model_groups.provider_overrides(args),
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
@@ -105,17 +100,13 @@ def _self_test_alone(args: argparse.Namespace) -> None:
 
     from evo2_megatron.tasks import self_test
 
-    switches = {
-        "vortex_style_fp8": groups.vortex_style_fp8(args),
-        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
-    }
     self_test.run(
         args.ckpt_dir,
         parallel=groups.parallel(args),
         precision=groups.precision(args),
-        provider_overrides={name: value for name, value in switches.items() if value is not None},
+        provider_overrides=model_groups.provider_overrides(args),
         base_ckpt_dir=groups.base_checkpoint(args),
-        fp8=groups.fp8_choice(args),
+        fp8=model_groups.fp8_choice(args),
     )
 
 
@@ -196,9 +187,7 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
         help="most tokens at a time, of sequences of similar length; fewer if memory runs out (default: 65536, and "
         "2048 without a GPU)",
     )
-    group.add_argument(
-        "--both-strands", action="store_true", help="mean of the results of a sequence and its reverse complement"
-    )
+    model_groups.add_both_strands(group)
     group.add_argument(
         "--min-length",
         type=groups.positive_int,
@@ -220,13 +209,7 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest sequence to accept, in tokens (default: what the model was trained for)",
     )
-    group.add_argument(
-        "--chunk-length",
-        type=groups.positive_int,
-        metavar="N",
-        help="longer sequences are processed in pieces of N tokens; less memory, same result (default: 65536, and "
-        "4096 without a GPU)",
-    )
+    model_groups.add_chunk_length(group, "sequences")
     group.add_argument("--eden-tokenizer", action="store_true", help=argparse.SUPPRESS)
 
 

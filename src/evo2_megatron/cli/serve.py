@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 
 PROG = "evo2_serve"
 
@@ -51,11 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests that may wait; further ones get status 503 and when to try again (default: 128)",
     )
-    precision = parser.add_argument_group("precision and kernels")
-    groups.add_precision(precision)
-    groups.add_vortex_style_fp8(precision)
-    groups.add_fp8_choice(precision)
-    groups.add_kernels(precision)
+    model_groups.add_precision_and_kernels(parser)
     return parser
 
 
@@ -71,16 +67,12 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help
     from evo2_megatron.tasks.server.serve import serve
 
-    switches = {
-        "vortex_style_fp8": groups.vortex_style_fp8(args),
-        "use_subquadratic_ops": groups.use_subquadratic_ops(args),
-    }
     settings = ModelSettings(
         ckpt_dir=args.ckpt_dir,
         base_ckpt_dir=groups.base_checkpoint(args),
         precision=groups.precision(args),
-        fp8=groups.fp8_choice(args),
-        provider_overrides={name: value for name, value in switches.items() if value is not None},
+        fp8=model_groups.fp8_choice(args),
+        provider_overrides=model_groups.provider_overrides(args),
         with_self_test=bool(groups.self_test(args)),
         max_seq_length=args.max_seq_length,
         max_batch_size=args.max_batch_size,

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 
 PROG = "variants_evo2"
 
@@ -49,11 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_windows(parser)
     groups.add_parallel(parser)
-    precision = parser.add_argument_group("precision and kernels")
-    groups.add_precision(precision)
-    groups.add_vortex_style_fp8(precision)
-    groups.add_fp8_choice(precision)
-    groups.add_kernels(precision)
+    model_groups.add_precision_and_kernels(parser)
     return parser
 
 
@@ -89,9 +85,8 @@ def _main(argv: Sequence[str] | None) -> None:
             chunk_length=args.chunk_length,
         ),
         changes=ModelChanges(
-            vortex_style_fp8=groups.vortex_style_fp8(args),
-            use_subquadratic_ops=groups.use_subquadratic_ops(args),
-            fp8=groups.fp8_choice(args),
+            fp8=model_groups.fp8_choice(args),
+            **model_groups.provider_overrides(args),
         ),
         parallel=groups.parallel(args),
         precision=groups.precision(args),
@@ -115,7 +110,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
         help="begin windows at multiples of N bases: variants that lie close share a reference window, which saves "
         "time, and are up to N bases off its middle (default: 1)",
     )
-    group.add_argument("--both-strands", action="store_true", help="mean of the forward and the reverse strand")
+    model_groups.add_both_strands(group)
     group.add_argument(
         "--prepend-bos", action="store_true", help="start windows with the token between documents, as in training"
     )
@@ -132,9 +127,4 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
         **number,
         help="most tokens at a time; fewer if memory runs out (default: 65536, and 8448 without a GPU)",
     )
-    group.add_argument(
-        "--chunk-length",
-        **number,
-        help="longer windows are processed in pieces of N tokens; less memory, same result (default: 65536, and 4096 "
-        "without a GPU)",
-    )
+    model_groups.add_chunk_length(group, "windows")
