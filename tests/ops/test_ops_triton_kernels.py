@@ -44,6 +44,17 @@ def test_several_programs_along_the_sequence(agree, device, K):
     agree(gated_conv, gated_conv_ref, gated_args(device, 1, 2, 2100, K), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [0, 2]])
+def test_gradient_only_where_it_is_wanted(device, wanted):
+    args = gated_args(device, 2, 3, 40, 7)
+    leaves = [x.clone().requires_grad_() for x in args]
+    weight = torch.randn(2, 3, 40, device=device)
+    want = torch.autograd.grad(gated_conv(*leaves), leaves, weight)
+    some = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(args)]
+    got = torch.autograd.grad(gated_conv(*some), [some[i] for i in wanted], weight)
+    assert all(torch.equal(g, want[i]) for g, i in zip(got, wanted))
+
+
 def test_channels_of_a_token_next_to_each_other(agree, device):
     u_BEL, *taps = gated_args(device, 2, 3, 50, 7)
     agree(gated_conv, gated_conv_ref, [u_BEL.mT.contiguous().mT, *taps], rtol=1e-4, atol=1e-4)

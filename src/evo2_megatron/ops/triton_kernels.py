@@ -2,8 +2,9 @@
 """Triton kernels of the operators.
 
 The gated convolution of S and D layers, a convolution without gates for pieces of a sequence, and the scan of H
-layers. Values come from one kernel each; gradients are those of the plain operators, computed by their code. Without a
-GPU they run only under Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported), for tests.
+layers. Values come from one kernel each, and so do the gradients of the streams of a gated convolution; the other
+gradients are computed by the code of the plain operators. Without a GPU the kernels run only under Triton's
+interpreter (``TRITON_INTERPRET=1`` before triton is imported), for tests.
 
 Shape legend: B batch, D channels, E = 3D interleaved rows, L tokens, K taps, N modes, T tokens in a block, M blocks of
 a program.
@@ -17,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from evo2_megatron.ops.causal_conv import CausalConv
+from evo2_megatron.ops.causal_conv import CausalConv, correlate_grad_taps, correlate_grad_x
 from evo2_megatron.ops.fused_conv import GatedConv
 from evo2_megatron.ops.modal import ModalConv, ModalOutput
 
@@ -77,6 +79,23 @@ class _TritonGatedConv(GatedConv):
         ctx.save_for_backward(u_BEL, input_taps_EK, inner_taps_DK, skip_D)
         return _gated(u_BEL.contiguous(), input_taps_EK.contiguous(), inner_taps_DK.contiguous())
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_BDL: Tensor) -> tuple[Tensor | None, ...]:
+        u_BEL, input_taps_EK, inner_taps_DK, _ = ctx.saved_tensors
+        need_u, need_input_taps, need_inner_taps, _ = ctx.needs_input_grad
+        u_BEL = u_BEL.contiguous()
+        grad_streams_BEL, z_BDL, grad_inner_BDL = _gated_backward(
+            u_BEL, input_taps_EK.contiguous(), inner_taps_DK.contiguous(), grad_y_BDL.contiguous()
+        )
+        grad_u_BEL = correlate_grad_x(grad_streams_BEL, input_taps_EK).to(u_BEL.dtype) if need_u else None
+        of_taps = [None, None]
+        if need_input_taps:
+            of_taps[0] = correlate_grad_taps(grad_streams_BEL, u_BEL.float(), input_taps_EK.shape[1])
+        if need_inner_taps:
+            of_taps[1] = correlate_grad_taps(grad_inner_BDL, z_BDL, inner_taps_DK.shape[1])
+        return grad_u_BEL, *of_taps, None
+
 
 class _TritonCausalConv(CausalConv):
     @staticmethod
@@ -107,6 +126,23 @@ def _gated(u_BEL: Tensor, input_taps_EK: Tensor, inner_taps_DK: Tensor) -> Tenso
     grid = (triton.cdiv(L, shape.M * shape.T), D, B)
     _gated_conv_kernel[grid](u_BEL, input_taps_EK, inner_taps_DK, y_BDL, L, D, **shape._asdict())
     return y_BDL
+
+
+def _gated_backward(
+    u_BEL: Tensor, input_taps_EK: Tensor, inner_taps_DK: Tensor, grad_y_BDL: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the three streams [B, E, L]; the gated values and the gradient of what the inner taps make of them.
+
+    All in float32.
+    """
+    (B, E, L), (D, K) = u_BEL.shape, inner_taps_DK.shape
+    grad_streams_BEL = torch.empty(B, E, L, device=u_BEL.device)
+    z_BDL, grad_inner_BDL = (torch.empty(B, D, L, device=u_BEL.device) for _ in range(2))
+    shape = _Shape.of(K, u_BEL.dtype)
+    grid = (triton.cdiv(L, shape.M * shape.T), D, B)
+    arguments = (u_BEL, input_taps_EK, inner_taps_DK, grad_y_BDL, grad_streams_BEL, z_BDL, grad_inner_BDL, L, D)
+    _gated_backward_kernel[grid](*arguments, **shape._asdict())
+    return grad_streams_BEL, z_BDL, grad_inner_BDL
 
 
 class _Shape(NamedTuple):
@@ -197,6 +233,53 @@ def _gated_conv_kernel(
     before = _stream(u, input_taps, 1, t - T, L) * _stream(u, input_taps, 2, t - T, L)
     total = _blocks(z, before, inner_taps, K, T, PRECISION) * _stream(u, input_taps, 0, t, L)
     tl.store(y + (b * D + d) * L + t, total.to(y.dtype.element_ty), mask=t < L)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    u,
+    input_taps,
+    inner_taps,
+    grad_y,
+    grad_streams,
+    z_out,
+    grad_inner_out,
+    L,
+    D,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """M blocks of T tokens of one channel, from the second gate back to the streams, which are computed again."""
+    d = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64) * D + d
+    u += row * 3 * L
+    grad_y += row * L
+    grad_streams += row * 3 * L
+    input_taps += d * 9
+    inner_taps += d * K
+    tokens = tl.arange(0, T)
+    t = (tl.program_id(0) * M + tl.arange(0, M))[:, None] * T + tokens[None, :]
+    inside = t < L
+    pre = _stream(u, input_taps, 1, t, L)
+    value = _stream(u, input_taps, 2, t, L)
+    z = pre * value
+    before = _stream(u, input_taps, 1, t - T, L) * _stream(u, input_taps, 2, t - T, L)
+    grad = tl.load(grad_y + t, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad_streams + t, grad * _blocks(z, before, inner_taps, K, T, PRECISION), mask=inside)
+    grad_inner = grad * _stream(u, input_taps, 0, t, L)
+    after = tl.load(grad_y + t + T, mask=t + T < L, other=0.0).to(tl.float32) * _stream(u, input_taps, 0, t + T, L)
+    # an input meets the outputs of its own block and of the next: the transposes of the matrices of _blocks
+    lag = tokens[:, None] - tokens[None, :]
+    table = tl.load(inner_taps + (K - 1 - lag), mask=(lag >= 0) & (lag < K), other=0.0)
+    grad_z = tl.dot(grad_inner, table, input_precision=PRECISION)
+    table = tl.load(inner_taps + (K - 1 - lag - T), mask=lag + T < K, other=0.0)
+    grad_z += tl.dot(after, table, input_precision=PRECISION)
+    tl.store(grad_streams + L + t, grad_z * value, mask=inside)
+    tl.store(grad_streams + 2 * L + t, grad_z * pre, mask=inside)
+    tl.store(z_out + row * L + t, z, mask=inside)
+    tl.store(grad_inner_out + row * L + t, grad_inner, mask=inside)
 
 
 @triton.jit
