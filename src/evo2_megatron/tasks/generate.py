@@ -257,7 +257,8 @@ class Decoding:
             self.logits_BV = logits_BV.clone() if runs_ahead else logits_BV
             arriving = ToHost(_drawn(drawn_B, logits_BV, wanted=self._settings.return_log_probs))
             if runs_ahead and step < num_new - 1:
-                logits_BV = advance(drawn_B)
+                # what is no token must not reach the embedding before the host has seen it
+                logits_BV = advance(drawn_B.clamp(min=0))
             self._take(_checked_pairs(arriving))
             now = time.perf_counter()
             if step == 0:
