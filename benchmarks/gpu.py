@@ -49,6 +49,13 @@ def forward_flops(a: Architecture, length: int) -> float:
     return of_layers + a.pattern.count("*") * 2 * length * a.hidden_size + 2 * a.hidden_size * 512
 
 
+def share_of_peak(name: str, precision: str, length: int, tokens_per_second: float, passes: int = 1) -> float | None:
+    """None where the peak is not known; ``passes``: 3 with the backward pass."""
+    peak = peak_tflops(precision)
+    flops = passes * forward_flops(ARCHITECTURES[name], length) * tokens_per_second
+    return None if peak is None else flops / (peak * 1e12)
+
+
 def row(what: str, name: str, setting: str, tokens_per_second: float, share: float | None) -> None:
     """Print one line of the table."""
     of_limit = "-" if share is None else f"{100 * share:.0f} %"
@@ -81,8 +88,7 @@ def train(name: str, precision: str, length: int, flags: list[str]) -> None:
         sys.exit(f"training {name} in {precision} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     seconds = [float(ms) / 1e3 for ms in STEP_TIME.findall(done.stdout + done.stderr)][WARM_UP_STEPS:]
     speed = length / statistics.median(seconds)
-    peak = peak_tflops(precision)
-    share = None if peak is None else 3 * forward_flops(ARCHITECTURES[name], length) * speed / (peak * 1e12)
+    share = share_of_peak(name, precision, length, speed, passes=3)
     row("train", name, " ".join([f"{length:,} tokens, {precision}", *flags]), speed, share)
 
 
@@ -111,9 +117,8 @@ def score(name: str, precision: str, lengths: list[int], compiled: bool, profile
         item = {"tokens": tokens_L, "loss_mask": torch.ones_like(tokens_L), "seq_idx": torch.tensor(0)}
         items = [item] * max(1, (BATCH_TOKENS if megatron.on_cuda() else length) // length)
         speed = len(items) * length / seconds_of(lambda items=items: runner(items), 3)
-        peak = peak_tflops(precision)
-        share = None if peak is None else forward_flops(ARCHITECTURES[name], length) * speed / (peak * 1e12)
         kernels = "compiled kernels" if compiled else "plain operators"
+        share = share_of_peak(name, precision, length, speed)
         row("score", name, f"{len(items)} x {length:,} tokens, {kernels}", speed, share)
         if profile:
             show_costs(lambda items=items: runner(items))
@@ -130,12 +135,11 @@ def show_costs(call: Callable[[], object]) -> None:
         print(f"         {100 * spent / total:3.0f} % {kernel[:90]}")
 
 
-def decode(name: str, precision: str, batch: int, num_new: int, graphs: bool) -> None:
+def decode(model: torch.nn.Module, name: str, batch: int, num_new: int, graphs: bool) -> None:
     """New tokens after prompts of ``PROMPT_LENGTH``, greedily."""
     from evo2_megatron.tasks.generate import Decoding, GenerationSettings
     from evo2_megatron.tasks.sampling import Sampling
 
-    model = build(name, precision)
     settings = GenerationSettings(
         max_new_tokens=num_new, sampling=Sampling(temperature=0.0), stop_at_eod=False, cuda_graphs=graphs
     )
@@ -183,9 +187,10 @@ def main() -> None:
             for compiled in (False, True) if on_cuda else (False,):
                 score(name, plain, args.lengths, compiled, args.profile)
         for name in args.decode:
+            model = build(name, plain)
             for batch in args.batches:
                 for graphs in (False, True) if on_cuda else (False,):
-                    decode(name, plain, batch, args.new_tokens, graphs)
+                    decode(model, name, batch, args.new_tokens, graphs)
 
 
 if __name__ == "__main__":

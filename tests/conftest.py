@@ -63,6 +63,17 @@ def _own_environment():
     os.environ |= before
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small tensors: their products take many times as long where two threads wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def megatron():
     """Megatron Bridge, importable on this machine."""

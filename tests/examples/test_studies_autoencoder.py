@@ -13,17 +13,10 @@ import torch
 
 from evo2_megatron.config import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 NUM_ATOMS, NUM_CHANNELS, NUM_ACTIVE = 48, 32, 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small take many times as long where two threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -13,19 +13,10 @@ import pytest
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 SCRIPTS = ("mutational_scan", "essentiality", "needle", "exon_classifier", "sparse_autoencoder")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small take many times as long where two threads wait for each other on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

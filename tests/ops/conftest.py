@@ -26,13 +26,9 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread():
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
     """These tensors are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

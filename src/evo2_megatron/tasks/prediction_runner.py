@@ -256,7 +256,7 @@ def _precision_multiple(provider: StripedHyenaProvider, precision: str) -> int:
     """What the number of tokens that a process has must be divisible by for 8-bit products."""
     if provider.fp8 or provider.fp4 or uses_fp8(precision):
         return 32  # rows of a block of MXFP8, the largest of all formats
-    return 8 if provider.vortex_style_fp8 else 1
+    return 1
 
 
 def collate(items: Sequence[dict[str, Tensor]], min_length: int = 1, multiple: int = 1) -> dict[str, Tensor]:
