@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring many sequences of mixed length, and generating from mixed prompts, beside Arc's Vortex on a CPU.
 
-``python benchmarks/mixed_lengths.py [--sequences 8] [--new-tokens 64 256]``
+``python benchmarks/mixed_lengths.py [--model hidden_512] [--sequences 8] [--new-tokens 64 256]``
 
-The model, its weights and the way of timing are those of ``benchmarks/vortex.py``. Sequences of 200 to 8,000 bases are
-scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts of 50 to
-400 bases are continued greedily by what ``infer_evo2`` runs, and one by one by Vortex, whose batches need equal
+The models, their weights and the way of timing are those of ``benchmarks/vortex.py``. Sequences of 200 to 8,000 bases
+are scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts of 50
+to 400 bases are continued greedily by what ``infer_evo2`` runs, and one by one by Vortex, whose batches need equal
 lengths. Outputs are compared first.
 """
 
@@ -104,6 +104,7 @@ def measure(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 def main() -> None:
     """Print a row for scoring, and one for each number of new tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=beside_vortex.MODELS, default="hidden_512")
     parser.add_argument("--sequences", type=int, default=8, help="to score (default: 8)")
     parser.add_argument(
         "--new-tokens", type=int, nargs="+", default=[64, 256], help="of each prompt (default: 64 256)"
@@ -115,8 +116,10 @@ def main() -> None:
     sequences = made_up_dna([chance.randint(200, 8_000) for _ in range(args.sequences)])
     prompts = made_up_dna([50 * (i + 1) for i in range(8)])
     with process_groups(ParallelConfig()):
-        weights = beside_vortex.random_weights(beside_vortex.ARCHITECTURE)
-        ours, vortex = beside_vortex.Ours(weights).model, beside_vortex.Vortex(beside_vortex.ARCHITECTURE, weights)
+        architecture = beside_vortex.MODELS[args.model]
+        weights = beside_vortex.random_weights(architecture)
+        ours = beside_vortex.Ours(architecture, weights).model
+        vortex = beside_vortex.Vortex(architecture, weights)
         pairs = zip(score_ours(ours, sequences), score_vortex(vortex, sequences))
         worst = max((abs(a / b - 1) for a, b in pairs), default=0.0)
         if worst > TOLERANCE:

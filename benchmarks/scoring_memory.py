@@ -1,67 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and time of scoring one long sequence, one row per length, in a process of its own, on a CPU in float32.
+"""Memory and time of scoring one long sequence, here and in Arc's Vortex, on a CPU in float32.
 
 ``python benchmarks/scoring_memory.py [--lengths 8k 64k 256k 1024k] [--hidden-size 512] [--pattern SDHSSDHS]``
 
-Memory is the peak that scoring adds to what the process held with the model loaded; ``keys and values`` is the part of
-it that attention layers must hold.
+Every row is measured in a process of its own, which may take all memory that is free when it begins. Memory is the
+peak that scoring adds to what the process held with the model loaded; ``keys and values`` is the part of ours that
+attention layers must hold. Ours is what ``predict_evo2`` runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import importlib.util
 import multiprocessing
+import resource
+import sys
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
 
+import psutil
 from long_context import forget_peak, held_bytes, tokens
 
+from evo2_megatron.architectures import Architecture
 from evo2_megatron.config import ParallelConfig
+from evo2_megatron.runtime.distributed import process_groups
+
+# under another name: "vortex" is Arc's package
+_FILE = importlib.util.spec_from_file_location("beside_vortex", Path(__file__).with_name("vortex.py"))
+beside_vortex = sys.modules["beside_vortex"] = importlib.util.module_from_spec(_FILE)
+_FILE.loader.exec_module(beside_vortex)
 
 
-def score(length: int, hidden_size: int, pattern: str, chunk: int, results: multiprocessing.Queue) -> None:
-    """Measure on this process; puts (bytes added, seconds, log-likelihood per base)."""
+def architecture(pattern: str, hidden_size: int, length: int) -> Architecture:
+    """Sizes in the proportions of the published models."""
+    return Architecture(
+        pattern=pattern,
+        hidden_size=hidden_size,
+        ffn_hidden_size=11 * hidden_size // 4,
+        num_heads=hidden_size // 128,
+        num_groups=hidden_size // 16,
+        max_tokens=length,
+    )
+
+
+def scorer(which: str, shape: Architecture) -> Callable[[list[int]], float]:
+    """From token ids to their mean log-likelihood."""
     import torch
 
-    from evo2_megatron.runtime import megatron
+    weights = beside_vortex.random_weights(shape)
+    if which == "Vortex":
+        vortex = beside_vortex.Vortex(shape, weights)
 
-    megatron.enter()
-    from evo2_megatron.model.provider import provider_for
-    from evo2_megatron.runtime.distributed import process_groups
+        def with_vortex(ids: list[int]) -> float:
+            tokens_BL = torch.tensor([ids])
+            log_probs_LV = vortex.score(tokens_BL)[0, :-1].log_softmax(-1)
+            return log_probs_LV.gather(1, tokens_BL[0, 1:, None]).double().mean().item()
+
+        return with_vortex
     from evo2_megatron.tasks.prediction_runner import Runner
     from evo2_megatron.tasks.prediction_settings import Output
 
+    model = beside_vortex.Ours(shape, weights).model
+    runner = Runner(model, Output(log_probs="mean"), precision="fp32")
+
+    def with_ours(ids: list[int]) -> float:
+        tokens_L = torch.tensor(ids)
+        item = {"tokens": tokens_L, "loss_mask": torch.ones_like(tokens_L), "seq_idx": torch.tensor(0)}
+        return (runner([item])["log_likelihood"] / (len(ids) - 1)).item()
+
+    return with_ours
+
+
+def measure(which: str, shape: Architecture, length: int, results: multiprocessing.Queue) -> None:
+    """On this process; puts (bytes added, seconds, log-likelihood per base), or None if memory does not suffice."""
+    import torch
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    torch.set_num_threads(beside_vortex.NUM_THREADS)
     with process_groups(ParallelConfig()):
-        provider = provider_for(
-            "evo2_tiny",
-            hybrid_override_pattern=pattern,
-            num_layers=len(pattern),
-            hidden_size=hidden_size,
-            ffn_hidden_size=11 * hidden_size // 4,
-            num_attention_heads=hidden_size // 128,
-            num_groups_hyena=hidden_size,
-            num_groups_hyena_medium=hidden_size // 16,
-            num_groups_hyena_short=hidden_size // 16,
-            seq_length=length,
-            vocab_size=512,
-            params_dtype=torch.float32,
-            bf16=False,
-        )
-        provider.finalize()
-        runner = Runner(provider.provide().eval(), Output(log_probs="sum"), precision="fp32", chunk_length=chunk)
-
-        def item(num_tokens: int) -> dict[str, torch.Tensor]:
-            ids = torch.tensor(list(b"ACGT"))[torch.randint(4, (num_tokens,))]
-            return {"tokens": ids, "loss_mask": torch.ones_like(ids), "seq_idx": torch.tensor(0)}
-
-        runner([item(256)])  # what libraries set up at their first use is not the length's
-        sequence = item(length)
+        score = scorer(which, shape)
+        ids = torch.tensor(list(b"ACGT"))[torch.randint(4, (length,), generator=torch.Generator().manual_seed(0))]
+        score(ids[:256].tolist())  # what libraries set up at their first use is not the length's
+        sequence = ids.tolist()
+        # an error of this process, and not the end of another one
+        limit = psutil.Process().memory_info().vms + psutil.virtual_memory().available
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         forget_peak()
         before, start = held_bytes("VmRSS"), time.perf_counter()
-        result = runner([sequence])
-        seconds = time.perf_counter() - start
-        mean = (result["log_likelihood"] / result["num_scored"]).item()
-        results.put((held_bytes("VmHWM") - before, seconds, mean))
+        try:
+            mean = score(sequence)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            results.put(None)
+            return
+        results.put((held_bytes("VmHWM") - before, time.perf_counter() - start, mean))
+
+
+def run(which: str, shape: Architecture, length: int) -> tuple[float, float, float] | None:
+    """``measure`` in a process of its own."""
+    context = multiprocessing.get_context("fork")  # a new interpreter would not find the files beside this one
+    results = context.Queue()
+    process = context.Process(target=measure, args=(which, shape, length, results))
+    process.start()
+    process.join()
+    try:
+        return results.get(timeout=10)
+    except Empty:
+        raise RuntimeError(f"{which}, length {length}: status {process.exitcode}") from None
 
 
 def main() -> None:
@@ -72,23 +121,23 @@ def main() -> None:
     )
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--pattern", default="SDHS")
-    parser.add_argument("--chunk", type=tokens, default=tokens("8k"))
+    parser.add_argument("--who", nargs="+", choices=("ours", "Vortex"), default=["ours", "Vortex"])
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    print(f"{'hidden':>6} {'pattern':10}{'tokens':>9}{'MiB added':>11}{'keys and values':>17}{'tokens/s':>10}")
+    print(f"{'':8}{'hidden':>6} {'pattern':10}{'tokens':>9}{'MiB added':>11}{'keys and values':>17}{'tokens/s':>10}")
     for length in args.lengths:
-        results = context.Queue()
-        process = context.Process(target=score, args=(length, args.hidden_size, args.pattern, args.chunk, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"length {length}: status {process.exitcode}")
-        added, seconds, mean = results.get()
-        if not math.isfinite(mean):
-            raise RuntimeError(f"length {length}: the log-likelihood is {mean}")
-        held = 8 * args.hidden_size * length * args.pattern.count("*")
-        figures = f"{added / 2**20:11.0f}{held / 2**20:17.0f}{length / seconds:10.0f}"
-        print(f"{args.hidden_size:6} {args.pattern:10}{length:9}{figures}", flush=True)
+        shape, means = architecture(args.pattern, args.hidden_size, length), []
+        for who in args.who:
+            row = f"{who:8}{args.hidden_size:6} {args.pattern:10}{length:9}"
+            result = run(who, shape, length)
+            if result is None:
+                print(f"{row}   not enough memory", flush=True)
+                continue
+            added, seconds, mean = result
+            held = f"{8 * args.hidden_size * length * args.pattern.count('*') / 2**20:.0f}" if who == "ours" else ""
+            print(f"{row}{added / 2**20:11.0f}{held:>17}{length / seconds:10.0f}", flush=True)
+            means.append(mean)
+        if not max(means) - min(means) < 1e-4:
+            raise RuntimeError(f"length {length}: the log-likelihoods per base differ, {means}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time our model beside Arc's Vortex: one process, the same float32 weights, two threads, on a CPU.
 
-Every round times one after the other, so that a busy neighbour slows both; the table has medians, and the median of
-the ratios of the rounds. Memory is the growth of a fresh process over what it held after loading, on Linux.
+    python benchmarks/vortex.py [--model evo2_tiny hidden_512]
 
-    python benchmarks/vortex.py
+Scoring gives logits everywhere; a prompt is read as each program reads it before it generates, ours by what
+``infer_evo2`` runs. Every round times one after the other, so that a busy neighbour slows both; the table has medians,
+and the median of the ratios of the rounds. Memory is the growth of a fresh process over what it held after loading, on
+Linux.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hidden_512 import ARCHITECTURE
+from hidden_512 import ARCHITECTURE as HIDDEN_512
 
 # the oracle lives with the parity tests; and this folder must go, or "import vortex" finds this file
 sys.path.pop(0)
@@ -30,11 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from torch import Tensor
 
+from evo2_megatron.architectures import ARCHITECTURES, Architecture
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
 from parity.our_model import our_model
 from parity.vortex_model import Vortex, random_weights
 
+MODELS = {"evo2_tiny": ARCHITECTURES["evo2_tiny"], "hidden_512": HIDDEN_512}
 NUM_THREADS = 2
 ROUNDS = {1_024: 7, 8_192: 3}
 """Length in tokens: rounds of every measurement."""
@@ -47,9 +51,9 @@ TOLERANCE = 2e-4
 class Ours:
     """Our model behind the same three methods as ``Vortex``."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        """Load float32 ``weights`` of ``ARCHITECTURE``."""
-        self.model = our_model(ARCHITECTURE, weights)
+    def __init__(self, architecture: Architecture, weights: dict[str, Tensor]) -> None:
+        """``weights``: float32."""
+        self.model = our_model(architecture, weights)
         self._state = None
 
     @torch.inference_mode()
@@ -59,9 +63,12 @@ class Ours:
 
     @torch.inference_mode()
     def prefill(self, tokens_BL: Tensor, *, max_tokens: int) -> Tensor:
-        """Logits [B, L, V] of a prompt; fills fresh caches for up to ``max_tokens``."""
-        self._state = self.model.new_inference_state(tokens_BL.shape[0], max_tokens)
-        return self.model(tokens_BL, inference_context=self._state)
+        """Logits [B, V] after a prompt; fills fresh caches for up to ``max_tokens``."""
+        from evo2_megatron.tasks.forward import prefill
+        from evo2_megatron.tasks.generate import PREFILL_CHUNK
+
+        self._state = self.model.new_inference_state(tokens_BL.shape[0], max_tokens, last_token_logits_only=True)
+        return prefill(self.model, tokens_BL, self._state, chunk=PREFILL_CHUNK)
 
     @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:
@@ -114,7 +121,8 @@ def compare(ours: Ours, vortex: Vortex, length: int) -> dict[str, Timing]:
         lambda: ours.score(prompt_BL), lambda: vortex.score(prompt_BL), num_tokens=length, rounds=rounds
     )
     room = length + num_steps
-    check_equal("prefill", *(model.prefill(prompt_BL, max_tokens=room) for model in (ours, vortex)))
+    of_all_BLV = vortex.prefill(prompt_BL, max_tokens=room)
+    check_equal("prefill", ours.prefill(prompt_BL, max_tokens=room), of_all_BLV[:, -1])
     prefill = interleave(
         lambda: ours.prefill(prompt_BL, max_tokens=room),
         lambda: vortex.prefill(prompt_BL, max_tokens=room),
@@ -144,10 +152,10 @@ def status_mib(field: str) -> float:
     raise KeyError(field)
 
 
-def memory_growth(which: str, task: str, length: int) -> float:
+def memory_growth(name: str, which: str, task: str, length: int) -> float:
     """Peak of this process while it scores or prefills ``length`` tokens, over what it holds after loading, in MiB."""
-    weights = random_weights(ARCHITECTURE)
-    model = Ours(weights) if which == "ours" else Vortex(ARCHITECTURE, weights)
+    weights = random_weights(MODELS[name])
+    model = (Ours if which == "ours" else Vortex)(MODELS[name], weights)
     del weights
     tokens_BL = torch.randint(0, 512, (1, length))
     model.score(tokens_BL[:, :16])
@@ -164,44 +172,53 @@ def memory_growth(which: str, task: str, length: int) -> float:
     return status_mib("VmHWM") - before
 
 
-def measure_memory(task: str, length: int) -> tuple[float, float]:
+def measure_memory(name: str, task: str, length: int) -> tuple[float, float]:
     """``memory_growth`` of ours and of Vortex, each in a process of its own."""
     growth = []
     for which in ("ours", "vortex"):
-        command = [sys.executable, __file__, "--memory", which, task, str(length)]
+        command = [sys.executable, __file__, "--memory", name, which, task, str(length)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         growth.append(float(done.stdout.split()[-1]))
     return growth[0], growth[1]
 
 
+def print_table(name: str) -> None:
+    """Speed of one model, in this process, and memory, in others."""
+    architecture = MODELS[name]
+    weights = random_weights(architecture)
+    ours, vortex = Ours(architecture, weights), Vortex(architecture, weights)
+    print(
+        f"{name}: {sum(w.numel() for w in weights.values()) / 1e6:.1f} M parameters, {architecture.pattern}, "
+        f"hidden {architecture.hidden_size}, float32, {NUM_THREADS} threads, one sequence"
+    )
+    print(f"{'':8} {'tokens':>7} {'ours/s':>9} {'Vortex/s':>9} {'ratio':>6}")
+    for length in ROUNDS:
+        for task, timing in compare(ours, vortex, length).items():
+            print(f"{task:8} {length:7,} {timing.ours:9,.0f} {timing.vortex:9,.0f} {timing.ratio:6.2f}", flush=True)
+    longest = max(ROUNDS)
+    print(f"\npeak memory over the loaded model, {longest:,} tokens, MiB")
+    print(f"{'':8} {'':7} {'ours':>9} {'Vortex':>9} {'ratio':>6}")
+    for task in ("score", "prefill"):
+        ours_mib, vortex_mib = measure_memory(name, task, longest)
+        print(f"{task:8} {'':7} {ours_mib:9,.0f} {vortex_mib:9,.0f} {ours_mib / vortex_mib:6.2f}", flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", nargs=3, metavar=("WHO", "TASK", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--memory", nargs=4, metavar=("MODEL", "WHO", "TASK", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     with process_groups(ParallelConfig()):
         if args.memory:
-            print(memory_growth(args.memory[0], args.memory[1], int(args.memory[2])))
+            name, who, task, length = args.memory
+            print(memory_growth(name, who, task, int(length)))
             return
-        weights = random_weights(ARCHITECTURE)
-        ours, vortex = Ours(weights), Vortex(ARCHITECTURE, weights)
-        print(
-            f"{sum(w.numel() for w in weights.values()) / 1e6:.1f} M parameters, {ARCHITECTURE.pattern}, "
-            f"hidden {ARCHITECTURE.hidden_size}, float32, {NUM_THREADS} threads, one sequence"
-        )
-        print(f"{'':8} {'tokens':>7} {'ours/s':>9} {'Vortex/s':>9} {'ratio':>6}")
-        for length in ROUNDS:
-            for task, timing in compare(ours, vortex, length).items():
-                rates = f"{timing.ours:9,.0f} {timing.vortex:9,.0f} {timing.ratio:6.2f}"
-                print(f"{task:8} {length:7,} {rates}", flush=True)
-    longest = max(ROUNDS)
-    print(f"\npeak memory over the loaded model, {longest:,} tokens, MiB")
-    print(f"{'':8} {'':7} {'ours':>9} {'Vortex':>9} {'ratio':>6}")
-    for task in ("score", "prefill"):
-        ours_mib, vortex_mib = measure_memory(task, longest)
-        print(f"{task:8} {'':7} {ours_mib:9,.0f} {vortex_mib:9,.0f} {ours_mib / vortex_mib:6.2f}", flush=True)
+        for name in args.model:
+            print_table(name)
+            print()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -207,7 +208,7 @@ def _some(names: Iterable[str]) -> str:
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write tab-separated values with a heading; floats get six digits. The file appears when it is complete."""
     lines = ["\t".join(columns), *("\t".join(_cell(value) for value in row) for row in rows)]
-    with beside(path) as partial:
+    with disk_errors(), new_files([path]) as (partial,):
         partial.write_text("\n".join(lines) + "\n")
     sys.stdout.write(f"{path}\n")
 
@@ -220,25 +221,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file, which appears when it is complete, and close the figure."""
     import matplotlib.pyplot as plt
 
-    with beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-    plt.close(figure)
-    sys.stdout.write(f"{path}\n")
-
-
-@contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` at the end; UserError where the folder cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output-dir") from None
+        with disk_errors(), new_files([path]) as (partial,):
+            figure.savefig(partial, format="png", dpi=150)
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        plt.close(figure)
+    sys.stdout.write(f"{path}\n")
 
 
 def check_installed(package: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from annotation import Interval, check_within, covered, read_bed
 
 from evo2_megatron.config import UserError
+from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,7 @@ def sparse_autoencoder(
     if features:
         latents = [encode_all(model, vectors_NH) for vectors_NH in (train_NH, held_out_NH)]
         matches = match(*latents, *(feature_masks(features, part) for part in parts))
-    with harness.beside(output_dir / "sparse_autoencoder.safetensors") as partial:
+    with disk_errors(), new_files([output_dir / "sparse_autoencoder.safetensors"]) as (partial,):
         batch_topk.save(model, settings, partial, **(about or {}))
     harness.write_table(output_dir / "sparse_autoencoder.tsv", report._fields, [report])
     if features:

@@ -331,12 +331,9 @@ def test_cuda_graphs_change_nothing(one_process, settings):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without a GPU says")
-def test_cuda_graphs_need_a_gpu(megatron):
-    from evo2_megatron.config import ParallelConfig
-    from evo2_megatron.tasks.decoding_step import check_cuda_graphs
-
+def test_cuda_graphs_need_a_gpu(model):
     with pytest.raises(UserError, match="--cuda-graphs needs a CUDA GPU; leave it out"):
-        check_cuda_graphs(ParallelConfig())
+        run(model, [[65, 67]], max_new_tokens=2, cuda_graphs=True)
 
 
 def test_cuda_graphs_need_one_process_a_model(megatron, monkeypatch):

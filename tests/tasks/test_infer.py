@@ -10,7 +10,7 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks import cache_memory, generation_model
+from evo2_megatron.tasks import cache_memory, self_test
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.infer import infer
 from evo2_megatron.tasks.prompts import Prompt
@@ -214,7 +214,7 @@ def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
     ],
 )
 def test_bad_requests_end_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, changes, message):
-    monkeypatch.delattr(generation_model, "load_model")
+    monkeypatch.delattr(self_test, "load_model")
     request = {"prompts": PROMPTS, "ckpt_dir": checkpoint, "settings": SETTINGS} | changes
     with pytest.raises(UserError, match=message) as caught:
         infer(**request, output_file=tmp_path / "out.jsonl")

@@ -199,7 +199,7 @@ def test_precision(predict, caplog):
 
 
 def test_throughput_is_reported(predict, caplog, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.tasks.predict._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("evo2_megatron.tasks.batch_progress._SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"):
         predict(log_probs="sum", micro_batch_size=4)
     num_tokens = sum(map(len, RECORDS.values()))
@@ -259,7 +259,7 @@ def test_too_long_a_sequence(predict, checkpoint, tmp_path, monkeypatch):
     path = tmp_path / "long.fa"
     path.write_text(">fits\n" + "A" * 256 + "\n>too_long\n" + "A" * 257 + "\n")
     with monkeypatch.context() as patch:
-        patch.setattr("evo2_megatron.tasks.predict.load_model", None)
+        patch.setattr("evo2_megatron.tasks.self_test.load_model", None)
         with pytest.raises(UserError, match="'too_long' has 257 tokens, more than the 256 positions"):
             predict(path=path)
         with pytest.raises(UserError, match="'fits' has 257 tokens"):

@@ -97,3 +97,8 @@ def test_bad_use(model):
     with pytest.raises(UserError, match="max_new_tokens is 0"):
         session.generate(0)
     assert session.generate(1).finish_reason == "length"
+
+
+def test_cuda_graphs_are_refused(model):
+    with pytest.raises(UserError, match="records no CUDA graphs; leave them out"):
+        Session(model, dataclasses.replace(SETTINGS, cuda_graphs=True), max_tokens=10)

@@ -11,7 +11,7 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks import generation_model
+from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.infer import infer, stream
 from evo2_megatron.tasks.prompts import Prompt
@@ -117,7 +117,7 @@ def test_an_interrupted_stream_leaves_no_file(checkpoint, tmp_path):
     ],
 )
 def test_bad_requests_are_refused_before_the_first_piece(checkpoint, monkeypatch, changes, message):
-    monkeypatch.delattr(generation_model, "load_model")
+    monkeypatch.delattr(self_test, "load_model")
     with pytest.raises(UserError, match=message):
         stream(**({"prompts": PROMPTS, "ckpt_dir": checkpoint, "settings": SETTINGS} | changes))
 

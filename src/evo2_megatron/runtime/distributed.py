@@ -98,6 +98,11 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def is_one_process_per_copy() -> bool:
+    """Whether no copy of the model is split over processes."""
+    return world_size() == data_parallel_size()
+
+
 def is_model_parallel_writer() -> bool:
     """Whether this process speaks for its copy of the model: first of tensor and context, last of pipeline."""
     from megatron.core import parallel_state

@@ -47,6 +47,13 @@ def device() -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What this process computes on: the GPU's name, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if on_cuda() else "CPU"
+
+
 @functools.cache
 def enter() -> None:
     """Make Megatron Bridge importable and usable on this machine. Further calls do nothing."""

@@ -37,7 +37,13 @@ class GraphedStep:
     """Replays a step as a CUDA graph: one launch for all its kernels."""
 
     def __init__(self, model: StripedHyenaModel, state: InferenceState) -> None:
-        """Record a step; the state stays as it is, but only this object may bring it up to date from now on."""
+        """Record a step; the state stays as it is, but only this object may bring it up to date from now on.
+
+        Raises:
+            UserError: As ``check_cuda_graphs``.
+        """
+        groups = model.pg_collection
+        check_cuda_graphs(ParallelConfig(tensor=groups.tp.size(), pipeline=groups.pp.size()))
         self._state = state
         state.fix_shapes(megatron.device())
         self._token_B1 = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=megatron.device())

@@ -14,7 +14,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, find_tokenizer, load_model
+from evo2_megatron.checkpoint.load import LoadedModel, find_tokenizer
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
@@ -106,16 +106,15 @@ def _load(
 ) -> StripedHyenaModel:
     # one token cannot be split over processes
     parallel = dataclasses.replace(parallel, sequence_parallel=False)
-    loaded = load_model(
+    loaded = self_test.load_model_checked(
         checkpoint.path,
+        with_self_test=with_self_test,
         parallel=parallel,
         precision=precision,
         provider_overrides=overrides,
         base_ckpt_dir=None if checkpoint.base == checkpoint.path else checkpoint.base,
         fp8=fp8,
     )
-    if with_self_test:
-        self_test.check(loaded)
     return decoder_of(loaded)
 
 

@@ -134,7 +134,12 @@ class Search:
             seed: With a continuation's number in its round and its places it decides the random numbers. The first
                 continuation's are those of plain generation with this seed.
             name: Of the prompt, in the log.
+
+        Raises:
+            UserError: The settings ask for CUDA graphs, or do not fit the model's vocabulary.
         """
+        if settings.cuda_graphs:
+            raise UserError("a search changes its rows from round to round and records no CUDA graphs; leave them out")
         self._model, self._settings, self._search, self._score, self._name = model, settings, search, score, name
         self._seeds = [derive_seed(seed, sample=lane) for lane in range(search.width)]
         self._device = next(model.parameters()).device

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from evo2_megatron.config import UserError
+from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _PANELS = (
     ("loss, nat per token", (("lm loss", "training"), ("lm loss validation", "validation"))),
@@ -76,21 +77,10 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     try:
-        _save(figure, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another --output") from None
+        with disk_errors(), new_files([output]) as (partial,):
+            figure.savefig(partial, format="png", dpi=150)
     finally:
         plt.close(figure)
-
-
-def _save(figure: Figure, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw(panel, tag: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:

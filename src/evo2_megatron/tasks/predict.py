@@ -5,33 +5,30 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, load_model
+from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test
+from evo2_megatron.tasks.batch_progress import Words
 from evo2_megatron.tasks.batching import Backoff, plan_batches
 from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
-from evo2_megatron.tasks.prediction_parts import Parts
+from evo2_megatron.tasks.prediction_parts import Batch, Parts
 from evo2_megatron.tasks.prediction_results import Results, tensor_record, without_tensors
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
+from evo2_megatron.tasks.shared_batches import SharedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +37,7 @@ BATCH_TOKENS_CPU = 2_048
 """Tokens of a batch unless told otherwise: enough to keep the device busy, few enough for a small one's memory. A CPU
 is busy with 2,048, and more leave its caches: sequences of some thousand bases took 1.6 times as long by 16,384."""
 
-_PROGRESS_SECONDS = 10.0
-
-Batch = dict[str, Tensor]
+_WORDS = Words("Predicting", "Predicted", "sequences")
 
 
 def predict(
@@ -89,9 +84,9 @@ def predict(
     _check_lengths(dataset, sequences.max_seq_length or position_range(run_config, changes))
     _check_window(dataset, output, int(sequences.prepend_bos))
     with distributed.process_groups(parallel, seed=run_config.seed):
-        loaded = _load(
+        loaded = self_test.load_model_checked(
             checkpoint,
-            with_self_test,
+            with_self_test=with_self_test,
             parallel=parallel,
             precision=precision,
             provider_overrides=changes.overrides(pattern[: layers[-1] + 1] if layers else pattern),
@@ -105,13 +100,6 @@ def predict(
         settings = as_json({"output": output, "sequences": sequences, "changes": changes, "parallel": parallel})
         settings |= {"fasta": str(fasta), "fasta_sha256": prediction_parts.sha256_of_file(fasta)}
         run.compute_and_write(settings, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
-
-
-def _load(checkpoint: Path, with_self_test: bool, **settings: Any) -> LoadedModel:
-    loaded = load_model(checkpoint, **settings)
-    if with_self_test:
-        self_test.check(loaded)
-    return loaded
 
 
 def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
@@ -166,25 +154,21 @@ class _Prediction:
         """Run everything, and keep nothing."""
         if distributed.rank() == 0:
             logger.info("No --output-dir was given: results are computed and dropped")
-        for _ in self._results(self._batches(), done=set()):
+        batches = self._batches()
+        for _ in self._results(batches, SharedBatches(batches, _WORDS)):
             pass
 
     def compute_and_write(self, settings: dict[str, Any], identity: list[Any]) -> None:
         """Run what an earlier job has not, and write the files."""
         first, batches = distributed.rank() == 0, self._batches()
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
-        copies = distributed.data_parallel_size()
-        if first:
-            key = settings | {"checkpoint": identity, "precision": self.loaded.precision, "device": device_name()}
-            if self.files.write_interval == "batch":
-                key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
-            prediction_parts.begin(self.files.output_dir, key, batches)
-        torch.distributed.barrier()
-        parts = Parts(self.files.output_dir, batches)
-        done = [parts.done() if first else None]
-        torch.distributed.broadcast_object_list(done, src=0)
+        shared, copies = SharedBatches(batches, _WORDS), distributed.data_parallel_size()
+        key = dict(settings)
+        if self.files.write_interval == "batch":
+            key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
+        parts = shared.resume(self.files.output_dir, key, self.loaded, identity)
         tensor_files = _tensor_files(self.files) if "pt" in self.files.formats else None
-        for number, result in self._results(batches, done=done[0]):
+        for number, result in self._results(batches, shared):
             if distributed.is_model_parallel_writer():
                 self._keep(number // copies, number, result, parts, tensor_files)
         torch.distributed.barrier()
@@ -193,8 +177,7 @@ class _Prediction:
             and self.files.write_interval == "epoch"
             and distributed.is_model_parallel_writer()
         ):
-            mine = range(distributed.data_parallel_rank(), len(batches), copies)
-            tensor_files.write_all([tensor_record(parts.batch(number), self.output) for number in mine])
+            tensor_files.write_all([tensor_record(parts.batch(number), self.output) for number in shared.mine])
         if first:
             results = Results(
                 parts=parts, dataset=self.dataset, output=self.output, prepended=int(self.sequences.prepend_bos)
@@ -224,8 +207,7 @@ class _Prediction:
             max_sequences=self.sequences.micro_batch_size,
         )
 
-    def _results(self, batches: list[list[int]], done: set[int]) -> Iterator[tuple[int, Batch]]:
-        """Run this copy's share of what is not done; on the last pipeline stage, yield (number, results)."""
+    def _results(self, batches: list[list[int]], shared: SharedBatches) -> Iterator[tuple[int, Batch]]:
         runner = Runner(
             self.loaded.model,
             self.output,
@@ -234,17 +216,12 @@ class _Prediction:
             min_length=self.sequences.min_length,
             chunk_length=self.sequences.chunk_length,
         )
-        run = Backoff(runner, can_split=distributed.world_size() == distributed.data_parallel_size())
-        copy, copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
-        mine = [number for number in range(copy, len(batches), copies) if number not in done]
-        progress = Progress([sum(self.dataset.lengths[i] for i in batches[number]) for number in mine])
-        for number in mine:
-            result = self._run_batch(run, batches[number])
-            progress.advance(len(batches[number]))
-            if result is not None:
-                yield number, result
-        torch.distributed.barrier()
-        progress.finish()
+        run = Backoff(runner, can_split=distributed.is_one_process_per_copy())
+        return shared.run(
+            lambda number: self._run_batch(run, batches[number]),
+            tokens=lambda number: sum(self.dataset.lengths[index] for index in batches[number]),
+            units=lambda number: len(batches[number]),
+        )
 
     def _run_batch(self, run: Backoff, batch: Sequence[int]) -> Batch | None:
         items = [self.dataset[index] for index in batch]
@@ -260,11 +237,6 @@ class _Prediction:
 
 def _halves(size: int) -> tuple[slice, slice]:
     return slice(0, size), slice(size, None)
-
-
-def device_name() -> str:
-    """What computes: the GPU's name, or CPU."""
-    return torch.cuda.get_device_name() if megatron.on_cuda() else "CPU"
 
 
 def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: FastaDataset) -> None:
@@ -292,60 +264,3 @@ def _tensor_files(files: Files) -> TensorFiles:
         data_parallel_rank=distributed.data_parallel_rank(),
         data_parallel_size=distributed.data_parallel_size(),
     )
-
-
-class Progress:
-    """On rank 0: a bar on a terminal, elsewhere a log line every few seconds: how far, how fast, how long still.
-
-    Copies of the model have batches of about the same sizes, so that one stands for all.
-    """
-
-    def __init__(self, tokens: Sequence[int], *, unit: str = "sequences", doing: str = "Predict") -> None:
-        """``tokens``: of each batch that is to be run here. ``unit``: what ``advance`` counts."""
-        self._unit, self._doing = unit, doing
-        self._tokens, self._copies = list(tokens), distributed.data_parallel_size()
-        self._batches = self._sequences = self._done = 0
-        self._start = self._last_shown = time.perf_counter()
-        self._bar = None
-        if distributed.rank() == 0 and sys.stderr.isatty():
-            total = self._copies * sum(tokens)
-            self._bar = tqdm(
-                total=total, unit="base", unit_scale=True, desc=f"{doing.removesuffix('e')}ing", dynamic_ncols=True
-            )
-
-    def advance(self, num_sequences: int) -> None:
-        """One more batch is done."""
-        tokens = self._tokens[self._batches] * self._copies
-        self._batches += 1
-        self._sequences += num_sequences * self._copies
-        self._done += tokens
-        if self._bar is not None:
-            self._bar.update(tokens)
-        now = time.perf_counter()
-        if self._bar is not None or distributed.rank() != 0 or now - self._last_shown < _PROGRESS_SECONDS:
-            return
-        self._last_shown = now
-        seconds, total = now - self._start, self._copies * sum(self._tokens)
-        left = timedelta(seconds=round(seconds * (total - self._done) / self._done))
-        logger.info(
-            "%sed %d %s, %.0f %% of the bases, %.1f %s/s, %.0f bases/s, time left %s",
-            self._doing.removesuffix("e"), self._sequences, self._unit, 100 * self._done / total,
-            self._sequences / seconds, self._unit, self._done / seconds, left,
-        )  # fmt: skip
-
-    def finish(self) -> None:
-        """Figures of the whole run; writing is part of the time, loading is not."""
-        if self._bar is not None:
-            self._bar.close()
-        # of all copies, one process each
-        counts = torch.tensor([self._sequences, self._done], device=megatron.device()) // self._copies
-        if not distributed.is_model_parallel_writer():
-            counts.zero_()
-        torch.distributed.all_reduce(counts)
-        if distributed.rank() == 0:
-            seconds, (num_sequences, num_tokens) = time.perf_counter() - self._start, counts.tolist()
-            logger.info(
-                "%sed %d %s, %d tokens in %.2f s: %.1f %s/s, %.0f tokens/s",
-                self._doing.removesuffix("e"), num_sequences, self._unit, num_tokens, seconds,
-                num_sequences / seconds, self._unit, num_tokens / seconds,
-            )  # fmt: skip

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from evo2_megatron.tasks.transfer import new_files
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +151,5 @@ def write_manifest(output_dir: Path, facts: dict[str, Any]) -> None:
 
 def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside and rename: a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_files([path]) as (partial,), partial.open("wb") as file:
+        write(file)

@@ -115,15 +115,12 @@ class Runner:
         return "hidden_embeddings" if len(self.output.embedding_layers) == 1 else f"hidden_embeddings_layer_{layer}"
 
     def _values(self, tokens_BS: Tensor) -> dict[str, Tensor] | None:
-        pieces = [{name: part.cpu() for name, part in values.items()} for _, values in self._pieces(tokens_BS)]
-        if not pieces:
-            return None
-        return {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
+        return _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
 
     def _log_probs(self, tokens_BS: Tensor) -> Tensor | None:
         """Log-probability of the next token; at the last position of something that is no token."""
-        pieces = [values["log_probs"].cpu() for _, values in self._pieces(tokens_BS)]
-        return torch.cat(pieces, dim=1) if pieces else None
+        joined = _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
+        return None if joined is None else joined["log_probs"]
 
     def _scores(self, log_probs_BL: Tensor, counts_BL: Tensor) -> dict[str, Tensor]:
         # where(), not a product: log-probabilities of padding may be anything, and 0 * nan is nan
@@ -196,8 +193,8 @@ class Runner:
         """
         device = megatron.device()
         pieces = self._pieces_from(state, tokens_BS.to(device), next_BS.to(device), self._chunk(tokens_BS.shape[0]))
-        log_probs = [values["log_probs"].cpu() for _, values in pieces]
-        return torch.cat(log_probs, dim=1) if log_probs else None
+        joined = _joined(pieces, tokens_BS.shape[1])
+        return None if joined is None else joined["log_probs"]
 
     def _chunk(self, batch_size: int) -> int:
         """Tokens of a piece; of several sequences at a time the pieces are shorter."""
@@ -231,6 +228,20 @@ class Runner:
             values = torch.cat(_of_all(values, self._groups.tp), dim=1)
         group = self._groups.cp
         return zigzag_unsplit(_of_all(values, group), 1) if group.size() > 1 else values
+
+
+def _joined(pieces: Iterator[tuple[int, dict[str, Tensor]]], num_tokens: int) -> dict[str, Tensor] | None:
+    """Results [B, S, ...] on the CPU from those of pieces; None if there are none.
+
+    Nothing of a piece stays: small tensors that outlive it would lie between the next one's, and the heap would grow.
+    """
+    joined: dict[str, Tensor] = {}
+    for start, values in pieces:
+        for name, part in values.items():
+            if name not in joined:
+                joined[name] = torch.empty((part.shape[0], num_tokens, *part.shape[2:]), dtype=part.dtype)
+            joined[name][:, start : start + part.shape[1]] = part
+    return joined or None
 
 
 def _pooling_weights(mask_BS: Tensor, pooling: Literal["mean", "last"] | Window) -> Tensor:

@@ -149,6 +149,14 @@ def run(ckpt_dir: Path, **settings: Any) -> list[Row]:
         return check(load_model(ckpt_dir, **settings))
 
 
+def load_model_checked(checkpoint: Path, *, with_self_test: bool, **settings: Any) -> LoadedModel:
+    """``checkpoint.load.load_model``, and ``check`` where it is asked for."""
+    loaded = load_model(checkpoint, **settings)
+    if with_self_test:
+        check(loaded)
+    return loaded
+
+
 def check(loaded: LoadedModel) -> list[Row]:
     """Score the stored windows with a loaded model and compare; all processes of its layout call this alike.
 

@@ -45,7 +45,12 @@ class Session:
             settings: What to generate in each call.
             max_tokens: Room for everything that is fed and generated.
             seed: Of this sequence. None: the settings'.
+
+        Raises:
+            UserError: The settings ask for CUDA graphs, or do not fit the model's vocabulary.
         """
+        if settings.cuda_graphs:
+            raise UserError("a session takes turns with whoever feeds it and records no CUDA graphs; leave them out")
         self._model, self._settings = model, settings
         self._seed = settings.sampling.seed if seed is None else seed
         self._device = next(model.parameters()).device

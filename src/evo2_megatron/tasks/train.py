@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evo2_megatron.model.provider import StripedHyenaProvider
-    from evo2_megatron.tasks.progress import TrainingProgress
     from evo2_megatron.tasks.torch_profile import TorchProfile
+    from evo2_megatron.tasks.training_progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -268,8 +268,8 @@ def _run_loop(
     from megatron.bridge.training.callbacks import CallbackManager
     from megatron.bridge.training.pretrain import pretrain
 
-    from evo2_megatron.tasks.progress import TrainingProgress, quiet_console
     from evo2_megatron.tasks.stragglers import StragglerReport
+    from evo2_megatron.tasks.training_progress import TrainingProgress, quiet_console
 
     speaks = distributed.rank() == distributed.world_size() - 1  # where Megatron writes its log lines
     progress = TrainingProgress(

@@ -57,7 +57,8 @@ def disk_errors() -> Iterator[None]:
     except BrokenPipeError:  # nothing is wrong: whoever reads the output wants no more
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        name = error.filename2 or error.filename  # of a file that could not get its name, that name
+        where = f"{name}: " if name else ""
         raise UserError(f"{where}{error.strerror or error}; no result was written") from error
 
 

@@ -13,25 +13,29 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, load_model
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.load import LoadedModel
+from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test, variant_files
 from evo2_megatron.tasks.allele_scoring import Batch, SharedContext, WholeWindows, make_item
+from evo2_megatron.tasks.batch_progress import Words
 from evo2_megatron.tasks.batching import Backoff
-from evo2_megatron.tasks.predict import BATCH_TOKENS_CUDA, Progress, device_name, position_range
+from evo2_megatron.tasks.predict import BATCH_TOKENS_CUDA, position_range
 from evo2_megatron.tasks.prediction_files import write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output
+from evo2_megatron.tasks.shared_batches import SharedBatches
 from evo2_megatron.tasks.variant_alleles import Allele, read_alleles, report_skipped
 from evo2_megatron.tasks.variant_files import Score
 from evo2_megatron.tasks.variant_windows import Comparison, Group, WindowSettings, make_groups, plan_groups
 
 logger = logging.getLogger(__name__)
+
+_WORDS = Words("Scoring", "Scored", "comparisons")
 
 WINDOW_LENGTH = 8_192
 BATCH_TOKENS_CPU = 8_448
@@ -130,36 +134,21 @@ def score_variants(
     with Genome(fasta) as genome:
         alleles = read_alleles(vcf, genome, windows)
         with distributed.process_groups(parallel, seed=run_config.seed):
-            loaded = _load(checkpoint, run_config, changes, with_self_test, parallel, precision, base_ckpt_dir)
+            loaded = self_test.load_model_checked(
+                checkpoint,
+                with_self_test=with_self_test,
+                parallel=parallel,
+                precision=precision,
+                provider_overrides=changes.overrides(changes.pattern(run_config)),
+                base_ckpt_dir=base_ckpt_dir,
+                fp8=changes.fp8,
+            )
             run = _Scoring(loaded, genome, vcf, alleles, output_dir, formats, settings, windows)
             known = as_json({"variants": settings, "changes": changes, "parallel": parallel})
-            known |= {"window_length": windows.length, "vcf": str(vcf), "fasta": str(fasta)}
-            known |= {
-                f"{name}_sha256": prediction_parts.sha256_of_file(Path(known[name])) for name in ("vcf", "fasta")
-            }
+            known["window_length"] = windows.length
+            for name, path in (("vcf", vcf), ("fasta", fasta)):
+                known |= {name: str(path), f"{name}_sha256": prediction_parts.sha256_of_file(path)}
             run.compute_and_write(known, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
-
-
-def _load(
-    checkpoint: Path,
-    run_config: RunConfig,
-    changes: ModelChanges,
-    with_self_test: bool,
-    parallel: ParallelConfig,
-    precision: str | None,
-    base_ckpt_dir: Path | None,
-) -> LoadedModel:
-    loaded = load_model(
-        checkpoint,
-        parallel=parallel,
-        precision=precision,
-        provider_overrides=changes.overrides(changes.pattern(run_config)),
-        base_ckpt_dir=base_ckpt_dir,
-        fp8=changes.fp8,
-    )
-    if with_self_test:
-        self_test.check(loaded)
-    return loaded
 
 
 @dataclass(slots=True)
@@ -183,14 +172,11 @@ class _Scoring:
         groups, batches = self._plan()
         jobs = [[job for index in batch for job in groups[index].jobs] for batch in batches]
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
-        if first:
-            key = known | {"checkpoint": identity, "precision": self.loaded.precision, "device": device_name()}
-            prediction_parts.begin(self.output_dir, key, jobs, remove_stale=variant_files.remove_stale_files)
-        torch.distributed.barrier()
-        parts = Parts(self.output_dir, jobs)
-        done = [parts.done() if first else None]
-        torch.distributed.broadcast_object_list(done, src=0)
-        for number, result in self._results(groups, batches, done=done[0]):
+        shared = SharedBatches(jobs, _WORDS)
+        parts = shared.resume(
+            self.output_dir, known, self.loaded, identity, remove_stale=variant_files.remove_stale_files
+        )
+        for number, result in self._results([[groups[index] for index in batch] for batch in batches], shared):
             if distributed.is_model_parallel_writer():
                 parts.add(number, result)
         torch.distributed.barrier()
@@ -229,33 +215,31 @@ class _Scoring:
         groups = make_groups(comparisons, self.genome.lengths, self.windows)
         return groups, plan_groups(groups, max_tokens=self._max_tokens)
 
-    def _results(self, groups: list[Group], batches: list[list[int]], done: set[int]) -> Iterator[tuple[int, Batch]]:
-        """Run this copy's share of what is not done; on the last pipeline stage, yield (number, results)."""
+    def _results(self, batches: list[list[Group]], shared: SharedBatches) -> Iterator[tuple[int, Batch]]:
         runner = Runner(
             self.loaded.model,
             Output(log_probs="sum"),
             precision=self.loaded.precision,
             chunk_length=self.settings.chunk_length,
         )
-        can_split = distributed.world_size() == distributed.data_parallel_size()
+        can_split = distributed.is_one_process_per_copy()
         if self.settings.shared_context:
             run = Backoff(SharedContext(runner, max_tokens=self._max_tokens), can_split=can_split)
         else:
             run = WholeWindows(runner, max_tokens=self._max_tokens, can_split=can_split)
-        copy, copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
-        mine = [number for number in range(copy, len(batches), copies) if number not in done]
-        sizes = [sum(groups[i].length * (1 + len(groups[i].edits)) for i in batches[number]) for number in mine]
-        progress = Progress(sizes, unit="comparisons", doing="Score")
-        for number in mine:
-            batch = [groups[index] for index in batches[number]]
-            items = [make_item(group, self.genome, prepend_bos=self.settings.prepend_bos) for group in batch]
-            result = run(items)
-            progress.advance(sum(len(group.jobs) for group in batch))
-            if result is not None:
-                lengths = [len(item["tokens"]) - 1 for item in items for _ in item["alternatives"]]
-                yield number, result | {"num_scored": torch.tensor(lengths)}
-        torch.distributed.barrier()
-        progress.finish()
+        return shared.run(
+            lambda number: self._run_batch(run, batches[number]),
+            tokens=lambda number: sum(group.length * (1 + len(group.edits)) for group in batches[number]),
+            units=lambda number: sum(len(group.jobs) for group in batches[number]),
+        )
+
+    def _run_batch(self, run: Backoff | WholeWindows, batch: list[Group]) -> Batch | None:
+        items = [make_item(group, self.genome, prepend_bos=self.settings.prepend_bos) for group in batch]
+        result = run(items)
+        if result is None:
+            return None
+        lengths = [len(item["tokens"]) - 1 for item in items for _ in item["alternatives"]]
+        return result | {"num_scored": torch.tensor(lengths)}
 
     def _scores(self, parts: Parts) -> Iterator[Score]:
         """Of the alleles that have one, in their order."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evo2_megatron.checkpoint.load import LoadedModel, load_model
+from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
@@ -237,16 +237,15 @@ class _Model:
 
     @classmethod
     def load(cls, checkpoint: GenerationCheckpoint, settings: ModelSettings) -> _Model:
-        loaded = load_model(
+        loaded = self_test.load_model_checked(
             checkpoint.path,
+            with_self_test=settings.with_self_test,
             parallel=ParallelConfig(),
             precision=settings.precision,
             provider_overrides=settings.provider_overrides,
             base_ckpt_dir=settings.base_ckpt_dir,
             fp8=settings.fp8,
         )
-        if settings.with_self_test:
-            self_test.check(loaded)
         decoder = decoder_of(loaded)
         limit = settings.max_seq_length
         if limit is None:
@@ -270,7 +269,7 @@ class _Model:
             pattern=loaded.run_config.pattern,
             vocab_size=checkpoint.vocab_size,
             precision=loaded.precision,
-            device=torch.cuda.get_device_name() if megatron.on_cuda() else "CPU",
+            device=megatron.device_name(),
             max_seq_length=limit,
             module_names=frozenset(module_names(decoder)),
         )
