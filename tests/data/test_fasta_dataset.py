@@ -24,7 +24,7 @@ def path(tmp_path, request):
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_samples(path, prepend_bos):
     dataset = pickle.loads(pickle.dumps(FastaDataset(path, prepend_bos=prepend_bos)))
-    texts = ["ACGTNAC", "|d__Homo;s__x y|ACGT", "A"]
+    texts = ["ACGTNAC", "|D__HOMO;S__X Y|ACGT", "A"]
 
     assert len(dataset) == 3
     assert dataset.ids == ["contig_10", "contig_2", "contig_1"]
@@ -41,7 +41,7 @@ def test_samples(path, prepend_bos):
 
 
 def test_tags(path):
-    dataset = FastaDataset(path, prepend_bos=True, mask_tags=True, upper_case_tags=True)
+    dataset = FastaDataset(path, prepend_bos=True, mask_tags=True)
 
     assert dataset[1]["tokens"].tolist() == [0, *encode("|D__HOMO;S__X Y|ACGT")]
     assert dataset[1]["loss_mask"].tolist() == [0] * 17 + [1] * 4
@@ -51,10 +51,11 @@ def test_tags(path):
 
 def test_case_of_cut_tags(tmp_path):
     (tmp_path / "a.fa").write_text(">a\nens;s__Homo sapiens|acgt|acgt|d__Vir\n>b\nac_gt\n")
-    dataset = FastaDataset(tmp_path / "a.fa")
+    dataset = FastaDataset(tmp_path / "a.fa", keep_tag_case=True)
 
     assert dataset[0]["tokens"].tolist() == encode("ens;s__Homo sapiens|ACGT|ACGT|d__Vir")
     assert dataset[1]["tokens"].tolist() == encode("AC_GT")
+    assert FastaDataset(tmp_path / "a.fa")[0]["tokens"].tolist() == encode("ENS;S__HOMO SAPIENS|ACGT|ACGT|D__VIR")
 
 
 @pytest.mark.parametrize(

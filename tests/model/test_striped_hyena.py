@@ -296,9 +296,10 @@ def test_gradients_reach_the_input_in_eval_mode(one_process):
     assert seen[0].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("soft_masked", [0.1, 0.5, 0.0])
 @pytest.mark.parametrize("to_upper", ["normalized_weighted", "weighted"])
-def test_loss_weighs_soft_masked_bases(one_process, to_upper):
-    model = small("evo2_tiny", to_upper=to_upper)
+def test_loss_weighs_soft_masked_bases(one_process, to_upper, soft_masked):
+    model = small("evo2_tiny", to_upper=to_upper, lowercase_loss_weight=soft_masked)
     ids = torch.tensor([[65, 67, 71, 84, 65, 67]])
     labels = torch.tensor([[67, 103, 116, 65, 67, 0]])  # C g t A C EOD
     mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 1.0]])
@@ -308,7 +309,7 @@ def test_loss_weighs_soft_masked_bases(one_process, to_upper):
         upper = torch.tensor([[67, 71, 84, 65, 67, 0]])
         nats = -model(ids).log_softmax(-1).gather(-1, upper[..., None])[..., 0]
 
-    weight = torch.tensor([[1.0, 0.1, 0.1, 1.0, 0.0, 1.0]])
+    weight = torch.tensor([[1.0, soft_masked, soft_masked, 1.0, 0.0, 1.0]])
     if to_upper == "normalized_weighted":
-        weight *= 5 / 3.2
+        weight *= 5 / (3 + 2 * soft_masked)
     torch.testing.assert_close(got, nats * weight)

@@ -70,6 +70,7 @@ LANDS = [
     ("--spike-no-more-embedding-init", "model.embedding_init_method_std", 1.0),
     ("--use-subquadratic-ops", "model.use_subquadratic_ops", True),
     ("--cross-entropy-loss-fusion", "model.cross_entropy_loss_fusion", True),
+    ("--lowercase-loss-weight 0.5", "model.lowercase_loss_weight", 0.5),
     ("--no-renormalize-loss", "model.to_upper", "weighted"),
     ("--renormalize-loss-over micro-batch", "model.loss_normalization", "micro_batch"),
     ("--no-calculate-per-token-loss", "model.calculate_per_token_loss", False),

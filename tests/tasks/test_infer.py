@@ -31,7 +31,7 @@ def uncached_log_probs(checkpoint, record):
     from evo2_megatron.data.tokenizer import encode
     from evo2_megatron.runtime.distributed import process_groups
 
-    ids = torch.tensor([encode(record["prompt"] + record["completion"], 512)])
+    ids = torch.tensor([encode(record["prompt"].upper() + record["completion"], 512)])
     with process_groups(ParallelConfig()), torch.inference_mode():
         logits_TV = load_model(checkpoint, parallel=ParallelConfig()).model(ids)[0]
     log_prob_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).squeeze(1)

@@ -68,7 +68,6 @@ def predict(checkpoint, fasta, tmp_path):
 def logits(checkpoint):
     """Float64 logits and ids of each record alone; with and without the token in front."""
     from evo2_megatron.checkpoint.load import load_model
-    from evo2_megatron.data.fasta_dataset import upper_bases
     from evo2_megatron.runtime.distributed import process_groups
 
     with process_groups(ParallelConfig()), torch.no_grad():
@@ -76,7 +75,7 @@ def logits(checkpoint):
         found = {}
         for with_bos in (False, True):
             for name, bases in RECORDS.items():
-                ids = torch.tensor([0] * with_bos + list(upper_bases(bases.encode())))
+                ids = torch.tensor([0] * with_bos + list(bases.upper().encode()))
                 found[name, with_bos] = (model(ids[None])[0].double(), ids)
     return found
 

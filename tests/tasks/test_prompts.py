@@ -76,6 +76,8 @@ def test_files_that_are_not_what_they_seem(tmp_path, name, content, message):
 
 def test_encode_prompt():
     assert encode_prompt(Prompt("x", "AC<EOS>"), 512) == [65, 67, 0]
+    assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512) == [*b"|D__B|AC", 0]
+    assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512, keep_case=True) == [*b"|d__B|aC", 0]
     with pytest.raises(UserError, match="Prompt 'x' is empty"):
         encode_prompt(Prompt("x", ""), 512)
     with pytest.raises(UserError, match="Prompt 'x' has '\u0101' at character 2.*256 tokens"):

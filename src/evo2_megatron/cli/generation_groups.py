@@ -17,8 +17,17 @@ from evo2_megatron.config import UserError
 logger = logging.getLogger(__name__)
 
 
+def add_prompt_case(parser: argparse._ActionsContainer) -> None:
+    """Add ``--keep-prompt-case``, which ``drawing`` reads."""
+    parser.add_argument(
+        "--keep-prompt-case",
+        action="store_true",
+        help="show prompts to the model as they are, not in upper case as in training",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``drawing`` reads, with those of ``add_stopping``."""
+    """Add the flags that ``drawing`` reads, with those of ``add_stopping`` and ``add_prompt_case``."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="0 takes the most probable base (default: 1.0)"
@@ -89,6 +98,7 @@ def drawing(args: argparse.Namespace) -> dict[str, Any]:
         "alphabet": args.alphabet or "",
         "stop_strings": tuple(args.stop_string),
         "include_stop_string": args.include_stop_string,
+        "keep_prompt_case": args.keep_prompt_case,
     }
 
 

@@ -98,7 +98,8 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
+    prompts = parser.add_argument_group("prompts")
+    group = prompts.add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", metavar="TEXT", help="sequence to start from (default: none)")
     group.add_argument(
         "--prompt-file",
@@ -106,6 +107,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="instead: FASTA, JSON Lines or text, as for infer_evo2; each prompt is a search (default: none)",
     )
+    generation_groups.add_prompt_case(prompts)
 
 
 def _add_scorer(parser: argparse.ArgumentParser) -> None:

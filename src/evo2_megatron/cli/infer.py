@@ -163,6 +163,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help='used instead, plain or gzip: FASTA; JSON Lines with {"id": "...", "prompt": "...", "seed": 1}, of which '
         "only prompt must be; or text with one prompt per line (default: none)",
     )
+    generation_groups.add_prompt_case(group)
     group.add_argument(
         "--num-samples",
         type=groups.positive_int,

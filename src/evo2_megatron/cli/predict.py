@@ -73,6 +73,7 @@ def _main(argv: Sequence[str] | None) -> None:
         sequences=Sequences(
             prepend_bos=args.prepend_bos,
             mask_phylogenetic_tags=args.mask_phylogenetic_tags,
+            keep_tag_case=args.keep_tag_case,
             both_strands=args.both_strands,
             max_seq_length=args.max_seq_length,
             micro_batch_size=args.micro_batch_size,
@@ -202,6 +203,11 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mask-phylogenetic-tags", action="store_true", help="do not score lineage tags inside sequences"
+    )
+    group.add_argument(
+        "--keep-tag-case",
+        action="store_true",
+        help="show lineage tags to the model as they are, not in upper case as in training",
     )
     group.add_argument(
         "--max-seq-length",

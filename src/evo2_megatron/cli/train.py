@@ -117,6 +117,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--spike-no-more-embedding-init", "embeddings from N(0, 1), not shared with the output layer")
     groups.add_kernels(group)
     _switch(group, "--cross-entropy-loss-fusion", "one fused kernel for the loss")
+    _value(group, "--lowercase-loss-weight", float, "of repeat-masked bases; 0: do not learn them (default: 0.1)")
     _switch(group, "--no-renormalize-loss", "do not rescale the loss to make up for down-weighted lower case")
     group.add_argument(
         "--renormalize-loss-over",
@@ -137,6 +138,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
         "spike_no_more_embedding_init": args.spike_no_more_embedding_init,
         "use_subquadratic_ops": groups.use_subquadratic_ops(args),
         "cross_entropy_loss_fusion": args.cross_entropy_loss_fusion,
+        "lowercase_loss_weight": args.lowercase_loss_weight,
         "renormalize_loss": _off(args.no_renormalize_loss),
         "loss_normalization": args.renormalize_loss_over and args.renormalize_loss_over.replace("-", "_"),
         "calculate_per_token_loss": _off(args.no_calculate_per_token_loss),

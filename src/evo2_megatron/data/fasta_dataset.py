@@ -25,19 +25,18 @@ class FastaDataset(Dataset):
         *,
         prepend_bos: bool = False,
         mask_tags: bool = False,
-        upper_case_tags: bool = False,
+        keep_tag_case: bool = False,
     ) -> None:
         """Find and check every record.
 
-        Bases are upper-cased. Text between pipes that contains ``_`` or ``;``, a lineage tag, keeps its case unless
-        ``upper_case_tags``.
+        Everything is upper-cased, as what models read in training was; lineage tags, too.
 
         Args:
             path: FASTA, plain or gzip, with unique names.
             prepend_bos: Begin every sample with token 0 (EOD), which separated documents in training, so that the
                 first base is scored too.
             mask_tags: Take lineage tags out of ``loss_mask``.
-            upper_case_tags: Upper-case tags too, as training does with its inputs.
+            keep_tag_case: Leave the case of lineage tags, text between pipes that contains ``_`` or ``;``.
 
         Raises:
             UserError: The file is no FASTA, two records share a name, one is empty, or one holds a character that has
@@ -46,7 +45,7 @@ class FastaDataset(Dataset):
         self._index = FastaIndex(path)
         self._prepend_bos = prepend_bos
         self._mask_tags = mask_tags
-        self._upper_case_tags = upper_case_tags
+        self._keep_tag_case = keep_tag_case
         self.lengths: list[int] = []
         """Tokens per sample, with the prepended one."""
         for i in range(len(self._index)):
@@ -96,7 +95,7 @@ class FastaDataset(Dataset):
 
     def _encode(self, index: int) -> bytes:
         sequence = self.sequence(index)
-        sequence = sequence.upper() if self._upper_case_tags else upper_bases(sequence)
+        sequence = upper_bases(sequence) if self._keep_tag_case else sequence.upper()
         return encode_sequence(sequence, name=self._name(index))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of the next-token loss: soft-masked (lower-case) bases count for a tenth.
+"""Weights of the next-token loss: soft-masked (lower-case) bases count less, a tenth unless told otherwise.
 
 Shape legend: B batch, L tokens.
 """
@@ -15,8 +15,7 @@ from torch import Tensor
 from evo2_megatron.ops.casing import is_lower
 
 LOWERCASE_WEIGHT = 0.1
-"""Weight of a repeat-masked base relative to any other (Evo 2's training)."""
-
+"""Weight of a repeat-masked base relative to any other in Evo 2's training."""
 
 Normalization = Literal["sequence", "micro_batch"]
 """Over what lower-case weights are made up for: each sequence by itself, which does not depend on how a batch is
@@ -28,6 +27,7 @@ def loss_weights(
     loss_mask_BL: Tensor,
     *,
     normalize: Normalization | None,
+    lowercase_weight: float = LOWERCASE_WEIGHT,
     split_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Weight of each label in the loss, float32 [B, L].
@@ -37,10 +37,11 @@ def loss_weights(
         loss_mask_BL: 1 where the label counts, 0 elsewhere.
         normalize: Scale the weights so that their sum, over this, is the number of labels that count (at most: a sum
             of weights below 1 is taken as 1); None: do not.
+        lowercase_weight: Of a repeat-masked base relative to any other.
         split_group: The processes that each sequence is split over, if it is.
     """
     mask_BL = loss_mask_BL.float()
-    weight_BL = mask_BL * torch.where(is_lower(labels_BL), LOWERCASE_WEIGHT, 1.0)
+    weight_BL = mask_BL * torch.where(is_lower(labels_BL), lowercase_weight, 1.0)
     if normalize is None:
         return weight_BL
     sums_2B = torch.stack([mask_BL.sum(1), weight_BL.sum(1)])

@@ -21,7 +21,7 @@ from evo2_megatron import layouts
 from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture, architecture
 from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
-from evo2_megatron.model.loss import Normalization
+from evo2_megatron.model.loss import LOWERCASE_WEIGHT, Normalization
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.ops.backends import can_run_compiled
 from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
@@ -71,6 +71,9 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
 
     to_upper: str = "normalized_weighted"
     """How lower-case labels count: ``normalized_weighted`` or ``weighted`` (see ``model.loss``)."""
+
+    lowercase_loss_weight: float = LOWERCASE_WEIGHT
+    """Weight of a lower-case label, whichever of the two."""
 
     loss_normalization: Normalization = "sequence"
     """Over what ``normalized_weighted`` normalizes: ``sequence`` or ``micro_batch`` (see ``model.loss``)."""
@@ -136,6 +139,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             )
         if self.to_upper not in ("normalized_weighted", "weighted"):
             raise UserError(f"to_upper is {self.to_upper!r}; choose normalized_weighted or weighted")
+        if not 0 <= self.lowercase_loss_weight < math.inf:
+            raise UserError(f"the weight of lower case is {self.lowercase_loss_weight}; give a number from 0 on")
         if self.loss_normalization not in get_args(Normalization):
             raise UserError(f"loss_normalization is {self.loss_normalization!r}; choose sequence or micro_batch")
 

@@ -173,6 +173,7 @@ class StripedHyenaModel(LanguageModule):
             labels,
             loss_BL.new_ones(loss_BL.shape) if loss_mask is None else loss_mask,
             normalize=self.config.loss_normalization if self.config.to_upper == "normalized_weighted" else None,
+            lowercase_weight=self.config.lowercase_loss_weight,
             split_group=self.pg_collection.cp,
         )
         return loss_BL * weight_BL

@@ -67,6 +67,7 @@ class TrainingOptions:
     use_subquadratic_ops: bool = False
     cross_entropy_loss_fusion: bool = False
     renormalize_loss: bool = True
+    lowercase_loss_weight: float = 0.1
     loss_normalization: Literal["sequence", "micro_batch"] = "sequence"
     calculate_per_token_loss: bool = True
 

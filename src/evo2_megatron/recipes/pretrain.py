@@ -126,6 +126,7 @@ def _model(options: TrainingOptions) -> StripedHyenaProvider:
         use_subquadratic_ops=options.use_subquadratic_ops,
         cross_entropy_loss_fusion=options.cross_entropy_loss_fusion,
         to_upper="normalized_weighted" if options.renormalize_loss else "weighted",
+        lowercase_loss_weight=options.lowercase_loss_weight,
         loss_normalization=options.loss_normalization,
         calculate_per_token_loss=options.calculate_per_token_loss,
         tensor_model_parallel_size=layout.tensor,

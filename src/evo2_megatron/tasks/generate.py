@@ -69,6 +69,9 @@ class GenerationSettings:
     vocab_size: int | None = None
     """Tokens that the tokenizer knows; ids from there on are never drawn. None: as many as the model."""
 
+    keep_prompt_case: bool = False
+    """Show prompts given as text to the model as they are, and not in upper case as what it read in training."""
+
     max_batch_size: int = 1
     """Most prompts that go through the model together."""
 

@@ -145,7 +145,7 @@ def _starts(prompts: Sequence[Prompt], checkpoint: GenerationCheckpoint, setting
     starts = []
     for number, prompt in enumerate(prompts):
         base, own = (settings.sampling.seed, number) if prompt.seed is None else (prompt.seed, 0)
-        ids = encode_prompt(prompt, checkpoint.vocab_size)
+        ids = encode_prompt(prompt, checkpoint.vocab_size, keep_case=settings.keep_prompt_case)
         starts.append(_Start(prompt, ids, derive_seed(base, prompt=own)))
     return starts
 

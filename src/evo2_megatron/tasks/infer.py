@@ -231,7 +231,7 @@ def _prepare(
     settings.check_vocabulary(checkpoint.vocab_size)
     sequences = []
     for number, prompt in enumerate(prompts):
-        ids = encode_prompt(prompt, checkpoint.vocab_size)
+        ids = encode_prompt(prompt, checkpoint.vocab_size, keep_case=settings.keep_prompt_case)
         base, own = (settings.sampling.seed, number) if prompt.seed is None else (prompt.seed, 0)
         sequences += [
             _Sequence(prompt, ids, derive_seed(base, prompt=own, sample=sample), None if num_samples == 1 else sample)

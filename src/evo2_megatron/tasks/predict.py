@@ -80,9 +80,7 @@ def predict(
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))
-    dataset = FastaDataset(fasta, prepend_bos=sequences.prepend_bos, mask_tags=sequences.mask_phylogenetic_tags)
-    _check_lengths(dataset, sequences.max_seq_length or position_range(run_config, changes))
-    _check_window(dataset, output, int(sequences.prepend_bos))
+    dataset = _dataset(fasta, output, sequences, position_range(run_config, changes))
     with distributed.process_groups(parallel, seed=run_config.seed):
         loaded = self_test.load_model_checked(
             checkpoint,
@@ -117,6 +115,18 @@ def position_range(run_config: RunConfig, changes: ModelChanges) -> int:
         return run_config.seq_length
     trained = run_config.model.get("seq_len_interpolation_factor") or 1.0
     return int(run_config.seq_length * changes.seq_len_interpolation_factor / trained)
+
+
+def _dataset(fasta: Path, output: Output, sequences: Sequences, trained_for: int) -> FastaDataset:
+    dataset = FastaDataset(
+        fasta,
+        prepend_bos=sequences.prepend_bos,
+        mask_tags=sequences.mask_phylogenetic_tags,
+        keep_tag_case=sequences.keep_tag_case,
+    )
+    _check_lengths(dataset, sequences.max_seq_length or trained_for)
+    _check_window(dataset, output, int(sequences.prepend_bos))
+    return dataset
 
 
 def _check_lengths(dataset: FastaDataset, limit: int) -> None:

@@ -161,6 +161,9 @@ class Sequences:
     mask_phylogenetic_tags: bool = False
     """Do not score lineage tags (``|d__Bacteria;...|``) inside sequences."""
 
+    keep_tag_case: bool = False
+    """Show them to the model as they are, and not in upper case as in training."""
+
     both_strands: bool = False
     """Take the mean of the results of a sequence and of its reverse complement."""
 

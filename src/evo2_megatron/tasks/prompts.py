@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import string
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".frn")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_UPPER = {ord(letter): ord(letter.upper()) for letter in string.ascii_lowercase}
 
 
 class Prompt(NamedTuple):
@@ -30,7 +32,7 @@ class Prompt(NamedTuple):
     """Name that its record carries."""
 
     text: str
-    """Bases and lineage tags, one character per token; case matters."""
+    """Bases and lineage tags, one character per token."""
 
     seed: int | None = None
     """Decides its random numbers; None: made from the run's seed and its number."""
@@ -72,8 +74,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [Prompt(str(number), line) for number, line in lines]
 
 
-def encode_prompt(prompt: Prompt, vocab_size: int) -> list[int]:
-    """Token ids of a prompt; UserError if it is empty or has a character that is no token."""
+def encode_prompt(prompt: Prompt, vocab_size: int, *, keep_case: bool = False) -> list[int]:
+    """Token ids of a prompt, in upper case unless ``keep_case``: what models read in training was.
+
+    Raises:
+        UserError: It is empty or has a character that is no token.
+    """
     if not prompt.text:
         raise UserError(f"Prompt {prompt.id!r} is empty; give at least one character")
     outside = tokenizer.outside_vocabulary(prompt.text, vocab_size)
@@ -82,7 +88,8 @@ def encode_prompt(prompt: Prompt, vocab_size: int) -> list[int]:
             f"Prompt {prompt.id!r} has {outside[0]!r} at character {prompt.text.index(outside[0]) + 1}, which is not "
             f"among the tokenizer's {vocab_size} tokens; remove it"
         )
-    return tokenizer.encode(prompt.text, vocab_size)
+    ids = tokenizer.encode(prompt.text, vocab_size)
+    return ids if keep_case else [_UPPER.get(i, i) for i in ids]
 
 
 def _read(path: Path) -> bytes:

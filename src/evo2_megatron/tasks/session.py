@@ -69,7 +69,8 @@ class Session:
         Raises:
             UserError: It is empty, has a character that the tokenizer does not know, or does not fit into the room.
         """
-        ids = encode_prompt(Prompt("session", text), self._settings.vocab_size or self._model.vocab_size)
+        vocab_size = self._settings.vocab_size or self._model.vocab_size
+        ids = encode_prompt(Prompt("session", text), vocab_size, keep_case=self._settings.keep_prompt_case)
         self._check_room(len(ids))
         self._pending += ids
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from evo2_megatron.data.fasta_dataset import make_sample, upper_bases
+from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.data.tokenizer import INVALID, SEQUENCE_TOKENS
 from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.completion import Generation
@@ -145,7 +145,7 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
                     f"output_layers: the model has no layer {name!r}; choose decoder.layers.0 to "
                     f"decoder.layers.{info.num_layers - 1}, output_layer, or another name of GET /v1/metadata",
                 )
-        (item,) = _items([body.sequence], info, upper=False)
+        (item,) = _items([body.sequence], info)
         vectors = await _result(engine, LayersJob(item=item, modules=sorted(set(modules.values()))), request)
         arrays = {f"{name}.output": vectors.rows[0][module] for name, module in modules.items()}
         return {"data": _npz(arrays), "elapsed_ms": round(_since(start))}
@@ -226,7 +226,8 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def _generate_job(body: schemas.GenerateRequest, info: ModelInfo, *, wants_logits: bool = False) -> GenerateJob:
-    ids = list(_encode(body.prompt.encode("utf-8", "surrogatepass"), "prompt"))
+    text = body.prompt.encode("utf-8", "surrogatepass")
+    ids = list(_encode(text if body.keep_prompt_case else text.upper(), "prompt"))
     if len(ids) + body.max_new_tokens > info.max_seq_length:
         raise Refused(
             413,
@@ -248,13 +249,11 @@ def _generate_job(body: schemas.GenerateRequest, info: ModelInfo, *, wants_logit
     return GenerateJob(ids=ids, seed=seed, settings=settings, wants_pieces=body.stream, wants_logits=wants_logits)
 
 
-def _items(
-    sequences: list[str], info: ModelInfo, *, prepend_bos: bool = False, mask_tags: bool = False, upper: bool = True
-) -> list[Item]:
+def _items(sequences: list[str], info: ModelInfo, *, prepend_bos: bool = False, mask_tags: bool = False) -> list[Item]:
     items = []
     for number, sequence in enumerate(sequences):
         name, text = f"sequence {number}", sequence.encode("utf-8", "surrogatepass")
-        ids = _encode(upper_bases(text) if upper else text, name)
+        ids = _encode(text.upper(), name)
         if len(ids) + prepend_bos > info.max_seq_length:
             raise Refused(
                 413,

@@ -28,6 +28,7 @@ class GenerateRequest(Request):
     """A prompt, and how to go on with it."""
 
     prompt: Sequence
+    keep_prompt_case: bool = Field(False, description="do not show it to the model in upper case, as in training")
     max_new_tokens: int = Field(100, ge=1, description="most bases to add")
     temperature: Finite = Field(1.0, ge=0, description="0 takes the most probable base")
     top_k: int = Field(0, ge=0, description="draw among so many most probable; 0: no limit")
