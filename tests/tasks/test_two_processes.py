@@ -170,13 +170,13 @@ cores = int(sys.argv.pop(1))
 os.sched_getaffinity = lambda pid: set(range(cores))
 """
 SLOW = """
-pwrite = os.pwrite
+pwritev = os.pwritev
 def slow(*arguments):
     os.write(1, b"%d\\n" % os.getpid())
     for _ in range(1000):
         time.sleep(0.05)
-    return pwrite(*arguments)
-os.pwrite = slow
+    return pwritev(*arguments)
+os.pwritev = slow
 """
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 

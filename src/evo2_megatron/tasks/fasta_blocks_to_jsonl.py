@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FASTA to JSON Lines in two processes, each of which takes every second block of the file.
+"""FASTA to JSON Lines in two processes, each of which takes every second run of blocks of the file.
 
 A block's text needs nothing from other blocks where lines are tidy: a record that goes on has only bases there. Its
-place in the output is all that comes before it; so as soon as a process has made a text, before it writes it, it tells
-the other one where the next begins. ``fasta_to_jsonl`` in one process is the reference, and does what is not tidy.
+place in the output is all that comes before it; so as soon as a process has made the texts of a run, before it writes
+them, it tells the other one where the next begins. ``fasta_to_jsonl`` in one process is the reference, and does what
+is not tidy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from pathlib import Path
 
 from evo2_megatron.data.fasta import BLOCK_BYTES
 from evo2_megatron.tasks.two_processes import Channel, Gone, second_process, write_at
+
+_RUN_BLOCKS = 4
+"""Blocks of a run: telling the other process and waiting for it costs as much as a block, and four fit into a
+cache."""
 
 _PROBE_BYTES = 1 << 12
 _NEWLINE = 10
@@ -40,7 +45,7 @@ def convert(source: Path, target: Path, json_name: Callable[[bytes], bytes], *, 
         with second_process(lambda channel: channel.send(blocks.write(1, channel)[0])) as channel:
             num_records, end = blocks.write(0, channel)
             num_records += channel.receive()
-        write_at(out, _END, end)
+        write_at(out, [_END], end)
     except (*Gone, _NotTidyError):
         return None
     finally:
@@ -57,27 +62,36 @@ class _Blocks:
         self._size = os.fstat(file).st_size
 
     def write(self, first: int, channel: Channel) -> tuple[int, int]:
-        """Write every second block from ``first`` on; return how many records begin there and where all blocks end."""
-        num_blocks = -(-self._size // BLOCK_BYTES)
+        """Write every second run from ``first`` on; return how many records begin there and where all blocks end."""
+        num_runs = -(-self._size // (_RUN_BLOCKS * BLOCK_BYTES))
         num_records = end = 0
-        for number in range(first, num_blocks, 2):
-            start = self._cut(number)
-            block = os.pread(self._file, self._cut(number + 1) - start, start)
-            # the file has to begin with a header; and within a long line a '>' is none
-            if block.startswith(b">") != (number == 0) and start == number * BLOCK_BYTES:
-                raise _NotTidyError
-            texts = self._texts(block)
-            if number == 0:
-                texts[1] = _BEGIN
-            num_records += len(texts) // 4
-            text = b"".join(texts)
-            place = channel.receive() if number else 0
-            end = place + len(text)
+        for run in range(first, num_runs, 2):
+            texts, num_here = self._run(run)
+            num_records += num_here
+            place = channel.receive() if run else 0
+            end = place + sum(map(len, texts))
             channel.send(end)
-            write_at(self._out, text, place)
-        if num_blocks % 2 == first:  # the last one was the other's
+            write_at(self._out, texts, place)
+        if num_runs % 2 == first:  # the last one was the other's
             end = channel.receive()
         return num_records, end
+
+    def _run(self, run: int) -> tuple[list[bytes], int]:
+        """The text of each block of a run, and how many records begin in them."""
+        texts, num_records = [], 0
+        end = self._cut(run * _RUN_BLOCKS)
+        for number in range(run * _RUN_BLOCKS, (run + 1) * _RUN_BLOCKS):
+            start, end = end, self._cut(number + 1)
+            block = os.pread(self._file, end - start, start)
+            # the file has to begin with a header; and within a long line a '>' is none
+            if block.startswith(b">") != (number == 0) and start == number * BLOCK_BYTES < self._size:
+                raise _NotTidyError
+            of_block = self._texts(block)
+            if number == 0:
+                of_block[1] = _BEGIN
+            num_records += len(of_block) // 4
+            texts.append(b"".join(of_block))
+        return texts, num_records
 
     def _cut(self, number: int) -> int:
         """Where a block begins: at the first line that begins in it, or, if none does, within that long line."""

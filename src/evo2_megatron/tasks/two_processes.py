@@ -13,7 +13,7 @@ import marshal
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,15 @@ class PlacedWriter:
 
     def write(self, data: bytes) -> None:
         """Write all of it."""
-        write_at(self._file, data, self._offset)
+        write_at(self._file, [data], self._offset)
         self._offset += len(data)
 
 
-def write_at(file: int, data: bytes, offset: int) -> None:
-    """Write all of ``data`` at a place of an open file."""
-    rest = memoryview(data)
-    while rest:  # one call may write less, to a disk that is full for example
-        num = os.pwrite(file, rest, offset)
-        rest, offset = rest[num:], offset + num
+def write_at(file: int, pieces: Sequence[bytes], offset: int) -> None:
+    """Write all ``pieces``, of which there are 1,024 at most, one after the other at a place of an open file."""
+    num = os.pwritev(file, pieces, offset)
+    if num < sum(map(len, pieces)):  # one call may write less, to a disk that is full for example
+        rest = memoryview(b"".join(pieces))
+        while rest := rest[num:]:
+            offset += num
+            num = os.pwrite(file, rest, offset)
