@@ -71,7 +71,7 @@ def test_parameters_on_the_meta_device(one_process, model_size):
         ({"hybrid_override_pattern": "SDXX"}, "may contain only"),
         ({"loss_normalization": "batch"}, "choose sequence or micro_batch"),
         ({"to_upper": "none"}, "choose normalized_weighted or weighted"),
-        ({"lowercase_loss_weight": -0.1}, "the weight of lower case is -0.1; give a number from 0 on"),
+        ({"lowercase_loss_weight": -0.1}, "--lowercase-loss-weight is -0.1; give a number from 0 on"),
     ],
 )
 def test_what_does_not_fit_is_refused(one_process, settings, message):

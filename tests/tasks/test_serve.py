@@ -205,7 +205,9 @@ def test_status(server, checkpoint):
     assert about["limits"]["max_seq_length"] == MAX_LENGTH and about["limits"]["max_batch_size"] == 8
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/generate", "/v1/score", "/v1/embed", "/biology/arc/evo2/generate"} <= set(paths)
-    assert server.get("/docs").status_code == 200
+    parts = re.findall(r'(?:src|href)="([^"]+)"', server.get("/docs").text)
+    assert len(parts) == 3 and all(part.startswith("/") for part in parts), "the page needs no other server"
+    assert [server.get(part).status_code for part in parts] == [200, 200, 200]
 
 
 LONG = "A" * (MAX_LENGTH + 1)

@@ -140,7 +140,7 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
         if self.to_upper not in ("normalized_weighted", "weighted"):
             raise UserError(f"to_upper is {self.to_upper!r}; choose normalized_weighted or weighted")
         if not 0 <= self.lowercase_loss_weight < math.inf:
-            raise UserError(f"the weight of lower case is {self.lowercase_loss_weight}; give a number from 0 on")
+            raise UserError(f"--lowercase-loss-weight is {self.lowercase_loss_weight}; give a number from 0 on")
         if self.loss_normalization not in get_args(Normalization):
             raise UserError(f"loss_normalization is {self.loss_normalization!r}; choose sequence or micro_batch")
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.server.engine import Engine
@@ -27,7 +28,7 @@ _DESCRIPTION = "Continue, score and embed DNA with an Evo 2 model. Routes under 
 
 def make_app(engine: Engine) -> FastAPI:
     """The application in front of an engine, which may still be loading."""
-    app = FastAPI(title="evo2_serve", description=_DESCRIPTION, version=metadata.version("evo2-megatron"))
+    app = FastAPIOffline(title="evo2_serve", description=_DESCRIPTION, version=metadata.version("evo2-megatron"))
     app.include_router(make_router(engine))
     app.add_middleware(_BodyLimit, engine=engine)
 
