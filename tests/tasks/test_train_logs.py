@@ -16,7 +16,8 @@ from tasks.test_train import SMALL, train_all
 
 TAGS = {
     "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",
-    "lm loss validation ppl", "lm loss validation ppl vs samples", "learning-rate", "learning-rate vs samples",
+    "lm loss validation ppl", "lm loss validation ppl vs samples", "lm loss test", "lm loss test ppl",
+    "learning-rate", "learning-rate vs samples",
     "batch-size", "batch-size vs samples", "loss-scale", "loss-scale vs samples", "grad-norm",
     "grad-norm vs samples", "params-norm", "params-norm vs samples", "world-size", "world-size vs samples",
     "num-zeros", "num-zeros vs samples", "iteration-time", "throughput/tflops", "throughput/tflops/device",
@@ -52,6 +53,15 @@ def scalars(logs):
     events = EventAccumulator(str(logs[0] / "tb_logs"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_the_test_set_is_not_the_validation_set(logs, scalars):
+    """What is printed and what is written are the same losses, by the names of their sets."""
+    printed = re.findall(r"at iteration 6 on (validation|test) set \| lm loss value: (\S+)", logs[1][1].text)
+    assert {name: float(value) for name, value in printed} == {
+        name: pytest.approx(scalars[f"lm loss {name}"][6], rel=1e-6) for name in ("validation", "test")
+    }
+    assert printed[0][1] != printed[1][1]
 
 
 def test_tags(scalars):
@@ -121,7 +131,15 @@ def test_weights_and_biases_gets_what_tensorboard_gets(sent, scalars):
         step = int(items.get("_step", record.history.step.num))
         for tag, value in items.items():
             history.setdefault(tag, {})[step] = value
-    for tag in ("lm loss", "lm loss validation", "learning-rate", "grad-norm", "throughput/mfu", "iteration-time"):
+    for tag in (
+        "lm loss",
+        "lm loss validation",
+        "lm loss test",
+        "learning-rate",
+        "grad-norm",
+        "throughput/mfu",
+        "iteration-time",
+    ):
         assert history[tag] == pytest.approx(scalars[tag], rel=1e-6), tag
 
 

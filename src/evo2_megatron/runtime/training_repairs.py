@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
-machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more.
+machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And a
+defect of the curves that it leaves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from evo2_megatron.runtime import megatron
@@ -17,10 +19,12 @@ from evo2_megatron.runtime import megatron
 def install() -> None:
     """Put the repairs that this machine needs in place; call after ``megatron.enter``."""
     from megatron.bridge.data import loaders
+    from megatron.bridge.training import pretrain
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
 
     _repair_sample_counts(loaders)
+    _name_test_losses(pretrain)
     _repair_padded_buckets(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
@@ -59,6 +63,44 @@ def samples_left(train: Any, step: int) -> tuple[int, int]:
     evaluations = train.train_iters // train.eval_interval - step // train.eval_interval + 1
     steps = train.train_iters - step
     return steps * train.global_batch_size, evaluations * train.eval_iters * train.global_batch_size
+
+
+def _name_test_losses(pretrain: Any) -> None:
+    """Megatron Bridge 0.3.1 writes the loss of the test set as validation's, at the step of the last validation.
+
+    Ends when ``evaluate_and_print_results`` names what it writes by ``is_test``.
+    """
+    upstream = pretrain.evaluate_and_print_results
+
+    @functools.wraps(upstream)
+    def evaluate(state: Any, *args: Any, is_test: bool = False, **settings: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            if is_test and state.tensorboard_logger is not None:
+                stack.enter_context(_renaming(state.tensorboard_logger, "add_scalar", _of_test))
+            if is_test and state.wandb_logger is not None:
+                stack.enter_context(_renaming(state.wandb_logger, "log", _all_of_test))
+            upstream(state, *args, is_test=is_test, **settings)
+
+    pretrain.evaluate_and_print_results = evaluate
+
+
+def _of_test(tag: str) -> str:
+    return tag.replace(" validation", " test")
+
+
+def _all_of_test(values: dict[str, Any]) -> dict[str, Any]:
+    return {_of_test(tag): value for tag, value in values.items()}
+
+
+@contextlib.contextmanager
+def _renaming(writer: Any, method: str, renamed: Callable[[Any], Any]) -> Iterator[None]:
+    """Let a writer's method rename what it is given first."""
+    write = getattr(writer, method)
+    setattr(writer, method, lambda what, *rest: write(renamed(what), *rest))
+    try:
+        yield
+    finally:
+        setattr(writer, method, write)
 
 
 def _repair_padded_buckets(cls: Any) -> None:

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     pass
 
 _PANELS = (
-    ("loss, nat per token", (("lm loss", "training"), ("lm loss validation", "validation"))),
+    (
+        "loss, nat per token",
+        (("lm loss", "training"), ("lm loss validation", "validation"), ("lm loss test", "test")),
+    ),
     ("learning rate", (("learning-rate", None),)),
     ("gradient norm", (("grad-norm", None),)),
 )
+_MARKERS = {"lm loss validation": "o", "lm loss test": "*"}
+"""Of curves with few points."""
 
 
 class Curve(NamedTuple):
@@ -65,9 +70,7 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
             for tag, kind in tags:
                 if tag in of_run:
                     style = {"color": f"C{number}", "label": name if kind is None else f"{name}, {kind}"}
-                    _draw(
-                        panel, tag, of_run[tag], 1 if tag in ("lm loss validation", "learning-rate") else smooth, style
-                    )
+                    _draw(panel, tag, of_run[tag], 1 if tag == "learning-rate" else smooth, style)
     for panel, (title, _) in zip(axes, _PANELS):
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
@@ -84,8 +87,8 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
 
 
 def _draw(panel, tag: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:
-    if tag == "lm loss validation":
-        panel.plot(*curve, marker="o", markersize=3, linestyle="--", linewidth=1, **style)
+    if tag in _MARKERS:
+        panel.plot(*curve, marker=_MARKERS[tag], markersize=4, linestyle="--", linewidth=1, **style)
         return
     if smooth > 1:
         panel.plot(*curve, linewidth=0.7, alpha=0.3, color=style["color"])
