@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,12 @@ def test_every_flag_says_what_it_means_and_its_default(command):
         optional = not action.required and action.nargs != 0
         if optional and not isinstance(action, argparse.BooleanOptionalAction):
             assert "default: " in action.help, action.option_strings
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_modules_run_as_the_commands_do(command, capsys, monkeypatch):
+    """``python -m`` and ``torchrun -m`` need no console script."""
+    monkeypatch.setattr("sys.argv", ["module", "--help"])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(importlib.import_module(f"evo2_megatron.cli.{command}").__file__, run_name="__main__")
+    assert ending.value.code == 0 and capsys.readouterr().out.startswith("usage: ")

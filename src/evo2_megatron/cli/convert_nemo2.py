@@ -35,3 +35,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.convert import Result, nemo2_to_mbridge  # torch loads here, not for --help
 
     print(nemo2_to_mbridge(args.nemo2_ckpt_dir, Result(**groups.conversion(args)), verify=args.verify))
+
+
+if __name__ == "__main__":
+    main()

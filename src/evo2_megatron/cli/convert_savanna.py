@@ -52,3 +52,7 @@ def _convert(argv: Sequence[str] | None) -> None:
             verify=args.verify,
         )
     )
+
+
+if __name__ == "__main__":
+    main()

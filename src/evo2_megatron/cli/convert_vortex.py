@@ -42,3 +42,7 @@ def _convert(argv: Sequence[str] | None) -> None:
 
     result = Result(**groups.conversion(args))
     print(vortex_to_mbridge(args.vortex_ckpt_path, result, config=args.vortex_config, verify=args.verify))
+
+
+if __name__ == "__main__":
+    main()

@@ -57,3 +57,7 @@ def _show(findings: list[Finding]) -> None:
                     print(f"  {'':8} {'':20} mend it: {finding.fix}")
     num_problems = sum(finding.status == "problem" for finding in findings)
     print(f"{num_problems} problem{'s'[: num_problems != 1]}" if num_problems else "no problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -69,3 +69,7 @@ def _export(argv: Sequence[str] | None) -> None:
         verify=args.verify,
     )
     print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,3 +37,7 @@ def _convert(argv: Sequence[str] | None) -> None:
 
     num_records = fasta_to_jsonl(args.input, args.output, uppercase=args.upper)
     print(f"Wrote {num_records} record(s) to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -190,3 +190,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="continuations at a time; less memory, same result (default: all of a round)",
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -222,3 +222,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="launch the kernels of a new token together: faster where a GPU waits for its host; one GPU per model",
     )
+
+
+if __name__ == "__main__":
+    main()

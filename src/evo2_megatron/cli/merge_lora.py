@@ -60,3 +60,7 @@ def _merge(argv: Sequence[str] | None) -> None:
         with_self_test=groups.self_test(args),
     )
     print(written)
+
+
+if __name__ == "__main__":
+    main()

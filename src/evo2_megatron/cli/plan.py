@@ -90,3 +90,7 @@ def _show(planned: Plan) -> None:
         gigabytes = (stage.weight_bytes, stage.optimizer_bytes, stage.activation_bytes, stage.total_bytes)
         figures = "{:19.2f}{:11.2f}{:13.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
         print(f"{stage.stage:5}{stage.parameters:14,}{figures}{stage.flops:16.3g}")
+
+
+if __name__ == "__main__":
+    main()

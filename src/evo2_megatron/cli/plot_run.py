@@ -41,3 +41,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     plot_runs(args.runs, args.output, smooth=args.smooth)
     print(args.output)
+
+
+if __name__ == "__main__":
+    main()

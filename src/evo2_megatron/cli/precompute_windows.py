@@ -47,3 +47,7 @@ def _precompute(argv: Sequence[str] | None) -> None:
     plan = WindowPlan(args.window_size, args.stride, args.window_min_length_threshold)
     totals = precompute_windows(args.table, args.output, plan, drop_tails=args.drop_tails)
     print(f"{args.output}: {totals.num_windows} windows of {totals.num_sequences} contigs")
+
+
+if __name__ == "__main__":
+    main()

@@ -251,3 +251,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes per node, checked likewise (default: not checked)",
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -50,3 +50,7 @@ def _preprocess(argv: Sequence[str] | None) -> None:
 
 def _note(text: str) -> None:
     print(f"{_PROG}: note: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,3 +42,7 @@ def _remove(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.export import remove_optimizer  # torch loads here, not for --help
 
     print(remove_optimizer(args.src_ckpt_dir, args.dst_ckpt_dir, verify=args.verify))
+
+
+if __name__ == "__main__":
+    main()

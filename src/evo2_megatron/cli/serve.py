@@ -86,3 +86,7 @@ def _port(text: str) -> int:
     if not 0 <= value < 2**16:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
     return value
+
+
+if __name__ == "__main__":
+    main()

@@ -368,3 +368,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _off(given: bool | None) -> bool | None:
     """Value of an option that a ``--no-...`` flag turns off."""
     return False if given else None
+
+
+if __name__ == "__main__":
+    main()

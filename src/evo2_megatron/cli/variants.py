@@ -128,3 +128,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
         help="most tokens at a time; fewer if memory runs out (default: 65536, and 8448 without a GPU)",
     )
     model_groups.add_chunk_length(group, "windows")
+
+
+if __name__ == "__main__":
+    main()
