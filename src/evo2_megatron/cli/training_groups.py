@@ -31,8 +31,8 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
         "--former-window-layout",
         action="store_true",
         default=None,
-        help="every window loses its last two bases and ends with EOS, as with the former loader (default: EOS where "
-        "a contig ends)",
+        help="as with the former loader, every window loses its last two bases and ends with EOS, and N and IUPAC "
+        "codes are scored (default: EOS where a contig ends, and A, C, G and T are scored)",
     )
 
 

@@ -14,7 +14,8 @@ from evo2_megatron.data.phylogenetic_mask import CONTROL_TAGS
 from evo2_megatron.data.tokenizer import BOS, EOD, PAD, SEP, encode_sequence
 from evo2_megatron.data.window_database import SequenceDatabases, WindowDatabase
 
-_UNSCORED = torch.tensor([EOD, PAD, BOS, SEP, *map(ord, CONTROL_TAGS)])
+_BASES = torch.tensor(list(b"ACGT"))
+_UNSCORED_BEFORE = torch.tensor([EOD, PAD, BOS, SEP, *map(ord, CONTROL_TAGS)])
 _32_BITS = 0xFFFFFFFF
 
 
@@ -22,7 +23,7 @@ class ShardedWindows(Dataset):
     """One window per sample, in upper case, ``num_samples`` of them: as many rounds through the windows as that takes.
 
     A sample is BOS, then the window's bases; EOS (0) follows where the contig ends within the window, and PAD fills
-    the rest. Labels are the next tokens; those that are bases are scored.
+    the rest. Labels are the next tokens; A, C, G and T are scored.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class ShardedWindows(Dataset):
             seed: Of the order and of the strands. A sample depends on it and on its number only.
             shuffle: Every round has an order of its own; otherwise all are in the order of the database.
             reverse_complement: Read the opposite strand of half of the samples.
-            former_layout: BOS, the first ``seq_length - 2`` bases and EOS, wherever the contig ends, as the former
-                loader did.
+            former_layout: BOS, the first ``seq_length - 2`` bases and EOS, wherever the contig ends, and N and IUPAC
+                codes are scored, as by the former loader.
 
         Raises:
             UserError: The windows have another length, or those looked at cannot be read.
@@ -85,10 +86,12 @@ class ShardedWindows(Dataset):
         text = (text + [PAD] * (self._seq_length + 1 - len(text)))[: self._seq_length + 1]
         tokens = torch.tensor(text)
         labels = tokens[1:]
+        former = self._former_layout
+        is_scored = ~torch.isin(labels, _UNSCORED_BEFORE) if former else torch.isin(labels, _BASES)
         return {
             "tokens": tokens[:-1],
             "labels": labels,
-            "loss_mask": (~torch.isin(labels, _UNSCORED)).float(),
+            "loss_mask": is_scored.float(),
             "position_ids": torch.arange(self._seq_length),
         }
 
