@@ -70,10 +70,10 @@ class SubquadraticOps(NamedTuple):
     """(x [B,D,L], taps [D,K]) -> y [B,D,L]; compare ``causal_conv.causal_conv``."""
 
     fft_causal_conv1d: Callable[[Tensor, Tensor], Tensor]
-    """(x [B,D,L], filter [D,K], K <= L) -> y [B,D,L], no skip term; compare ``fft_conv.fft_causal_conv``."""
+    """(x [B,D,L], filter [D,K], K <= L) -> y [B,D,L], no skip term; compare ``reference.fft_causal_conv_ref``."""
 
     implicit_filter: Callable[[Tensor, Tensor, int], Tensor]
-    """(log_pole [D,N], residue [D,N], L) -> filter [D,L]; compare ``modal.modal_filter``."""
+    """(log_pole [D,N], residue [D,N], L) -> filter [D,L]; compare ``reference.modal_filter_ref``."""
 
 
 def subquadratic_ops() -> SubquadraticOps:

@@ -43,25 +43,6 @@ class ModalOutput(NamedTuple):
     """State after the last token, float32 (float64 if the input is)."""
 
 
-def modal_filter(log_pole_DN: Tensor, residue_DN: Tensor, length: int) -> Tensor:
-    """Impulse response ``filter[d,t] = sum_n residue[d,n] * exp(log_pole[d,n] * t)`` for t = 0 .. length - 1.
-
-    Built as ``pole^(a * step + b) = pole^(a * step) * pole^b``: about ``2 * N * sqrt(length)`` exponentials a channel,
-    and no tensor larger than the result.
-
-    Args:
-        log_pole_DN: Logarithm of the poles, <= 0, float32 or float64.
-        residue_DN: Weight of each mode, same dtype.
-        length: Number of taps.
-
-    Returns:
-        filter_DL in the dtype of the arguments; tap 0 meets the current token.
-    """
-    step = 1 << ((length - 1).bit_length() + 1) // 2
-    coarse_DAN = (residue_DN[..., None] * _powers(log_pole_DN * step, -(-length // step))).mT
-    return torch.bmm(coarse_DAN, _powers(log_pole_DN, step)).flatten(1)[:, :length]
-
-
 def modal_conv(
     x_BDL: Tensor, log_pole_DN: Tensor, residue_DN: Tensor, skip_D: Tensor, state_BDN: Tensor | None = None
 ) -> ModalOutput:

@@ -22,18 +22,16 @@ def zigzag_inverse(num_ranks: int) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def to_zigzag(x: Tensor, num_ranks: int, dim: int) -> Tensor:
-    """Reorder the chunks of ``dim`` from natural order to the concatenation of the ranks' parts.
+def from_zigzag(x: Tensor, num_ranks: int, dim: int) -> Tensor:
+    """Reorder the chunks of ``dim`` from the concatenation of the ranks' parts to natural order.
 
     Raises:
         ValueError: the length of ``dim`` is not a multiple of ``2 * num_ranks``.
     """
-    return _reorder(x, zigzag_order(num_ranks), dim)
-
-
-def from_zigzag(x: Tensor, num_ranks: int, dim: int) -> Tensor:
-    """Inverse of ``to_zigzag``; raises as it does."""
-    return _reorder(x, zigzag_inverse(num_ranks), dim)
+    if num_ranks == 1:
+        return x
+    chunks = _chunks(x, 2 * num_ranks, dim)
+    return torch.cat([chunks[i] for i in zigzag_inverse(num_ranks)], dim=dim)
 
 
 def zigzag_split(x: Tensor, dim: int, *, num_ranks: int, rank: int) -> Tensor:
@@ -49,13 +47,6 @@ def zigzag_split(x: Tensor, dim: int, *, num_ranks: int, rank: int) -> Tensor:
 def zigzag_unsplit(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Join the parts of all ranks, given in rank order, back into natural order along ``dim``."""
     return from_zigzag(torch.cat(list(parts), dim=dim), len(parts), dim)
-
-
-def _reorder(x: Tensor, order: list[int], dim: int) -> Tensor:
-    if order == sorted(order):
-        return x
-    chunks = _chunks(x, len(order), dim)
-    return torch.cat([chunks[i] for i in order], dim=dim)
 
 
 def _chunks(x: Tensor, num_chunks: int, dim: int) -> tuple[Tensor, ...]:
