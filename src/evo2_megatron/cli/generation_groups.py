@@ -9,12 +9,22 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 
+if TYPE_CHECKING:
+    from evo2_megatron.tasks.prompts import Prompt
+
 logger = logging.getLogger(__name__)
+
+
+def prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Of ``--prompt-file``, or else ``--prompt`` alone."""
+    from evo2_megatron.tasks.prompts import Prompt, read_prompts
+
+    return [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
 
 
 def add_prompt_case(parser: argparse._ActionsContainer) -> None:

@@ -51,10 +51,9 @@ def _main(argv: Sequence[str] | None) -> None:
 
     from evo2_megatron.tasks.guide import guide  # torch loads here, not for --help
     from evo2_megatron.tasks.guided import SearchSettings
-    from evo2_megatron.tasks.prompts import Prompt, read_prompts
     from evo2_megatron.tasks.scorers import open_scorer
 
-    prompts = [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
+    prompts = generation_groups.prompts(args)
     search = SearchSettings(beams=args.beams, samples=args.samples, chunk=args.chunk_length, score_of=args.score_of)
     with (
         generation_groups.until_nobody_reads(),

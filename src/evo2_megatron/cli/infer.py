@@ -58,9 +58,8 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError("--stream prints bases as they come, not --output-format; give --output-file for the records")
 
     from evo2_megatron.tasks.infer import infer  # torch loads here, not for --help
-    from evo2_megatron.tasks.prompts import Prompt, read_prompts
 
-    prompts = [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
+    prompts = generation_groups.prompts(args)
     printer: dict[str, Any] = {"on_record": _show}
     if args.stream:
         one = len(prompts) * args.num_samples == 1
