@@ -16,9 +16,9 @@ from pathlib import Path
 from evo2_megatron.data.fasta import BLOCK_BYTES
 from evo2_megatron.tasks.two_processes import Channel, Gone, second_process, write_at
 
-_RUN_BLOCKS = 4
-"""Blocks of a run: telling the other process and waiting for it costs as much as a block, and four fit into a
-cache."""
+_RUN_BLOCKS = 8
+"""Blocks of a run: telling the other process and waiting for it costs as much as a block, and eight fit into a
+core's cache."""
 
 _PROBE_BYTES = 1 << 12
 _NEWLINE = 10
