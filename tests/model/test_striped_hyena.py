@@ -218,12 +218,24 @@ def test_steps_of_fixed_shapes(one_process, lengths):
     assert not state.fixed_shapes
 
 
-def test_last_token_logits_only(one_process):
-    model = small("evo2_tiny")
-    ids = torch.randint(0, 512, (2, 9))
+@pytest.mark.parametrize("pattern", ["SDH*", "*HDS", "S*HD", "SD*H"])
+@pytest.mark.parametrize("pieces", [[9], [2, 1, 150, 1, 1], [1, 129, 3]])
+def test_last_token_logits_only(one_process, pattern, pieces):
+    """The last layer, whichever it is, sees all tokens and gives one; what follows is as if it had given all."""
+    torch.manual_seed(0)
+    model = small("evo2_tiny", hybrid_override_pattern=pattern)
+    ids = torch.randint(0, 512, (2, sum(pieces)))
+    given = []
+    model.decoder.layers[-1].mlp.register_forward_hook(lambda _, args, output: given.append(len(args[0])))
     with torch.no_grad():
-        last = model(ids, inference_context=model.new_inference_state(2, 9, last_token_logits_only=True))
-        torch.testing.assert_close(last, model(ids)[:, -1:], rtol=1e-4, atol=1e-6)
+        want = model(ids)
+        state, end = model.new_inference_state(2, sum(pieces), last_token_logits_only=True), 0
+        given.clear()
+        for piece in ids.split(pieces, dim=1):
+            end += piece.shape[1]
+            last = model(piece, inference_context=state)
+            torch.testing.assert_close(last, want[:, end - 1 : end], rtol=1e-4, atol=1e-5)
+    assert given == [1] * len(pieces)
 
 
 def test_a_full_cache_is_an_error(one_process):

@@ -67,6 +67,14 @@ class CachedSelfAttention(SelfAttention):
             context_BNLC = one_query_attention(query_BNLC, key_BNSC, value_BNSC, seen_B + 1)
         return self.linear_proj(context_BNLC.permute(2, 0, 1, 3).flatten(2))
 
+    def see(self, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState) -> None:
+        """Keep keys and values of tokens whose output nobody needs; arguments as for ``forward``."""
+        _, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
+        key_LBNC = self._rotate(key_LBNC, rotary_pos_emb)
+        key_BNLC, value_BNLC = (x.permute(1, 2, 0, 3) for x in (key_LBNC, value_LBNC))
+        cache = inference_context.layers[self.layer_number]
+        cache.append(key_BNLC, value_BNLC, inference_context.num_before, inference_context.seen_B)
+
     def _rotate(self, x_LBNC: Tensor, angles: Tensor) -> Tensor:
         if angles.shape[1] == 1:
             return apply_rotary_pos_emb(x_LBNC, angles, config=self.config, cp_group=self.pg_collection.cp)
@@ -74,15 +82,23 @@ class CachedSelfAttention(SelfAttention):
         return _apply_rotary_pos_emb_bshd(x_LBNC, angles, rotary_interleaved=self.config.rotary_interleaved)
 
 
+class AttentionLayer(TransformerLayer):
+    """Megatron's layer, which can also just look on."""
+
+    def see(self, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState) -> None:
+        """Bring the cache up to date with tokens whose output nobody needs."""
+        self.self_attention.see(hidden_states, rotary_pos_emb, inference_context)
+
+
 def attention_layer_spec(*, output_bias: bool) -> ModuleSpec:
-    """A Megatron TransformerLayer: causal self-attention and a gated MLP, each behind its fused norm.
+    """An ``AttentionLayer``: causal self-attention and a gated MLP, each behind its fused norm.
 
     Args:
         output_bias: Give the attention's output projection a bias (Arc's models).
     """
     modules = layer_modules()
     return ModuleSpec(
-        module=TransformerLayer,
+        module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=CachedSelfAttention,

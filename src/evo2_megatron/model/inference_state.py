@@ -9,6 +9,7 @@ Shape legend: B batch, D channels, P tokens of history, M modes, N heads, S toke
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -156,6 +157,15 @@ class InferenceState:
         self.num_tokens_seen += num_tokens
         if self.seen_B is not None:
             self.seen_B += num_tokens
+
+    @contextlib.contextmanager
+    def ahead(self, num_tokens: int) -> Iterator[None]:
+        """Within the block, as if so many tokens more had been seen."""
+        self.advance(num_tokens)
+        try:
+            yield
+        finally:
+            self.advance(-num_tokens)
 
     def fix_shapes(self, device: torch.device) -> None:
         """From now on only single tokens follow, and all steps are alike."""

@@ -34,6 +34,10 @@ class HyenaLayer(MegatronModule):
         hidden_states = self._add(self.mixer(hidden_states.to(self.config.params_dtype), state), hidden_states)
         return self._add(self.mlp(hidden_states.to(self.config.params_dtype)), hidden_states)
 
+    def see(self, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState) -> None:
+        """Bring the caches up to date with tokens whose output nobody needs."""
+        self.mixer.see(hidden_states.to(self.config.params_dtype), inference_context.layers[self.layer_number])
+
     def _add(self, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
         return add(output_and_bias, residual, self.config.hidden_dropout)

@@ -85,13 +85,20 @@ class HyenaMixer(MegatronModule):
             return self.dense(self._split.from_chunks(y_CDl))
         if state is None:
             y_BDL = self.mixer(u_LBE.permute(1, 2, 0), self.hyena_proj_conv.taps_GK())
-        elif u_LBE.shape[0] == 1:
-            y_BDL = self._step(u_LBE[0], state)[..., None]
         else:
-            y_BDL = self._extend(u_LBE.permute(1, 2, 0), state)
+            y_BDL = self._go_on(u_LBE, state)
         y_LBD = y_BDL.permute(2, 0, 1)
         # products on a CPU take either layout
         return self.dense(y_LBD if y_LBD.device.type == "cpu" else y_LBD.contiguous())
+
+    def see(self, x_LBH: Tensor, state: HyenaState) -> None:
+        """Bring ``state`` up to date, and no more."""
+        self._go_on(self.dense_projection(x_LBH)[0], state)
+
+    def _go_on(self, u_LBE: Tensor, state: HyenaState) -> Tensor:
+        if u_LBE.shape[0] == 1:
+            return self._step(u_LBE[0], state)[..., None]
+        return self._extend(u_LBE.permute(1, 2, 0), state)
 
     def _extend(self, u_BEL: Tensor, state: HyenaState) -> Tensor:
         def operator(x_BDL: Tensor, channels: slice) -> Tensor:

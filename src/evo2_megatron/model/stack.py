@@ -137,16 +137,31 @@ class HyenaStack(MegatronModule):
     ) -> Tensor:
         for layer in self.layers[start:end]:
             with nullcontext() if self._one_fp8_context() else get_fp8_context(self.config, layer.layer_number - 1):
-                if isinstance(layer, HyenaLayer):
-                    hidden_states = layer(hidden_states, inference_context)
-                else:
-                    hidden_states, _ = layer(
-                        hidden_states=hidden_states,
-                        attention_mask=None,
-                        rotary_pos_emb=rotary_pos_emb,
-                        inference_context=inference_context,
-                    )
+                if self._gives_the_last_token(layer, inference_context) and len(hidden_states) > 1:
+                    layer.see(hidden_states[:-1], rotary_pos_emb[:-1], inference_context)
+                    with inference_context.ahead(len(hidden_states) - 1):
+                        return self._forward_layer(layer, hidden_states[-1:], rotary_pos_emb[-1:], inference_context)
+                hidden_states = self._forward_layer(layer, hidden_states, rotary_pos_emb, inference_context)
         return hidden_states
+
+    def _gives_the_last_token(self, layer: nn.Module, inference_context: InferenceState | None) -> bool:
+        """Whether of what a layer gives only the last token is used: a prompt need not go through all of it."""
+        if inference_context is None or not inference_context.last_token_logits_only:
+            return False
+        return self.final_norm is not None and layer is self.layers[-1]
+
+    @staticmethod
+    def _forward_layer(
+        layer: nn.Module, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState | None
+    ) -> Tensor:
+        if isinstance(layer, HyenaLayer):
+            return layer(hidden_states, inference_context)
+        return layer(
+            hidden_states=hidden_states,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            inference_context=inference_context,
+        )[0]
 
     def _forward_recomputed(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """Keep only the input of every block of layers, and run it again in the backward pass."""
