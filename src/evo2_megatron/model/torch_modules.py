@@ -24,6 +24,9 @@ from evo2_megatron.model.context_parallel import SplitSequence
 _FEW_TOKENS = 8
 """Tokens up to which the product with a weight matrix takes as long as reading it."""
 
+_LARGE_WEIGHT = 150_000
+"""Numbers from which on reading a weight matrix takes longer than all else around the product."""
+
 _MASKED_QUERIES = 512
 """Queries that attend together where some keys came before them all, at most."""
 
@@ -97,12 +100,15 @@ def _product(layer: ColumnLinear | RowLinear, x_LBH: Tensor, weight: Tensor) -> 
     bias = None if layer.skip_bias_add else layer.bias
     # as a matrix, because of more dimensions torch would copy what is not contiguous
     x_TH = x_LBH.flatten(0, 1)
-    is_small = len(x_TH) <= _FEW_TOKENS and x_TH.dtype == torch.float32 and x_TH.device.type == "cpu"
-    y_TD = _small_product(x_TH, weight, bias) if is_small else F.linear(x_TH, weight, bias)
+    reads_weights = len(x_TH) <= _FEW_TOKENS and weight.numel() >= _LARGE_WEIGHT
+    if reads_weights and x_TH.dtype == torch.float32 and x_TH.device.type == "cpu":
+        y_TD = _product_of_few(x_TH, weight, bias)
+    else:
+        y_TD = F.linear(x_TH, weight, bias)
     return y_TD.unflatten(0, x_LBH.shape[:2]), layer.bias if layer.skip_bias_add else None
 
 
-def _small_product(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
+def _product_of_few(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
     """``F.linear`` as ``(W x^T)^T``: MKL then reads the weights two to four times as fast, from two columns on."""
     # a copy: of a view of one row, torch would make columns that lie apart, and the product takes four times as long
     x_HT = (x_TH.repeat(2, 1) if len(x_TH) == 1 else x_TH.contiguous()).mT
