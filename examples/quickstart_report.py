@@ -80,7 +80,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 def draw(logs: Path, markov: float, output: Path) -> None:
     """The loss curve, with the lines to beat."""
     train = scalars(logs, "lm loss")
-    held_out = sorted(dict(scalars(logs, "lm loss validation")).items())  # the last step is evaluated three times
+    held_out = sorted(dict(scalars(logs, "lm loss validation")).items())  # the last step is evaluated twice
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(*zip(*train), color="0.7", linewidth=1, label="training batch")
     axes.plot(*zip(*held_out), color="tab:blue", marker="o", markersize=4, label="held-out windows")
