@@ -18,7 +18,7 @@ from evo2_megatron.tasks.prediction_parts import Batch, Parts
 
 
 class SharedBatches:
-    """All batches of a run, of which each copy of the model runs every so-manieth."""
+    """All batches of a run, which the copies of the model take in turn."""
 
     def __init__(self, batches: Sequence[Sequence[int]], words: Words) -> None:
         """The same on all processes.
