@@ -25,7 +25,7 @@ quickstart: setup  ## preprocess, train, score and generate on a real genome, in
 	$(IN_ENV) examples/quickstart.sh
 
 bench: setup  ## speed and memory beside Vortex, plain PyTorch, gffread, pysam and cp
-	$(IN_ENV) python benchmarks/vortex.py
+	$(IN_ENV) python benchmarks/beside_vortex.py
 	$(IN_ENV) python benchmarks/mixed_lengths.py
 	$(IN_ENV) python benchmarks/preprocess.py
 	$(IN_ENV) python benchmarks/data.py

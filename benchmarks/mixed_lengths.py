@@ -3,34 +3,28 @@
 
 ``python benchmarks/mixed_lengths.py [--model hidden_512] [--sequences 8] [--new-tokens 64 256]``
 
-The models, their weights and the way of timing are those of ``benchmarks/vortex.py``. Sequences of 200 to 8,000 bases
-are scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts of 50
-to 400 bases are continued greedily by what ``infer_evo2`` runs, and one by one by Vortex, whose batches need equal
-lengths. Outputs are compared first.
+The models, their weights and the way of timing are those of ``benchmarks/beside_vortex.py``. Sequences of 200 to 8,000
+bases are scored by what ``predict_evo2`` runs, and one by one by Vortex, which pads what shares a batch. Eight prompts
+of 50 to 400 bases are continued greedily by what ``infer_evo2`` runs, and one by one by Vortex, whose batches need
+equal lengths. Outputs are compared first.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import beside_vortex
 import torch
 
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
 from evo2_megatron.tasks.batching import plan_batches
 from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU
-
-# under another name: "vortex" is Arc's package
-_FILE = importlib.util.spec_from_file_location("beside_vortex", Path(__file__).with_name("vortex.py"))
-beside_vortex = sys.modules["beside_vortex"] = importlib.util.module_from_spec(_FILE)
-_FILE.loader.exec_module(beside_vortex)
 
 ROUNDS = 3
 TOLERANCE = 1e-5

@@ -11,27 +11,21 @@ attention layers must hold. Ours is what ``predict_evo2`` runs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from queue import Empty
 
+import beside_vortex
 import psutil
 from long_context import forget_peak, held_bytes, tokens
+from mixed_lengths import score_ours, score_vortex
 
 from evo2_megatron.architectures import Architecture
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
-
-# under another name: "vortex" is Arc's package
-_FILE = importlib.util.spec_from_file_location("beside_vortex", Path(__file__).with_name("vortex.py"))
-beside_vortex = sys.modules["beside_vortex"] = importlib.util.module_from_spec(_FILE)
-_FILE.loader.exec_module(beside_vortex)
 
 
 def architecture(pattern: str, hidden_size: int, length: int) -> Architecture:
@@ -47,31 +41,13 @@ def architecture(pattern: str, hidden_size: int, length: int) -> Architecture:
 
 
 def scorer(which: str, shape: Architecture) -> Callable[[list[int]], float]:
-    """From token ids to their mean log-likelihood."""
-    import torch
-
+    """From token ids to their log-likelihood."""
     weights = beside_vortex.random_weights(shape)
     if which == "Vortex":
         vortex = beside_vortex.Vortex(shape, weights)
-
-        def with_vortex(ids: list[int]) -> float:
-            tokens_BL = torch.tensor([ids])
-            log_probs_LV = vortex.score(tokens_BL)[0, :-1].log_softmax(-1)
-            return log_probs_LV.gather(1, tokens_BL[0, 1:, None]).double().mean().item()
-
-        return with_vortex
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
-
+        return lambda ids: score_vortex(vortex, [ids])[0]
     model = beside_vortex.Ours(shape, weights).model
-    runner = Runner(model, Output(log_probs="mean"), precision="fp32")
-
-    def with_ours(ids: list[int]) -> float:
-        tokens_L = torch.tensor(ids)
-        item = {"tokens": tokens_L, "loss_mask": torch.ones_like(tokens_L), "seq_idx": torch.tensor(0)}
-        return (runner([item])["log_likelihood"] / (len(ids) - 1)).item()
-
-    return with_ours
+    return lambda ids: score_ours(model, [ids])[0]
 
 
 def measure(which: str, shape: Architecture, length: int, results: multiprocessing.Queue) -> None:
@@ -91,7 +67,7 @@ def measure(which: str, shape: Architecture, length: int, results: multiprocessi
         forget_peak()
         before, start = held_bytes("VmRSS"), time.perf_counter()
         try:
-            mean = score(sequence)
+            mean = score(sequence) / (length - 1)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
@@ -102,7 +78,7 @@ def measure(which: str, shape: Architecture, length: int, results: multiprocessi
 
 def run(which: str, shape: Architecture, length: int) -> tuple[float, float, float] | None:
     """``measure`` in a process of its own."""
-    context = multiprocessing.get_context("fork")  # a new interpreter would not find the files beside this one
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=measure, args=(which, shape, length, results))
     process.start()

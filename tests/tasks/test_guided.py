@@ -214,3 +214,5 @@ def test_bad_settings(model):
             SearchSettings(**{name: 0})
     with pytest.raises(UserError, match="a prompt is empty"):
         search(model, gc_content, prompt="")
+    with pytest.raises(UserError, match="records no CUDA graphs; leave them out"):
+        search(model, gc_content, settings=dataclasses.replace(SETTINGS, cuda_graphs=True))

@@ -197,6 +197,16 @@ def test_nim_forward(server, checkpoint, fasta, tmp_path):
     assert {array.shape[:2] for array in arrays.values()} == {(length, 1)}
 
 
+def test_prompts_are_read_in_upper_case(server):
+    body = {"prompt": "ACGTTGCAACGT", "max_new_tokens": 1, "seed": 1, "return_log_probs": True}
+    upper = server.ask("/v1/generate", body)["log_probs"]
+    lower = [
+        server.ask("/v1/generate", body | {"prompt": "acgttgcaacgt", "keep_prompt_case": keep})["log_probs"]
+        for keep in (False, True)
+    ]
+    assert lower[0] == pytest.approx(upper, abs=1e-6) and lower[1] != pytest.approx(upper, abs=1e-3)
+
+
 def test_status(server, checkpoint):
     assert server.get("/v1/health/live").json() == {"status": "live"}
     assert server.get("/v1/health/ready").json() == {"status": "ready"}

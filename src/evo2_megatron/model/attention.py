@@ -56,11 +56,9 @@ class CachedSelfAttention(SelfAttention):
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         query_LBNC, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
+        key_BNSC, value_BNSC = self._remember(key_LBNC, value_LBNC, rotary_pos_emb, inference_context)
+        query_BNLC = self._rotate(query_LBNC, rotary_pos_emb).permute(1, 2, 0, 3)
         seen_B = inference_context.seen_B
-        query_LBNC, key_LBNC = (self._rotate(x_LBNC, rotary_pos_emb) for x_LBNC in (query_LBNC, key_LBNC))
-        cache = inference_context.layers[self.layer_number]
-        query_BNLC, key_BNLC, value_BNLC = (x.permute(1, 2, 0, 3) for x in (query_LBNC, key_LBNC, value_LBNC))
-        key_BNSC, value_BNSC = cache.append(key_BNLC, value_BNLC, inference_context.num_before, seen_B)
         if seen_B is None:
             context_BNLC = causal_attention(query_BNLC, key_BNSC, value_BNSC)
         else:
@@ -70,10 +68,16 @@ class CachedSelfAttention(SelfAttention):
     def see(self, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState) -> None:
         """Keep keys and values of tokens whose output nobody needs; arguments as for ``forward``."""
         _, key_LBNC, value_LBNC = self.get_query_key_value_tensors(hidden_states)
+        self._remember(key_LBNC, value_LBNC, rotary_pos_emb, inference_context)
+
+    def _remember(
+        self, key_LBNC: Tensor, value_LBNC: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState
+    ) -> tuple[Tensor, Tensor]:
+        """Put new keys and values into the cache; all of them so far, [B, N, S, C]."""
         key_LBNC = self._rotate(key_LBNC, rotary_pos_emb)
         key_BNLC, value_BNLC = (x.permute(1, 2, 0, 3) for x in (key_LBNC, value_LBNC))
         cache = inference_context.layers[self.layer_number]
-        cache.append(key_BNLC, value_BNLC, inference_context.num_before, inference_context.seen_B)
+        return cache.append(key_BNLC, value_BNLC, inference_context.num_before, inference_context.seen_B)
 
     def _rotate(self, x_LBNC: Tensor, angles: Tensor) -> Tensor:
         if angles.shape[1] == 1:

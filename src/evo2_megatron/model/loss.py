@@ -27,7 +27,7 @@ def loss_weights(
     loss_mask_BL: Tensor,
     *,
     normalize: Normalization | None,
-    lowercase_weight: float = LOWERCASE_WEIGHT,
+    lowercase_weight: float,
     split_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Weight of each label in the loss, float32 [B, L].

@@ -137,7 +137,7 @@ class HyenaStack(MegatronModule):
     ) -> Tensor:
         for layer in self.layers[start:end]:
             with nullcontext() if self._one_fp8_context() else get_fp8_context(self.config, layer.layer_number - 1):
-                if self._gives_the_last_token(layer, inference_context) and len(hidden_states) > 1:
+                if len(hidden_states) > 1 and self._gives_the_last_token(layer, inference_context):
                     layer.see(hidden_states[:-1], rotary_pos_emb[:-1], inference_context)
                     with inference_context.ahead(len(hidden_states) - 1):
                         return self._forward_layer(layer, hidden_states[-1:], rotary_pos_emb[-1:], inference_context)

@@ -74,12 +74,14 @@ def _name_test_losses(pretrain: Any) -> None:
 
     @functools.wraps(upstream)
     def evaluate(state: Any, *args: Any, is_test: bool = False, **settings: Any) -> None:
-        with contextlib.ExitStack() as stack:
-            if is_test and state.tensorboard_logger is not None:
-                stack.enter_context(_renaming(state.tensorboard_logger, "add_scalar", _of_test))
-            if is_test and state.wandb_logger is not None:
-                stack.enter_context(_renaming(state.wandb_logger, "log", _all_of_test))
-            upstream(state, *args, is_test=is_test, **settings)
+        if not is_test:
+            upstream(state, *args, **settings)
+            return
+        with (
+            _renaming(state.tensorboard_logger, "add_scalar", _of_test),
+            _renaming(state.wandb_logger, "log", _all_of_test),
+        ):
+            upstream(state, *args, is_test=True, **settings)
 
     pretrain.evaluate_and_print_results = evaluate
 
@@ -94,7 +96,10 @@ def _all_of_test(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _renaming(writer: Any, method: str, renamed: Callable[[Any], Any]) -> Iterator[None]:
-    """Let a writer's method rename what it is given first."""
+    """Let a writer's method rename what it is given first; most processes have no writer."""
+    if writer is None:
+        yield
+        return
     write = getattr(writer, method)
     setattr(writer, method, lambda what, *rest: write(renamed(what), *rest))
     try:

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
-
-if TYPE_CHECKING:
-    pass
 
 _PANELS = (
     (

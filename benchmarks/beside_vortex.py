@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time our model beside Arc's Vortex: one process, the same float32 weights, two threads, on a CPU.
 
-    python benchmarks/vortex.py [--model evo2_tiny hidden_512]
+    python benchmarks/beside_vortex.py [--model evo2_tiny hidden_512]
 
 Scoring gives logits everywhere; a prompt is read as each program reads it before it generates, ours by what
 ``infer_evo2`` runs. Every round times one after the other, so that a busy neighbour slows both; the table has medians,
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hidden_512 import ARCHITECTURE as HIDDEN_512
+from long_context import forget_peak, held_bytes
 
-# the oracle lives with the parity tests; and this folder must go, or "import vortex" finds this file
-sys.path.pop(0)
+# the oracle lives with the parity tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
@@ -144,14 +144,6 @@ def compare(ours: Ours, vortex: Vortex, length: int) -> dict[str, Timing]:
     return {"score": score, "prefill": prefill, "decode": decode}
 
 
-def status_mib(field: str) -> float:
-    """A field of this process's memory status, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
-
-
 def memory_growth(name: str, which: str, task: str, length: int) -> float:
     """Peak of this process while it scores or prefills ``length`` tokens, over what it holds after loading, in MiB."""
     weights = random_weights(MODELS[name])
@@ -162,14 +154,13 @@ def memory_growth(name: str, which: str, task: str, length: int) -> float:
     gc.collect()
     # pages that freed tensors left behind would hide part of the growth
     ctypes.CDLL(None).malloc_trim(0)
-    # the peak starts again from here
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_mib("VmRSS")
+    forget_peak()
+    before = held_bytes("VmRSS")
     if task == "score":
         model.score(tokens_BL)
     else:
         model.prefill(tokens_BL, max_tokens=length + 1)
-    return status_mib("VmHWM") - before
+    return (held_bytes("VmHWM") - before) / 2**20
 
 
 def measure_memory(name: str, task: str, length: int) -> tuple[float, float]:
