@@ -55,9 +55,9 @@ def compiled_kernels() -> Kernels:
     if importlib.util.find_spec("triton") is None:
         raise ImportError(f"use_subquadratic_ops needs {PACKAGE} or triton; install one, or switch it off")
     logger.info("%s is not installed: Triton kernels run in its place", PACKAGE)
-    from evo2_megatron.ops import triton_kernels
+    from evo2_megatron.ops import triton_conv, triton_modal
 
-    return Kernels(triton_kernels.gated_conv, triton_kernels.causal_conv, triton_kernels.modal_conv)
+    return Kernels(triton_conv.gated_conv, triton_conv.causal_conv, triton_modal.modal_conv)
 
 
 class SubquadraticOps(NamedTuple):
