@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime.cuda_on_cpu import on_device
 from helpers import tiny_model
 
 SIZES = ("evo2_tiny", "striped_hyena_tiny_nv")
@@ -158,6 +159,23 @@ def test_compiled_kernels_carry_a_state(one_process, plain_and_compiled):
         parts = ids.split((129, 1, 10), dim=1)
         got = torch.cat([plain_and_compiled[1](part, inference_context=state) for part in parts], dim=1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("position_scale", [None, 4.0])
+def test_all_tensors_are_made_where_the_input_is(one_process, size, position_scale):
+    """On ``meta``, which mixes with no other device, as a GPU does not: in training, scoring and decoding."""
+    with on_device("meta"):
+        model = tiny_model(size, seq_len_interpolation_factor=position_scale).to("meta")
+        ids = torch.empty(2, 130, dtype=torch.long, device="meta")
+        model(ids[:, :-1], labels=ids[:, 1:]).mean().backward()
+        assert {parameter.grad.device.type for parameter in model.parameters()} == {"meta"}
+        model.eval()
+        state = model.new_inference_state(2, 130)
+        with torch.no_grad():
+            assert model(ids).device.type == "meta"
+            for part in ids.split((70, 59, 1), dim=1):
+                assert model(part, inference_context=state).device.type == "meta"
 
 
 @pytest.mark.parametrize("position_scale", [None, 4.0])
