@@ -13,6 +13,7 @@ def write_tiny_checkpoint(
     seed: int = 1,
     recipe: str = "fp32",
     rows: int = 512,
+    projection_factor: float = 1.0,
     **fields,
 ) -> Path:
     """Write ``iter_0000001`` into a folder and return it; starts and stops its own process group.
@@ -20,6 +21,7 @@ def write_tiny_checkpoint(
     Args:
         recipe: Precision that the checkpoint names; bf16_mixed stores 16-bit weights.
         rows: Embedding rows.
+        projection_factor: What the input projections of Hyena layers are multiplied by.
         fields: Of StripedHyenaProvider, beside those of the model size; ``seq_length`` is 256 unless given.
     """
     import torch
@@ -39,7 +41,7 @@ def write_tiny_checkpoint(
             for name, parameter in model.named_parameters():
                 # at their initial values the logits of a random model hardly depend on the sequence
                 if "norm" not in name and "filter" not in name:
-                    parameter.mul_(3.0)
+                    parameter.mul_(3.0 * (projection_factor if "dense_projection.weight" in name else 1.0))
         return write_checkpoint(
             whole_weights(model), provider, directory, tokenizer=tokenizer_dir(min(rows, 512)), recipe=recipe
         )

@@ -133,9 +133,9 @@ def _fp8_scales(base: Path) -> dict[int, Scales]:
 
     stored = read_run_config(base).fp8_scales
     if stored:
-        logger.info("%s has the FP8 scales of %d projections from training", base, len(stored))
+        logger.info("%s has FP8 scales of %d projections", base, len(stored))
     else:
-        logger.info("%s has no FP8 scales from training; all are 1, as in Transformer Engine without a history", base)
+        logger.info("%s has no FP8 scales; all are 1, as in Transformer Engine without a history", base)
     return {layer: Scales(*pair) for layer, pair in stored.items()}
 
 

@@ -20,7 +20,13 @@ def add_precision_and_kernels(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="8-bit arithmetic in the Hyena input projections only, as the FP8-sensitive checkpoints were trained",
     )
-    choice = group.add_mutually_exclusive_group()
+    add_fp8_choice(group)
+    groups.add_kernels(group)
+
+
+def add_fp8_choice(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that ``fp8_choice`` reads."""
+    choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--fp8-emulation",
         action="store_true",
@@ -32,7 +38,6 @@ def add_precision_and_kernels(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run a checkpoint that asks for FP8 input projections without them (default: refuse)",
     )
-    groups.add_kernels(group)
 
 
 def fp8_choice(args: argparse.Namespace) -> Fp8Choice:

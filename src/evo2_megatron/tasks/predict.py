@@ -117,6 +117,16 @@ def position_range(run_config: RunConfig, changes: ModelChanges) -> int:
     return int(run_config.seq_length * changes.seq_len_interpolation_factor / trained)
 
 
+def check_lengths(dataset: FastaDataset, limit: int) -> None:
+    """Raise UserError for a sequence of more tokens than ``limit``."""
+    for name, length in zip(dataset.ids, dataset.lengths):
+        if length > limit:
+            raise UserError(
+                f"Sequence {name!r} has {length} tokens, more than the {limit} positions the checkpoint was trained "
+                "for; cut it into pieces, or accept worse predictions with --max-seq-length"
+            )
+
+
 def _dataset(fasta: Path, output: Output, sequences: Sequences, trained_for: int) -> FastaDataset:
     dataset = FastaDataset(
         fasta,
@@ -124,18 +134,9 @@ def _dataset(fasta: Path, output: Output, sequences: Sequences, trained_for: int
         mask_tags=sequences.mask_phylogenetic_tags,
         keep_tag_case=sequences.keep_tag_case,
     )
-    _check_lengths(dataset, sequences.max_seq_length or trained_for)
+    check_lengths(dataset, sequences.max_seq_length or trained_for)
     _check_window(dataset, output, int(sequences.prepend_bos))
     return dataset
-
-
-def _check_lengths(dataset: FastaDataset, limit: int) -> None:
-    for name, length in zip(dataset.ids, dataset.lengths):
-        if length > limit:
-            raise UserError(
-                f"Sequence {name!r} has {length} tokens, more than the {limit} positions the checkpoint was trained "
-                "for; cut it into pieces, or accept worse predictions with --max-seq-length"
-            )
 
 
 def _check_window(dataset: FastaDataset, output: Output, num_prepended: int) -> None:

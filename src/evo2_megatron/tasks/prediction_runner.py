@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """One forward pass per batch, and what is kept of it."""
+    """One forward pass per batch, and what is kept of it.
+
+    Attributes:
+        multiple: What the layout wants lengths to be divisible by: sequences are padded to it, and what ``extend``
+            gets must have it.
+        min_length: What sequences are padded to, at least.
+        chunk_length: Tokens of a piece.
+    """
 
     def __init__(
         self,
@@ -70,10 +77,10 @@ class Runner:
         )
         self._splits_activations = layout.splits_activations
         of_part = _precision_multiple(provider, precision)
-        self._multiple = math.lcm(layouts.sequence_multiple(layout), of_part * layout.context)
+        self.multiple = math.lcm(layouts.sequence_multiple(layout), of_part * layout.context)
         # results are padded to the length asked for; what the layout wants beyond it is cut off again
         self._shown_length = min_length
-        self._min_length = max(min_length, layouts.min_sequence_length(layout))
+        self.min_length = max(min_length, layouts.min_sequence_length(layout))
         self.chunk_length = chunk_length or (CHUNK_LENGTH_CUDA if megatron.on_cuda() else CHUNK_LENGTH_CPU)
 
     @torch.no_grad()
@@ -88,7 +95,7 @@ class Runner:
 
         And ``seq_idx``, int64 [B].
         """
-        batch = collate(items, self._min_length, self._multiple)
+        batch = collate(items, self.min_length, self.multiple)
         longest = max(self._shown_length, *(len(item["tokens"]) for item in items))
         tokens_BS = batch["tokens"].to(megatron.device())
         indices = {"seq_idx": batch["seq_idx"]}
@@ -176,11 +183,6 @@ class Runner:
         """Caches of sequences that have seen nothing, for ``extend``."""
         return self._inner.new_inference_state(batch_size, max_tokens)
 
-    @property
-    def multiple(self) -> int:
-        """What lengths given to ``extend`` must be divisible by."""
-        return self._multiple
-
     @torch.no_grad()
     def extend(self, state: InferenceState, tokens_BS: Tensor, next_BS: Tensor) -> Tensor | None:
         """Log-probabilities of ``next_BS``, the tokens after each of ``tokens_BS``, float32 [B, S] on the CPU.
@@ -198,7 +200,7 @@ class Runner:
 
     def _chunk(self, batch_size: int) -> int:
         """Tokens of a piece; of several sequences at a time the pieces are shorter."""
-        return math.ceil(self.chunk_length / batch_size / self._multiple) * self._multiple
+        return math.ceil(self.chunk_length / batch_size / self.multiple) * self.multiple
 
     def _wanted(self, next_BC: Tensor) -> dict[str, object]:
         if self.output.log_probs is not None:
