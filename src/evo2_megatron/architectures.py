@@ -64,6 +64,10 @@ class Architecture:
     def num_layers(self) -> int:
         return len(self.pattern)
 
+    def position_range(self, scale: float | None = None) -> int:
+        """Tokens that the model can tell apart if their positions are divided by ``scale``; None: its own."""
+        return int(self.max_tokens / (self.position_scale or 1.0) * (scale or self.position_scale or 1.0))
+
 
 _NV = {"gelu_in_every_layer": True, "attention_output_bias": False, "short_conv_bias": True}
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say how much memory and how many operations a training step takes on every GPU, without a GPU.
+"""Say how much memory and how many operations training, scoring or generation takes on every GPU, without a GPU.
 
-The model and the schedule of train_evo2 run on tensors that have a shape but no memory. Not counted: the CUDA context,
-buffers of the communication library, and gaps between tensors, together a few GB.
+The model and the schedule of train_evo2, predict_evo2 or infer_evo2 run on tensors that have a shape but no memory.
+Not counted: the CUDA context, buffers of the communication library, and gaps between tensors, together a few GB.
 """
 
 from __future__ import annotations
@@ -10,19 +10,33 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.cli import groups
+from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.plan import Plan
+    from evo2_megatron.tasks.plan import StagePlan
 
 PROG = "evo2_plan"
+
+_RECOMPUTE = (
+    "--no-activation-checkpointing",
+    "--selective-activation-checkpointing",
+    "--activation-checkpoint-recompute-num-layers",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train_evo2 that decide about memory, and the machine."""
     parser = groups.Parser(PROG, __doc__)
+    parser.add_argument_group("job").add_argument(
+        "--for",
+        dest="use",
+        choices=("train", "score", "generate"),
+        default="train",
+        help="a step of training, a batch of predict_evo2, or prompt and caches of infer_evo2 (default: train)",
+    )
     model = parser.add_argument_group("model")
     groups.add_sizes(model)
     model.add_argument(
@@ -33,6 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--seq-length", type=groups.positive_int, metavar="N", help="context length in tokens (default: 8192)"
     )
     groups.add_batch(batch)
+    batch.add_argument(
+        "--num-sequences",
+        type=groups.positive_int,
+        metavar="N",
+        help="to score or generate: sequences that go through the model together (default: 1)",
+    )
+    batch.add_argument(
+        "--chunk-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="to score or generate: longer sequences and prompts are processed in pieces of N tokens (default: 65536 "
+        "and 2048)",
+    )
     groups.add_parallel(parser)
     groups.add_precision(parser.add_argument_group("precision"))
     groups.add_recompute(parser)
@@ -57,39 +84,70 @@ def _main(argv: Sequence[str] | None) -> None:
     groups.set_up_logging()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that fake groups have no real backend
 
+    if args.use == "train":
+        _refuse(args, "--num-sequences", "--chunk-length")
+        _plan_training(args)
+    else:
+        _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE)
+        _plan_inference(args)
+
+
+def _refuse(args: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        if getattr(args, flag.lstrip("-").replace("-", "_")) not in (None, False):
+            raise UserError(f"{flag} says nothing about --for {args.use}; leave it out")
+
+
+def _plan_training(args: argparse.Namespace) -> None:
     from evo2_megatron.tasks.plan import nearest_fit, plan
 
     parallel = groups.parallel(args)
     num_gpus = args.num_gpus or parallel.model_size
-    options = {
-        "seq_length": args.seq_length,
-        "precision": groups.precision(args),
-        **groups.sizes(args),
-        **groups.batch(args),
-        **groups.recompute(args),
-    }
-    given = {name: value for name, value in options.items() if value is not None} | {"vocab_size": args.vocab_size}
+    given = _given(args, groups.batch(args) | groups.recompute(args))
     planned = plan(num_gpus, args.recipe, parallel=parallel, **given)
-    _show(planned)
-    gpu_bytes = args.gpu_memory * 1e9
-    needed = f"{planned.worst.total_bytes / 1e9:.1f} GB on stage {planned.worst.stage}"
-    if planned.worst.total_bytes <= gpu_bytes:
-        print(f"fits {args.gpu_memory:g} GB: {needed}")
-        return
-    print(f"does not fit {args.gpu_memory:g} GB: {needed}")
-    layout = nearest_fit(num_gpus, gpu_bytes, args.recipe, parallel=parallel, **given)
-    if layout is not None:
-        sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
-        print(f"fits on as many GPUs with {sizes}")
-
-
-def _show(planned: Plan) -> None:
     print(f"parameters {planned.parameters:,}, model FLOPs per step {planned.model_flops:.3g} on all GPUs together")
     print("stage    parameters  weights+gradients  optimizer  activations     total  FLOPs per step  (GB, per GPU)")
     for stage in planned.stages:
         gigabytes = (stage.weight_bytes, stage.optimizer_bytes, stage.activation_bytes, stage.total_bytes)
         figures = "{:19.2f}{:11.2f}{:13.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
         print(f"{stage.stage:5}{stage.parameters:14,}{figures}{stage.flops:16.3g}")
+    if _fits(planned.worst, args.gpu_memory):
+        return
+    layout = nearest_fit(num_gpus, args.gpu_memory * 1e9, args.recipe, parallel=parallel, **given)
+    if layout is not None:
+        sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+        print(f"fits on as many GPUs with {sizes}")
+
+
+def _plan_inference(args: argparse.Namespace) -> None:
+    from evo2_megatron.tasks.plan_inference import SHORTEST, Inference, longest_sequence, plan_inference
+
+    inference = Inference(args.use, args.num_sequences or 1, args.chunk_length)
+    given = _given(args) | {"parallel": groups.parallel(args)}
+    stages = plan_inference(inference, **given)
+    print("stage      parameters    weights  caches+activations     total  FLOPs per batch  (GB, per GPU)")
+    for stage in stages:
+        gigabytes = (stage.weight_bytes, stage.activation_bytes, stage.total_bytes)
+        figures = "{:11.2f}{:20.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
+        print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:17.3g}")
+    _fits(max(stages, key=lambda stage: stage.total_bytes), args.gpu_memory)
+    longest = longest_sequence(inference, args.gpu_memory * 1e9, **given)
+    if longest:
+        print(f"longest sequence within {args.gpu_memory:g} GB: {longest:,} tokens")
+    else:
+        print(f"not even {SHORTEST} tokens fit; use --tensor-parallel-size or --pipeline-parallel-size")
+
+
+def _given(args: argparse.Namespace, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    options = {"seq_length": args.seq_length, "precision": groups.precision(args)} | groups.sizes(args) | (more or {})
+    return {name: value for name, value in options.items() if value is not None} | {"vocab_size": args.vocab_size}
+
+
+def _fits(worst: StagePlan, gigabytes: float) -> bool:
+    fits = worst.total_bytes <= gigabytes * 1e9
+    verdict = "fits" if fits else "does not fit"
+    print(f"{verdict} {gigabytes:g} GB: {worst.total_bytes / 1e9:.1f} GB on stage {worst.stage}")
+    return fits
 
 
 if __name__ == "__main__":

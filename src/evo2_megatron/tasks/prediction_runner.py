@@ -68,6 +68,7 @@ class Runner:
         self._inner = unwrap_model(model)
         provider = self._inner.config
         self._groups = self._inner.pg_collection
+        self._device = next(self._inner.parameters()).device
         if len(layers) > 1 and self._groups.pp.size() > 1:
             raise UserError("several --embedding-layer need the layers in one place; use --pipeline-parallel-size 1")
         layout = ParallelConfig(
@@ -97,7 +98,7 @@ class Runner:
         """
         batch = collate(items, self.min_length, self.multiple)
         longest = max(self._shown_length, *(len(item["tokens"]) for item in items))
-        tokens_BS = batch["tokens"].to(megatron.device())
+        tokens_BS = batch["tokens"].to(self._device)
         indices = {"seq_idx": batch["seq_idx"]}
         if self.output.log_probs is not None:
             log_probs_BS = self._log_probs(tokens_BS)
@@ -142,7 +143,7 @@ class Runner:
 
     def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor] | None:
         """One vector for each sequence, summed up piece by piece."""
-        weight_BS = _pooling_weights(mask_BS, self.output.pooling).to(megatron.device())
+        weight_BS = _pooling_weights(mask_BS, self.output.pooling).to(self._device)
         sums: dict[str, Tensor] = {}
         for start, values in self._pieces(tokens_BS):
             for name, values_BCH in values.items():
@@ -193,8 +194,8 @@ class Runner:
             state: What has been seen before, brought up to date in place.
             tokens_BS, next_BS: Ids, S a multiple of ``multiple``.
         """
-        device = megatron.device()
-        pieces = self._pieces_from(state, tokens_BS.to(device), next_BS.to(device), self._chunk(tokens_BS.shape[0]))
+        tokens_BS, next_BS = tokens_BS.to(self._device), next_BS.to(self._device)
+        pieces = self._pieces_from(state, tokens_BS, next_BS, self._chunk(tokens_BS.shape[0]))
         joined = _joined(pieces, tokens_BS.shape[1])
         return None if joined is None else joined["log_probs"]
 

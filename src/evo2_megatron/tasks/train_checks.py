@@ -136,15 +136,13 @@ def _check_layout(options: TrainingOptions) -> None:
 
 
 def _check_position_range(options: TrainingOptions) -> None:
-    arch = architecture(options.model_size)
-    # what the model can tell apart before its positions are divided
-    base_range = arch.max_tokens / (arch.position_scale or 1.0)
-    factor = options.seq_len_interpolation_factor or arch.position_scale or 1.0
-    if options.seq_length > base_range * factor:
+    model = architecture(options.model_size)
+    most = model.position_range(options.seq_len_interpolation_factor)
+    if options.seq_length > most:
         raise UserError(
-            f"--seq-length {options.seq_length} is beyond the position range of {options.model_size}, "
-            f"{base_range * factor:.0f} tokens; shorten it, or set --seq-len-interpolation-factor "
-            f"{-(-options.seq_length // base_range):.0f} or more"
+            f"--seq-length {options.seq_length} is beyond the position range of {options.model_size}, {most} tokens; "
+            "shorten it, or set --seq-len-interpolation-factor "
+            f"{-(-options.seq_length // model.position_range(1.0))} or more"
         )
 
 

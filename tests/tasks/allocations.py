@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What real steps and runs of small models allocate, beside what evo2_plan says; for tests and benchmarks/planning.py.
+
+Megatron Bridge can be used only after ``runtime.megatron.enter``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from evo2_megatron.config import ParallelConfig
+from evo2_megatron.tasks.plan_inference import Inference
+
+
+def of_training_step(**given: Any) -> int:
+    """Bytes that a training step adds at its peak; ``given``: fields of TrainingOptions."""
+    import torch
+
+    from evo2_megatron.recipes.options import TrainingOptions
+    from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks import plan_step
+
+    with process_groups(ParallelConfig()):
+        config = plan_step.step_config(TrainingOptions(mock_data=True, **given), 512)
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron prints the number of parameters
+            model = plan_step.build_model(config)
+        peak = _largest(lambda: plan_step.run_step(config, model, 1))
+        assert torch.isfinite(next(model.parameters()).main_grad).all()
+    return peak
+
+
+def of_inference(inference: Inference, **given: Any) -> int:
+    """Bytes that scoring or generation adds at its peak; ``given``: fields of TrainingOptions."""
+    import torch
+
+    from evo2_megatron.recipes.options import TrainingOptions
+    from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks import plan_step
+
+    with process_groups(ParallelConfig()), torch.no_grad():
+        config = plan_step.step_config(TrainingOptions(mock_data=True, global_batch_size=1, **given), 512)
+        with contextlib.redirect_stdout(sys.stderr):
+            (model,) = config.model.provide_distributed_model(wrap_with_ddp=False)
+        model.eval()
+        tokens_BL = torch.full((inference.num_sequences, given["seq_length"]), ord("A"))
+        run = _score if inference.use == "score" else _generate
+        return _largest(lambda: run(model, tokens_BL, inference.piece, given["precision"]))
+
+
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planned is for a GPU, whose long filters scan in another way and take more channels at a time."""
+    from evo2_megatron.ops import modal, toeplitz
+
+    monkeypatch.setattr(toeplitz, "_GPU_SLICE", toeplitz._CPU_SLICE)
+    monkeypatch.setattr(modal, "SCAN_RADIX", modal.CPU_BLOCKS_ONE_BY_ONE)
+
+
+def _score(model: Any, tokens_BL: Any, piece: int, precision: str) -> None:
+    import torch
+
+    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    runner = Runner(model, Output(log_probs="sum"), precision=precision, chunk_length=piece)
+    runner([{"tokens": row, "loss_mask": torch.ones_like(row), "seq_idx": torch.tensor(0)} for row in tokens_BL])
+
+
+def _generate(model: Any, tokens_BL: Any, piece: int, precision: str) -> None:
+    from megatron.core.utils import unwrap_model
+
+    from evo2_megatron.tasks.forward import forward_last, prefill
+
+    inner = unwrap_model(model)
+    state = inner.new_inference_state(*tokens_BL.shape, last_token_logits_only=True)
+    prefill(inner, tokens_BL[:, :-1], state, chunk=piece)
+    forward_last(inner, tokens_BL[:, -1:], state)
+
+
+def _largest(run: Callable[[], object]) -> int:
+    """By the events of PyTorch's allocator, in a second run: the first makes what stays.
+
+    Not the process's resident memory, which keeps what is freed and grows with code and libraries.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
