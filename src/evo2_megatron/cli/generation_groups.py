@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flag groups that the commands which generate share: how bases are drawn, and when a sequence ends."""
+"""Flag groups that the commands which generate share: the model, how bases are drawn, when to stop, what to write."""
 
 from __future__ import annotations
 
@@ -9,15 +9,71 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.prompts import Prompt
 
 logger = logging.getLogger(__name__)
+
+FORMATS = ("jsonl", "fasta", "text")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model; ``running`` reads all but ``--ckpt-dir``."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    groups.add_base_checkpoint(group)
+    groups.add_self_test(group)
+
+
+def add_output(parser: argparse.ArgumentParser, *, format_help: str) -> argparse._ArgumentGroup:
+    """Add the flags of the records; ``running`` reads them but for ``--return-log-probs``."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
+    group.add_argument("--output-format", choices=FORMATS, metavar="NAME", help=format_help)
+    group.add_argument(
+        "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
+    )
+    group.add_argument(
+        "--return-log-probs",
+        action="store_true",
+        help="add each new base's log-probability in nat; to FASTA, their sum and mean",
+    )
+    return group
+
+
+def add_length(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add ``--max-seq-length``, which ``running`` reads."""
+    group = parser.add_argument_group("length and memory")
+    group.add_argument(
+        "--max-seq-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="longest prompt and completion together (default: EVO2_MAX_SEQ_LEN; else what the model was trained for, "
+        "if memory allows)",
+    )
+    return group
+
+
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that ``tasks.infer.infer`` and ``tasks.guide.guide`` share: how the model runs, what is written."""
+    return {
+        "max_seq_length": given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
+        "parallel": groups.parallel(args),
+        "precision": groups.precision(args),
+        "base_ckpt_dir": groups.base_checkpoint(args),
+        "fp8": model_groups.fp8_choice(args),
+        "with_self_test": groups.self_test(args),
+        "provider_overrides": model_groups.provider_overrides(args),
+        "output_file": args.output_file,
+        "output_format": args.output_format,
+        "include_prompt": args.include_prompt,
+    }
 
 
 def prompts(args: argparse.Namespace) -> list[Prompt]:

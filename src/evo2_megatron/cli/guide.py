@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from evo2_megatron.tasks.generate import GenerationSettings
 
 PROG = "evo2_guide"
-FORMATS = ("jsonl", "fasta", "text")
 SCORER_SECONDS = 600.0
 BEAMS, SAMPLES, CHUNK = 2, 8, 128
 MAX_NEW_TOKENS = 1024
@@ -23,16 +22,17 @@ MAX_NEW_TOKENS = 1024
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = groups.Parser(PROG, __doc__)
-    checkpoint = parser.add_argument_group("checkpoint")
-    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
-    groups.add_base_checkpoint(checkpoint)
-    groups.add_self_test(checkpoint)
+    generation_groups.add_checkpoint(parser)
     _add_prompts(parser)
     _add_scorer(parser)
     _add_search(parser)
     generation_groups.add_sampling(parser)
     generation_groups.add_stopping(parser, max_new_tokens=MAX_NEW_TOKENS)
-    _add_output(parser)
+    generation_groups.add_output(
+        parser,
+        format_help="of --output-file: jsonl, fasta, or text, a table with tabs (default: by its suffix, jsonl if "
+        "that says nothing)",
+    )
     _add_memory(parser)
     groups.add_parallel(parser)
     model_groups.add_precision_and_kernels(parser)
@@ -65,16 +65,7 @@ def _main(argv: Sequence[str] | None) -> None:
             _settings(args, width=search.width),
             search,
             score,
-            max_seq_length=generation_groups.given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
-            parallel=groups.parallel(args),
-            precision=groups.precision(args),
-            base_ckpt_dir=groups.base_checkpoint(args),
-            fp8=model_groups.fp8_choice(args),
-            with_self_test=groups.self_test(args),
-            provider_overrides=model_groups.provider_overrides(args),
-            output_file=args.output_file,
-            output_format=args.output_format,
-            include_prompt=args.include_prompt,
+            **generation_groups.running(args),
             on_record=_show,
         )
 
@@ -154,35 +145,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
-    group.add_argument(
-        "--output-format",
-        choices=FORMATS,
-        metavar="NAME",
-        help="of --output-file: jsonl, fasta, or text, a table with tabs (default: by its suffix, jsonl if that says "
-        "nothing)",
-    )
-    group.add_argument(
-        "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
-    )
-    group.add_argument(
-        "--return-log-probs",
-        action="store_true",
-        help="add each new base's log-probability in nat; to FASTA, their sum",
-    )
-
-
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("length and memory")
-    group.add_argument(
-        "--max-seq-length",
-        type=groups.positive_int,
-        metavar="N",
-        help="longest prompt and completion together (default: EVO2_MAX_SEQ_LEN; else what the model was trained for, "
-        "if memory allows)",
-    )
+    group = generation_groups.add_length(parser)
     group.add_argument(
         "--max-batch-size",
         type=groups.positive_int,

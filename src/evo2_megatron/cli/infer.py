@@ -23,7 +23,6 @@ DEFAULT_PROMPT = (
 )
 
 
-FORMATS = ("jsonl", "fasta", "text")
 LINE_BASES = 60
 """Of each line that ``--stream`` prints of several sequences."""
 
@@ -31,10 +30,7 @@ LINE_BASES = 60
 def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of sampling and memory are in the help."""
     parser = groups.Parser(PROG, __doc__)
-    checkpoint = parser.add_argument_group("checkpoint")
-    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
-    groups.add_base_checkpoint(checkpoint)
-    groups.add_self_test(checkpoint)
+    generation_groups.add_checkpoint(parser)
     _add_prompts(parser)
     _add_output(parser)
     generation_groups.add_sampling(parser)
@@ -72,16 +68,7 @@ def _main(argv: Sequence[str] | None) -> None:
             args.ckpt_dir,
             _settings(args),
             num_samples=args.num_samples,
-            max_seq_length=generation_groups.given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
-            parallel=groups.parallel(args),
-            precision=groups.precision(args),
-            base_ckpt_dir=groups.base_checkpoint(args),
-            fp8=model_groups.fp8_choice(args),
-            with_self_test=groups.self_test(args),
-            provider_overrides=model_groups.provider_overrides(args),
-            output_file=args.output_file,
-            output_format=args.output_format,
-            include_prompt=args.include_prompt,
+            **generation_groups.running(args),
             **printer,
         )
 
@@ -173,22 +160,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
-    group.add_argument(
-        "--output-format",
-        choices=FORMATS,
-        metavar="NAME",
-        help="jsonl, fasta, or text: a table with tabs; without --output-file, print it (default: by the suffix of "
-        "--output-file, jsonl if that says nothing)",
-    )
-    group.add_argument(
-        "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
-    )
-    group.add_argument(
-        "--return-log-probs",
-        action="store_true",
-        help="add each new base's log-probability in nat; to FASTA, their sum and mean",
+    group = generation_groups.add_output(
+        parser,
+        format_help="jsonl, fasta, or text: a table with tabs; without --output-file, print it (default: by the "
+        "suffix of --output-file, jsonl if that says nothing)",
     )
     group.add_argument(
         "--stream",
@@ -198,14 +173,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("length and memory")
-    group.add_argument(
-        "--max-seq-length",
-        type=groups.positive_int,
-        metavar="N",
-        help="longest prompt and completion together (default: EVO2_MAX_SEQ_LEN; else what the model was trained for, "
-        "if memory allows)",
-    )
+    group = generation_groups.add_length(parser)
     group.add_argument(
         "--max-batch-size", type=groups.positive_int, default=1, metavar="N", help="sequences at a time (default: 1)"
     )
