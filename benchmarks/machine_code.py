@@ -54,7 +54,7 @@ class Case(NamedTuple):
     tokens: int
     """Tokens of one channel that one pass through the code works on."""
 
-    moved: tuple[int, int]
+    moved: tuple[float, float]
     """Values read or written for a token and channel: in ``dtype``, and in float32."""
 
 
@@ -92,9 +92,14 @@ def cases() -> list[Case]:
         form = triton_modal.form(16, TOKENS, dtype)
         warps = form.pop("num_warps")
         del form["num_stages"]
-        tokens = form["T"] * form["M"]
-        name = "modal convolution, 16 modes"
-        found.append(Case(triton_modal._modal_kernel, name, dtype, form, warps, ("x", "y"), tokens, (2, 0)))
+        tokens, backward = form["T"] * form["M"], triton_modal._modal_backward_kernel
+        for keep in (False, True):
+            name = "modal states" if keep else "modal convolution"
+            signal, moved = (("x",), (1, 0.5)) if keep else (("x", "y"), (2, 0))
+            more = form | {"KEEP_STATES": keep}
+            found.append(Case(triton_modal._modal_kernel, name, dtype, more, warps, signal, tokens, moved))
+        signal = ("x", "grad_y", "grad_x")
+        found.append(Case(backward, "modal convolution backward", dtype, form, warps, signal, tokens, (3, 0.5)))
     return found
 
 

@@ -37,10 +37,42 @@ def test_beside_the_plain_operator(agree, device, L):
     agree(triton_modal_conv, modal_conv, modal_args(device, 2, 2, L), rtol=1e-3, atol=1e-4)
 
 
+def output(function):
+    """Without the state, whose gradient the plain operator would compute."""
+    return lambda *args: function(*args).y_BDL
+
+
+@pytest.mark.parametrize("L", [1, 2, 31, 32, 33, 127, 128, 129, 251, 1024, 1057, 2100])
+def test_gradients(agree, device, L):
+    agree(output(triton_modal_conv), output(modal_conv), modal_args(device, 2, 2, L), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("N", [1, 5, 16, 20])
-def test_any_number_of_modes(device, N):
+def test_any_number_of_modes(agree, device, N):
     args = modal_args(device, 2, 3, 70, N)
     assert_close(triton_modal_conv(*args), args, tolerance=1e-4)
+    agree(output(triton_modal_conv), output(modal_conv), args, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_only_where_it_is_wanted(device):
+    args, weight = modal_args(device, 2, 2, 70), torch.randn(2, 2, 70, device=device)
+    leaves = [x.clone().requires_grad_() for x in args]
+    want = torch.autograd.grad(triton_modal_conv(*leaves).y_BDL, leaves, weight)
+    some = [x.clone().requires_grad_(i in (0, 2)) for i, x in enumerate(args)]
+    got = torch.autograd.grad(triton_modal_conv(*some).y_BDL, [some[0], some[2]], weight)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[2])
+
+
+def test_gradients_of_sixteen_bits(device):
+    x_BDL, *modes = modal_args(device, 2, 2, 1100)
+    args = [x.requires_grad_() for x in (x_BDL.bfloat16(), *modes)]
+    wide = [x.detach().double().requires_grad_() for x in args]
+    weight = torch.randn(2, 2, 1100, device=device).bfloat16()
+    got = torch.autograd.grad(triton_modal_conv(*args).y_BDL, args, weight)
+    want = torch.autograd.grad(modal_conv(*wide).y_BDL, wide, weight.double())
+    for x, g, w in zip(args, got, want):
+        assert g.dtype == x.dtype
+        torch.testing.assert_close(g.double(), w, rtol=2**-6, atol=2**-8 * w.abs().max().item())
 
 
 @pytest.mark.parametrize("L", [1, 40, 1100])

@@ -137,7 +137,7 @@ class ModalConv(torch.autograd.Function):
         y_BDL = torch.empty(x_BDL.shape, dtype=x_BDL.dtype, device=x_BDL.device)
         state_BDN = log_pole_DN.new_empty(B, *log_pole_DN.shape)
         for part in channel_slices(x_BDL):
-            tables = _Tables(log_pole_DN[part], residue_DN[part], skip_D[part], layout.block)
+            tables = ModalTables(log_pole_DN[part], residue_DN[part], skip_D[part], layout.block)
             x_DGT = _to_blocks(x_BDL[:, part], layout, log_pole_DN.dtype)
             first = None if left_BDN is None else left_BDN[:, part].permute(1, 2, 0)
             entering_DNBM, last_DNB = tables.states_before(x_DGT, B, layout.first_block, first)
@@ -164,7 +164,7 @@ class ModalConv(torch.autograd.Function):
         grad_modes = [torch.empty_like(w) if any(need_modes) else None for w in (log_pole_DN, residue_DN, skip_D)]
         grad_left_BDN = torch.empty_like(left_BDN) if need_left else None
         for part in channel_slices(x_BDL):
-            tables = _Tables(log_pole_DN[part], residue_DN[part], skip_D[part], layout.block)
+            tables = ModalTables(log_pole_DN[part], residue_DN[part], skip_D[part], layout.block)
             g_DGT = _to_blocks(grad_y_BDL[:, part], layout, log_pole_DN.dtype)
             last = None if grad_state_BDN is None else grad_state_BDN[:, part].permute(1, 2, 0)
             leaving_DNBM = tables.states_after(g_DGT, B, last)
@@ -230,7 +230,7 @@ def _aged_blocks(x_BDL: Tensor, log_pole_DN: Tensor) -> tuple[Tensor, Tensor, Te
     return x_BDMT, _powers(log_pole_DN, T).flip(-1).mT, age_DMN
 
 
-class _Tables:
+class ModalTables:
     """The small matrices that one block of T tokens needs, for a slice of channels."""
 
     def __init__(self, log_pole_DN: Tensor, residue_DN: Tensor, skip_D: Tensor, T: int) -> None:
@@ -270,14 +270,25 @@ class _Tables:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of log_pole [D, N], residue [D, N] and skip [D], from the gradients of the tables."""
         entering_DNG, leaving_DNG = entering_DNBM.flatten(2), leaving_DNBM.flatten(2)
-        filter_DT = diagonal_sums(torch.bmm(x_DGT.mT, g_DGT))
+        return self.gradients_from(
+            torch.bmm(x_DGT.mT, g_DGT),
+            torch.bmm(entering_DNG, g_DGT),
+            torch.bmm(leaving_DNG, x_DGT),
+            torch.linalg.vecdot(leaving_DNG, entering_DNG),
+        )
+
+    def gradients_from(
+        self, inside_DTT: Tensor, read_DNT: Tensor, written_DNT: Tensor, stepped_DN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from sums over all blocks of products: of inputs and gradients of outputs, of states that enter and
+        gradients of outputs, of gradients of states that leave and inputs, and of these two kinds of states."""
+        filter_DT = diagonal_sums(inside_DTT)
         # gradient of residue * power: once from the filter (powers 0 to T - 1), once from reading (1 to T)
-        weighted_DNK = F.pad(torch.bmm(entering_DNG, g_DGT), (1, 0))
+        weighted_DNK = F.pad(read_DNT, (1, 0))
         weighted_DNK[..., :-1] += filter_DT[:, None]
         weighted_DNK *= self.powers_DNK
         # gradient of the bare power: from writing (0 to T - 1), and T from stepping over a block
-        stepped_DN1 = torch.linalg.vecdot(leaving_DNG, entering_DNG)[..., None]
-        bare_DNK = torch.cat([torch.bmm(leaving_DNG, x_DGT).flip(-1), stepped_DN1], dim=-1) * self.powers_DNK
+        bare_DNK = torch.cat([written_DNT.flip(-1), stepped_DN[..., None]], dim=-1) * self.powers_DNK
         exponent_K = torch.arange(bare_DNK.shape[-1], device=bare_DNK.device, dtype=bare_DNK.dtype)
         grad_log_pole_DN = torch.addcmul(bare_DNK, weighted_DNK, self.residue_DN[..., None]) @ exponent_K
         return grad_log_pole_DN, weighted_DNK.sum(-1), filter_DT[:, 0]
