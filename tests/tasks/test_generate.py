@@ -272,6 +272,29 @@ def test_a_batch_counts_its_work(model):
     assert done.prefill_seconds > 0 and done.decode_seconds > 0
 
 
+def test_sequences_that_have_ended_are_not_computed(model):
+    """Whenever half of them have; what the others give does not change."""
+    lengths, prompts = (1, 12, 1, 3, 1, 12, 3, 1), [random_tokens(5 + n % 3, seed=n) for n in range(8)]
+    settings = GenerationSettings(max_new_tokens=12, return_log_probs=True, stop_at_eod=False)
+    decoding = Decoding(model, settings, prompts, seeds=range(8))
+    decoding.rows[:] = [dataclasses.replace(settings, max_new_tokens=n).new_completion() for n in lengths]
+    computed, last_logits_of_1 = [], None
+    for _ in decoding.steps():
+        computed.append(decoding.num_sequences)
+        last_logits_of_1 = decoding.logits_of(1)
+    assert computed == [8] + 2 * [4] + 9 * [2]
+    done = decoding.result()
+    assert done.num_decoded_tokens == 2 * 2 + 2 * 11
+    for place, (got, length) in enumerate(zip(done.generations, lengths)):
+        of_one = dataclasses.replace(settings, max_new_tokens=length)
+        alone = Decoding(model, of_one, [prompts[place]], seeds=[place])
+        (want,) = alone.run().generations
+        assert got.token_ids == want.token_ids
+        torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(want.log_probs), **TOLERANCE)
+        if place == 1:
+            torch.testing.assert_close(last_logits_of_1, alone.logits_of(0), **TOLERANCE)
+
+
 def test_output_that_is_not_finite_is_an_error(one_process):
     broken = tiny_model("evo2_tiny")
     with torch.no_grad():

@@ -145,3 +145,33 @@ def test_who_gives_no_finite_numbers_fails_alone(checkpoint, monkeypatch):
         work.result()
     refused = (500, "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32")
     assert got == [want, want, refused, "scored", refused] and len(want) == 12
+
+
+def test_who_comes_later_takes_the_place_of_who_has_ended(checkpoint):
+    """And does not wait for the end of the batch."""
+
+    async def order():
+        def job(num_new):
+            return GenerateJob(
+                ids=[65], seed=1, settings=GenerationSettings(max_new_tokens=num_new, stop_at_eod=False)
+            )
+
+        long, short, later = job(250), job(1), job(1)
+        with engine._condition:  # together; there is room for two
+            for each in (long, short, later):
+                engine.submit(each)
+        waiting = {asyncio.ensure_future(each.reply.get()): name for each, name in ((long, "long"), (later, "later"))}
+        done, others = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(others)
+        return [waiting[task] for task in (*done, *others)]
+
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_batch_size=2), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            assert asyncio.run(order()) == ["later", "long"]
+        finally:
+            engine.stop()
+        work.result()

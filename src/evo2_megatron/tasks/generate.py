@@ -150,6 +150,9 @@ class GeneratedBatch(NamedTuple):
     num_steps: int
     """Forward passes of one token per sequence."""
 
+    num_decoded_tokens: int
+    """What these gave to sequences that had not ended."""
+
     decode_seconds: float
     """Time of those passes."""
 
@@ -231,10 +234,19 @@ class Decoding:
             raise UserError("a prompt is empty; give at least one token")
         self.rows = [settings.new_completion() for _ in prompts]
         """One for each prompt, in their order."""
-        self.logits_BV: Tensor | None = None
-        """What the newest tokens were drawn from, before any limit."""
+        self._places = list(range(len(prompts)))
+        self._logits_BV: Tensor | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
-        self.num_steps = self.num_prefill_tokens = 0
+        self.num_steps = self.num_prefill_tokens = self.num_decoded_tokens = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """How many have caches: all at first, fewer when most have ended."""
+        return len(self._places)
+
+    def logits_of(self, number: int) -> Tensor:
+        """What the newest token of a prompt's sequence was drawn from, before any limit, logits_V."""
+        return self._logits_BV[self._places.index(number)]
 
     def run(self) -> GeneratedBatch:
         """Go to the end."""
@@ -257,21 +269,38 @@ class Decoding:
         blocked_V = self._settings.blocked(logits_BV.shape[-1], device)
         for step in range(num_new):
             drawn_B = draw(logits_BV, uniform_BN[:, step], self._settings.sampling, blocked_V=blocked_V)
-            self.logits_BV = logits_BV.clone() if runs_ahead else logits_BV
+            self._logits_BV = logits_BV.clone() if runs_ahead else logits_BV
             arriving = ToHost(_drawn(drawn_B, logits_BV, wanted=self._settings.return_log_probs))
             if runs_ahead and step < num_new - 1:
                 # what is no token must not reach the embedding before the host has seen it
                 logits_BV = advance(drawn_B.clamp(min=0))
-            self._take(_checked_pairs(arriving))
+            num_taken = self._take(_checked_pairs(arriving))
             now = time.perf_counter()
             if step == 0:
                 self.prefill_seconds = now - start
+            else:
+                self.num_decoded_tokens += num_taken
             self.num_steps, self.decode_seconds = step, now - start - self.prefill_seconds
             yield
             if step == num_new - 1 or all(row.finish_reason for row in self.rows):
                 return
+            alive_B = self._most_have_ended(device)
+            if alive_B is not None:
+                state.select(alive_B)
+                uniform_BN, drawn_B, logits_BV = uniform_BN[alive_B], drawn_B[alive_B], logits_BV[alive_B]
             if not runs_ahead:
                 logits_BV = advance(drawn_B)
+
+    def _most_have_ended(self, device: torch.device) -> Tensor | None:
+        """Which sequences to go on with, where that is at most half of those that have caches; None: all of them.
+
+        The rest would be computed for nothing. The caches of the others are copied, so not for less than half.
+        """
+        alive = [index for index, place in enumerate(self._places) if self.rows[place].finish_reason is None]
+        if 2 * len(alive) > len(self._places) or self._settings.cuda_graphs:  # whose steps have one size
+            return None
+        self._places = [self._places[index] for index in alive]
+        return torch.tensor(alive, device=device)
 
     def _begin(self, device: torch.device) -> tuple[InferenceState, Tensor]:
         """Caches and logits_BV after the prompts: those of equal length go through together, equal ones once."""
@@ -307,14 +336,18 @@ class Decoding:
             num_prefill_tokens=self.num_prefill_tokens,
             prefill_seconds=self.prefill_seconds,
             num_steps=self.num_steps,
+            num_decoded_tokens=self.num_decoded_tokens,
             decode_seconds=self.decode_seconds,
         )
 
-    def _take(self, drawn: Sequence[tuple[int, float | None]]) -> None:
-        """Give each row that is not finished its new token."""
-        for row, (token, log_prob) in zip(self.rows, drawn):
-            if row.finish_reason is None:
-                row.add(token, log_prob)
+    def _take(self, drawn: Sequence[tuple[int, float | None]]) -> int:
+        """Give each row that is not finished its new token; how many those were."""
+        num_taken = 0
+        for place, (token, log_prob) in zip(self._places, drawn):
+            if self.rows[place].finish_reason is None:
+                self.rows[place].add(token, log_prob)
+                num_taken += 1
+        return num_taken
 
 
 def tokens_with_log_probs(drawn_B: Tensor, logits_BV: Tensor, *, wanted: bool) -> list[tuple[int, float | None]]:

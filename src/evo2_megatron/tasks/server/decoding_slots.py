@@ -81,6 +81,11 @@ class RunningBatch:
         self._last = now
         return answered
 
+    @property
+    def num_sequences(self) -> int:
+        """How many have caches."""
+        return self._decoding.num_sequences
+
     def close(self) -> None:
         """Free the caches."""
         self._steps.close()
@@ -101,7 +106,7 @@ class RunningBatch:
             return False
         self._step_ms[place].append(milliseconds)
         if job.wants_logits:
-            self._logits[place].append(self._decoding.logits_BV[place].float().tolist())
+            self._logits[place].append(self._decoding.logits_of(place).float().tolist())
         if job.wants_pieces:
             self._send_piece(place)
         if row.finish_reason is None:

@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def num_generating(self) -> int:
-        return sum(len(batch.jobs) for batch in self._running)
+        return sum(batch.num_sequences for batch in self._running)
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue; ``Refused`` if it is full or nobody will look at it."""
