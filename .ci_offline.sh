@@ -8,6 +8,7 @@
 #   PYTHON      interpreter; for run the one that has PyTorch (default: python3)
 #   FOR_PYTHON  version that the wheels are for, such as 3.12 (default: that of .venv)
 #   LEAVE_OUT   names of further packages that the other machine has, so that they need not be carried
+#   ALSO        further requirements to carry: "subquadratic-ops-torch-cu13==0.2.1 warp-lang==1.19.0 nanobind==3.1.0"
 #   BENCH       arguments of benchmarks/gpu.py; none: its own choice
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -29,7 +30,8 @@ collect() {
     for tag in 2_28 2_27 2_24 2_17 2_12 2_5; do tags+=(--platform "manylinux_${tag}_x86_64"); done
     tags+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
     pins=$(.venv/bin/uv pip freeze --python .venv/bin/python --exclude-editable |
-        grep -Ev "^($skip)==")
+        grep -Ev "^($skip)=="
+        for pin in ${ALSO:-}; do echo "$pin"; done)
     while read -r pin; do
         # its own build, if there is no wheel for that platform and version
         .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
