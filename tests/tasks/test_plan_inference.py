@@ -86,8 +86,12 @@ def test_the_longest_sequence_fits_and_no_longer_one(megatron, use, chunk_length
 def test_refusals(megatron):
     with pytest.raises(UserError, match="beyond the position range of evo2_tiny, 8192 tokens"):
         plan_inference(Inference("score"), model_size="evo2_tiny", seq_length=8193)
-    with pytest.raises(UserError, match="generation has no context parallelism"):
-        plan_inference(Inference("generate"), **SMALL, parallel=ParallelConfig(context=2))
+    for layout, message in (
+        (ParallelConfig(context=2), "generation does not split a sequence"),
+        (ParallelConfig(tensor=2, sequence_parallel=True), "leave out --sequence-parallel"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_inference(Inference("generate"), **SMALL, parallel=layout)
     with pytest.raises(UserError, match="cannot be planned without a GPU"):
         plan_inference(Inference("score"), **SMALL, precision="bf16_with_fp8_current_scaling_mixed")
 

@@ -59,12 +59,18 @@ def find_checkpoint(ckpt_dir: Path, base_ckpt_dir: Path | None = None) -> Genera
 
 
 def check_layout(parallel: ParallelConfig) -> None:
-    """Raise UserError for a layout that generation does not have."""
+    """Raise UserError for a layout that generation does not have, or that these processes cannot make."""
+    layout_of_generation(parallel)
+    parallel.check_world_size(distributed.world_size())
+
+
+def layout_of_generation(parallel: ParallelConfig) -> ParallelConfig:
+    """With sequence parallelism off, as one token cannot be split; UserError if the layout splits sequences."""
     if parallel.context > 1:
         raise UserError("generation does not split a sequence over processes; use --context-parallel-size 1")
     if parallel.sequence_parallel:
         raise UserError("generation goes token by token, which cannot be split; leave out --sequence-parallel")
-    parallel.check_world_size(distributed.world_size())
+    return dataclasses.replace(parallel, sequence_parallel=False)
 
 
 @contextlib.contextmanager
@@ -104,8 +110,7 @@ def _load(
     fp8: Fp8Choice,
     with_self_test: bool,
 ) -> StripedHyenaModel:
-    # one token cannot be split over processes
-    parallel = dataclasses.replace(parallel, sequence_parallel=False)
+    parallel = layout_of_generation(parallel)
     loaded = self_test.load_model_checked(
         checkpoint.path,
         with_self_test=with_self_test,

@@ -14,6 +14,7 @@ from evo2_megatron.layouts import sequence_multiple
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.published import training_options
 from evo2_megatron.tasks.generate import PREFILL_CHUNK
+from evo2_megatron.tasks.generation_model import layout_of_generation
 from evo2_megatron.tasks.plan import StagePlan
 from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CUDA
 
@@ -60,17 +61,14 @@ def plan_inference(inference: Inference, *, vocab_size: int = 512, **given: Any)
     """
     more = {"mock_data": True, "global_batch_size": 1}
     options = training_options(None, {"precision": "bf16_mixed"} | given | more)
-    if inference.use == "generate":  # single tokens cannot be split
-        options = replace(options, parallel=replace(options.parallel, sequence_parallel=False))
+    if uses_fp8(options.precision):
+        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
+    if inference.use == "generate":
+        options = replace(options, parallel=layout_of_generation(options.parallel))
     # as sequences are padded
     multiple = sequence_multiple(options.parallel)
     options = replace(options, seq_length=-(-options.seq_length // multiple) * multiple)
-    if uses_fp8(options.precision):
-        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
-    layout = options.parallel
-    if inference.use == "generate" and layout.context > 1:
-        raise UserError("generation has no context parallelism; use --tensor-parallel-size")
-    return [_plan_stage(inference, options, stage, vocab_size) for stage in range(layout.pipeline)]
+    return [_plan_stage(inference, options, stage, vocab_size) for stage in range(options.parallel.pipeline)]
 
 
 def longest_sequence(inference: Inference, gpu_bytes: float, **given: Any) -> int:
@@ -105,7 +103,7 @@ def longest_sequence(inference: Inference, gpu_bytes: float, **given: Any) -> in
     two, three = needed(2 * inference.piece), needed(min(3 * inference.piece, most))
     if two > gpu_bytes:
         return length
-    pieces = 2 + int((gpu_bytes - two) / (three - two))
+    pieces = 2 + int((gpu_bytes - two) / max(three - two, 1))
     return min(pieces * inference.piece, most)
 
 
