@@ -154,18 +154,25 @@ def test_inputs_that_are_not_finite(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["--tensor-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
-def test_two_processes_find_the_same(inputs, tmp_path, layout):
-    checkpoint, fasta = inputs
-    # lengths that two processes divide
-    fasta_even = tmp_path / "even.fa"
-    letters = fasta.read_text().split("\n")[3]
-    fasta_even.write_text(f">a\n{letters[:128]}\n>b\n{letters[30:70]}\n>c\n{letters[1:13]}\n")
-    want = read_run_config(calibrate_fp8(fasta_even, checkpoint, tmp_path / "one")).fp8_scales
+@pytest.mark.parametrize(
+    "layout, lengths",
+    [
+        ([], (128, 40, 12)),
+        (["--tensor-parallel-size", "2"], (128, 40, 12)),
+        (["--pipeline-model-parallel-size", "2"], (128, 40, 12)),
+        (["--context-parallel-size", "2"], (520, 600)),
+    ],
+)
+def test_two_processes_find_the_same(inputs, tmp_path, layout, lengths):
+    checkpoint, _ = inputs
+    fasta = tmp_path / "even.fa"
+    letters = "GATTACAACGGGTCCTA" * 40
+    fasta.write_text("".join(f">{i}\n{letters[i : i + length]}\n" for i, length in enumerate(lengths)))
+    want = read_run_config(calibrate_fp8(fasta, checkpoint, tmp_path / "one", max_seq_length=600)).fp8_scales
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = ["evo2_megatron.cli.calibrate_fp8", "--ckpt-dir", checkpoint, "--fasta", fasta_even]
+    command = ["evo2_megatron.cli.calibrate_fp8", "--ckpt-dir", checkpoint, "--fasta", fasta]
     done = subprocess.run(
-        [*launcher, *command, "--output-dir", tmp_path / "two", *layout],
+        [*launcher, *command, "--output-dir", tmp_path / "two", "--max-seq-length", "600", *layout],
         check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == f"{tmp_path / 'two' / checkpoint.name}\n"
