@@ -8,7 +8,7 @@ for one layer of hidden size 1,920 (1B) and 8,192 tokens if an H100 did nothing 
 scheduler; "memory" the time its memory takes for what the kernel reads and writes. A kernel can be slower than both,
 and not faster.
 
-    python benchmarks/machine_code.py [--gpus sm_80 sm_90 sm_100]
+    python benchmarks/machine_code.py [--gpus sm_80 sm_90 sm_100] [--length 8192]
 
 The exit status is 1 if a kernel spills more than 512 bytes, or takes more shared memory than that.
 """
@@ -67,11 +67,11 @@ class Counts(NamedTuple):
     instructions: int
 
 
-def cases() -> list[Case]:
-    """All kernels in the forms that 1B to 40B models use, for a long sequence."""
+def cases(length: int) -> list[Case]:
+    """All kernels in the forms that 1B to 40B models use, for sequences of ``length`` tokens."""
     found = []
     for dtype, num_taps in ((d, k) for d in TYPES for k in (3, 7, 128)):
-        plain, gates = (triton_conv.Shape.of(num_taps, TOKENS, dtype, gates=g)._asdict() for g in (False, True))
+        plain, gates = (triton_conv.Shape.of(num_taps, length, dtype, gates=g)._asdict() for g in (False, True))
 
         def add(kernel, name, shape, signal, moved, *, dtype=dtype, num_taps=num_taps, **more) -> None:
             constants = {k: v for k, v in shape.items() if k not in ("num_warps", "num_stages")} | more
@@ -84,12 +84,12 @@ def cases() -> list[Case]:
             few = {"T": triton_conv.FEW_TAPS_TOKENS}
             add(triton_conv._few_taps_backward_kernel, "gradients", few, ("x", "grad_x"), (2, 1), K=num_taps)
             continue
-        products = {"T": 16 if num_taps <= 17 else 32, "M": 64, "PRECISION": plain["PRECISION"]}
+        products = triton_conv.products_form(num_taps, length) | {"PRECISION": plain["PRECISION"]}
         add(triton_conv._tap_products_kernel, "gradient of taps", products, (), (0, 2))
         add(triton_conv._gated_conv_kernel, "operator", gates, ("u", "y"), (4, 0), K=num_taps)
         add(triton_conv._gated_backward_kernel, "operator backward", gates, ("u", "grad_y"), (4, 5), K=num_taps)
     for dtype in TYPES:
-        form = triton_modal.form(16, TOKENS, dtype)
+        form = triton_modal.form(16, length, dtype)
         warps = form.pop("num_warps")
         del form["num_stages"]
         tokens, backward = form["T"] * form["M"], triton_modal._modal_backward_kernel
@@ -130,10 +130,13 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", nargs="+", default=["sm_90"], metavar="SM", help="architectures to compile for")
+    parser.add_argument(
+        "--length", type=int, default=TOKENS, help="tokens of a sequence, which decides about the form"
+    )
     args = parser.parse_args()
     unfit = 0
     print(f"{'kernel':38} {'dtype':8} {'gpu':7} registers spilled shared instructions/token issue us memory us")
-    for case in cases():
+    for case in cases(args.length):
         for gpu in args.gpus:
             counts = compile_for(case, int(gpu.removeprefix("sm_")))
             per_token = counts.instructions * case.num_warps / case.tokens

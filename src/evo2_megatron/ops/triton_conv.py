@@ -159,21 +159,25 @@ def _few_taps_backward(grad_y_BDL: Tensor, x_BDL: Tensor, taps_DK: Tensor) -> tu
     """Gradients of a convolution with respect to its signal, in the dtype of that, and to its taps."""
     (B, D, L), K = x_BDL.shape, taps_DK.shape[1]
     grad_x_BDL = torch.empty_like(x_BDL)
-    T = min(FEW_TAPS_TOKENS, triton.next_power_of_2(L))
+    T = min(FEW_TAPS_TOKENS, max(128, triton.next_power_of_2(L)))
     P = triton.cdiv(L, T)
     sums_BPDK = torch.empty(B, P, D, K, device=x_BDL.device)
     _few_taps_backward_kernel[(P, D, B)](grad_y_BDL, x_BDL, taps_DK, grad_x_BDL, sums_BPDK, L, D, K, T)
     return grad_x_BDL, sums_BPDK.sum((0, 1))
 
 
+def products_form(num_taps: int, length: int) -> dict[str, int]:
+    """Constants of the kernel for gradients of taps."""
+    T = 16 if num_taps <= 17 else 32
+    return {"T": T, "M": min(64, max(16, triton.next_power_of_2(triton.cdiv(length, T))))}
+
+
 def _grad_taps(grad_y_BDL: Tensor, x_BDL: Tensor, num_taps: int, precision: str) -> Tensor:
     """``causal_conv.correlate_grad_taps``: products of blocks, of whose diagonals each belongs to one tap."""
-    B, D, L = x_BDL.shape
-    T = 16 if num_taps <= 17 else 32
-    N = triton.cdiv(num_taps - 1, T) + 1
+    (B, D, L), form = x_BDL.shape, products_form(num_taps, x_BDL.shape[2])
+    N, T = triton.cdiv(num_taps - 1, form["T"]) + 1, form["T"]
     products_DNTT = torch.empty(D, N, T, T, device=x_BDL.device)
-    M = min(64, max(16, triton.next_power_of_2(triton.cdiv(L, T))))
-    _tap_products_kernel[(D, N)](x_BDL, grad_y_BDL, products_DNTT, L, D, B, T, M, precision, num_stages=1)
+    _tap_products_kernel[(D, N)](x_BDL, grad_y_BDL, products_DNTT, L, D, B, **form, PRECISION=precision, num_stages=1)
     # side by side the blocks of a channel are one wide Toeplitz matrix
     return diagonal_sums(products_DNTT.transpose(1, 2).flatten(2))[:, :num_taps].flip(1)
 
