@@ -226,9 +226,11 @@ def checkpoint(megatron, tmp_path_factory):
 def test_an_interrupted_run_leaves_nothing_under_the_final_name(checkpoint, tmp_path, number, status):
     out = tmp_path / "out.fa"
     flags = ["--max-new-tokens", "100000", "--max-seq-length", "200000", "--no-stop-at-eod", "--output-file", str(out)]
+    # not what this process inherited: shells let what they start in the background ignore Ctrl-C
     process = subprocess.Popen(
-        run_command(checkpoint, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        run_command(checkpoint, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout.read(40).startswith("=== [0] Generated Text ===\n"), "bases come before the end"
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

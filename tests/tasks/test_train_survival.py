@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import shutil
@@ -68,7 +69,8 @@ def kill_at_random(options: dict, processes: int, chance: random.Random, output:
     if killed:
         # torchrun's processes are not in its group, and would train on
         for process in [root := psutil.Process(run.pid), *root.children(recursive=True)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself just now
+                process.kill()
     assert run.wait(timeout=60) == (-signal.SIGKILL if killed else 0), output.read_text()
     return read(output.read_text()).losses, killed
 
