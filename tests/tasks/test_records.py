@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evo2_megatron.cli import infer as command
+from evo2_megatron.cli import generation_groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import read_fasta
 from evo2_megatron.tasks.completion import Generation
@@ -109,9 +109,9 @@ def test_format_of(tmp_path):
     assert {format_of(tmp_path / f"x{suffix}") for suffix in FASTA_SUFFIXES} == {"fasta"}
 
 
-def test_formats_of_the_command():
-    """The command lists them without loading this."""
-    assert command.FORMATS == FORMATS
+def test_formats_of_the_commands():
+    """They list them without loading this."""
+    assert generation_groups.FORMATS == FORMATS
 
 
 def test_check_format():
