@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evo2_megatron.config import ParallelConfig
-from evo2_megatron.tasks.plan_inference import Inference
+from evo2_megatron.tasks.plan_inference import Inference, score
 
 
 def of_training_step(**given: Any) -> int:
@@ -48,7 +48,7 @@ def of_inference(inference: Inference, **given: Any) -> int:
             (model,) = config.model.provide_distributed_model(wrap_with_ddp=False)
         model.eval()
         tokens_BL = torch.full((inference.num_sequences, given["seq_length"]), ord("A"))
-        run = _score if inference.use == "score" else _generate
+        run = score if inference.use == "score" else generate
         return _largest(lambda: run(model, tokens_BL, inference.piece, given["precision"]))
 
 
@@ -60,17 +60,8 @@ def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modal, "SCAN_RADIX", modal.CPU_BLOCKS_ONE_BY_ONE)
 
 
-def _score(model: Any, tokens_BL: Any, piece: int, precision: str) -> None:
-    import torch
-
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
-
-    runner = Runner(model, Output(log_probs="sum"), precision=precision, chunk_length=piece)
-    runner([{"tokens": row, "loss_mask": torch.ones_like(row), "seq_idx": torch.tensor(0)} for row in tokens_BL])
-
-
-def _generate(model: Any, tokens_BL: Any, piece: int, precision: str) -> None:
+def generate(model: Any, tokens_BL: Any, piece: int, *_: Any) -> None:
+    """All tokens but the last as a prompt, piece by piece, and the last one after it."""
     from megatron.core.utils import unwrap_model
 
     from evo2_megatron.tasks.forward import forward_last, prefill

@@ -8,7 +8,7 @@ import pytest
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.plan_inference import Inference, longest_sequence, plan_inference
 from helpers import PARAMETERS
-from tasks.allocations import as_on_a_cpu, of_inference
+from tasks.allocations import as_on_a_cpu, generate, of_inference
 
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048}
 
@@ -38,23 +38,11 @@ def test_published_models_have_their_size(megatron):
 
 def test_skipped_pieces_of_a_prompt_change_nothing(megatron, monkeypatch):
     """The same peak and operations as with all pieces run."""
-    from evo2_megatron.model.inference_state import InferenceState
     from evo2_megatron.tasks import plan_inference as module
 
     given = SMALL | {"seq_length": 1000}
     (some,) = plan_inference(Inference("generate", 1, 100), **given)
-
-    def all_pieces(model, tokens_BL, piece, tracker):
-        from megatron.core.utils import unwrap_model
-
-        from evo2_megatron.tasks.forward import forward_last, prefill
-
-        inner = unwrap_model(model)
-        state: InferenceState = inner.new_inference_state(*tokens_BL.shape, last_token_logits_only=True)
-        prefill(inner, tokens_BL[:, :-1], state, chunk=piece)
-        forward_last(inner, tokens_BL[:, -1:], state)
-
-    monkeypatch.setattr(module, "_generate", all_pieces)
+    monkeypatch.setattr(module, "_generate", generate)
     (whole,) = plan_inference(Inference("generate", 1, 100), **given)
     assert some.flops == whole.flops
     assert some.activation_bytes == pytest.approx(whole.activation_bytes, rel=1e-3)

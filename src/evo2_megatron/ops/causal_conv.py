@@ -43,9 +43,9 @@ def causal_conv(x_BDL: Tensor, taps_DK: Tensor, history_BDP: Tensor | None = Non
     """
     taps_DK = taps_DK.to(torch.promote_types(x_BDL.dtype, torch.float32))
     if history_BDP is None:
-        return CausalConv.apply(x_BDL, taps_DK)
+        return _CausalConv.apply(x_BDL, taps_DK)
     seen_BDL = torch.cat([history_BDP.to(x_BDL.dtype), x_BDL], dim=-1)
-    return CausalConv.apply(seen_BDL, taps_DK)[..., history_BDP.shape[-1] :]
+    return _CausalConv.apply(seen_BDL, taps_DK)[..., history_BDP.shape[-1] :]
 
 
 def causal_conv_step(x_BD: Tensor, taps_DK: Tensor, state_BDP: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def last_inputs(x_BDL: Tensor, num: int, history_BDP: Tensor | None = None) -> T
     return F.pad(seen[..., seen.shape[-1] - (num - missing) :], (missing, 0))
 
 
-class CausalConv(torch.autograd.Function):
+class _CausalConv(torch.autograd.Function):
     """``causal_conv`` without history, the taps in the dtype of the sums."""
 
     @staticmethod

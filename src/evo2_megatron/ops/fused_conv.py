@@ -36,7 +36,7 @@ def gated_conv(u_BEL: Tensor, input_taps_EK: Tensor, inner_taps_DK: Tensor, skip
     """
     dtype = torch.promote_types(u_BEL.dtype, torch.float32)
     skip_D = None if skip_D is None else skip_D.to(dtype)
-    return GatedConv.apply(u_BEL, input_taps_EK.to(dtype), inner_taps_DK.to(dtype), skip_D)
+    return _GatedConv.apply(u_BEL, input_taps_EK.to(dtype), inner_taps_DK.to(dtype), skip_D)
 
 
 def gated_operator(
@@ -74,7 +74,7 @@ def gated_operator(
     return y_BDL
 
 
-class GatedConv(torch.autograd.Function):
+class _GatedConv(torch.autograd.Function):
     """``gated_conv``, the taps in the dtype of the sums."""
 
     @staticmethod

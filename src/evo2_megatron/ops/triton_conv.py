@@ -111,7 +111,7 @@ class _CausalConv(torch.autograd.Function):
             grad_x_BDL, grad_taps_DK = _few_taps_backward(grad_y_BDL, x_BDL, taps_DK)
             return grad_x_BDL if need_x else None, grad_taps_DK if need_taps else None
         grad_x_BDL = _convolve(grad_y_BDL, taps_DK, backward=True) if need_x else None
-        precision = _precision(x_BDL.dtype)
+        precision = precision_of(x_BDL.dtype)
         return grad_x_BDL, _grad_taps(grad_y_BDL, x_BDL, taps_DK.shape[1], precision) if need_taps else None
 
 
@@ -135,14 +135,19 @@ class Shape(NamedTuple):
             T, M, num_warps = 32, 64, 4
         else:
             T, M, num_warps = 64, 64, 8
-        M = min(M, max(16, triton.next_power_of_2(triton.cdiv(length, T))))
-        return cls(T, M, _precision(dtype), num_warps)
+        return cls(T, blocks_at_once(length, T, M), precision_of(dtype), num_warps)
 
     def grid(self, length: int, num_rows: int, batch: int) -> tuple[int, int, int]:
         return triton.cdiv(length, self.M * self.T), num_rows, batch
 
 
-def _precision(dtype: torch.dtype) -> str:
+def blocks_at_once(length: int, T: int, most: int) -> int:
+    """Blocks of T tokens that a program works on: as many as there are, but a side of a product has 16 at least."""
+    return min(most, max(16, triton.next_power_of_2(triton.cdiv(length, T))))
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products: TF32 of 16-bit signals, nearly float32 of others."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -169,7 +174,7 @@ def _few_taps_backward(grad_y_BDL: Tensor, x_BDL: Tensor, taps_DK: Tensor) -> tu
 def products_form(num_taps: int, length: int) -> dict[str, int]:
     """Constants of the kernel for gradients of taps."""
     T = 16 if num_taps <= 17 else 32
-    return {"T": T, "M": min(64, max(16, triton.next_power_of_2(triton.cdiv(length, T))))}
+    return {"T": T, "M": blocks_at_once(length, T, 64)}
 
 
 def _grad_taps(grad_y_BDL: Tensor, x_BDL: Tensor, num_taps: int, precision: str) -> Tensor:

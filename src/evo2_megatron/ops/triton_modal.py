@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evo2_megatron.ops.modal import ModalConv, ModalOutput, ModalTables
+from evo2_megatron.ops.triton_conv import blocks_at_once, precision_of
 
 _BLOCK_TOKENS = 32
 _MAX_BLOCKS = 32
@@ -80,17 +81,8 @@ def _backward(
     filter_DT = _filter(log_pole_DN, residue_DN, skip_D)
     state_BDN = log_pole_DN.new_zeros(B, D, N)
     entering_BDMN = log_pole_DN.new_empty(B, D, triton.cdiv(L, T), N)
-    arguments = (
-        x_BDL,
-        filter_DT,
-        log_pole_DN,
-        residue_DN,
-        state_BDN,
-        entering_BDMN,
-        torch.empty_like(state_BDN),
-        L,
-        D,
-    )
+    last_BDN = torch.empty_like(state_BDN)  # not wanted
+    arguments = (x_BDL, filter_DT, log_pole_DN, residue_DN, state_BDN, entering_BDMN, last_BDN, L, D)
     _modal_kernel[(D, B)](*arguments, KEEP_STATES=True, **constants)
     grad_x_BDL = torch.empty_like(x_BDL)
     sums = [log_pole_DN.new_empty(B, D, *shape) for shape in ((T, T), (N, T), (N, T), (N,))]
@@ -115,8 +107,8 @@ def form(num_modes: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
         # sides of a product on tensor cores are powers of two, 16 at least
         "W": max(16, triton.next_power_of_2(num_modes)),
         "T": _BLOCK_TOKENS,
-        "M": min(_MAX_BLOCKS, max(16, triton.next_power_of_2(triton.cdiv(length, _BLOCK_TOKENS)))),
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "M": blocks_at_once(length, _BLOCK_TOKENS, _MAX_BLOCKS),
+        "PRECISION": precision_of(dtype),
         "num_warps": 2,
         "num_stages": 1,
     }

@@ -22,19 +22,20 @@ from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.load import LoadedModel, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
-from evo2_megatron.checkpoint.strip_optimizer import kept_tensors, strip_optimizer
+from evo2_megatron.checkpoint.strip_optimizer import kept_tensors
 from evo2_megatron.checkpoint.write import check_new, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
 from evo2_megatron.ops.fp8 import E4M3_MAX
-from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.batch_progress import Words
+from evo2_megatron.tasks.export import copy_weights
 from evo2_megatron.tasks.predict import check_lengths, position_range
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import ModelChanges, Output
 from evo2_megatron.tasks.shared_batches import SharedBatches
-from evo2_megatron.tasks.transfer import check_space, disk_errors, moving
+from evo2_megatron.tasks.transfer import disk_errors
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -208,20 +209,15 @@ def _write(
     origin: dict[str, Any],
     with_self_test: bool | None,
 ) -> None:
-    kept = kept_tensors(checkpoint)
-    total = sum(kept.values())
     with disk_errors(), new_checkpoint(target, layout.iteration_of(checkpoint)) as folder:
-        check_space(folder, total)
-        with moving(len(kept), total) as on_bytes:
-            strip_optimizer(checkpoint, folder, on_bytes=on_bytes)
+        copy_weights(checkpoint, folder)
         # numbers of the scales before
         (folder / layout.SELF_TEST).unlink(missing_ok=True)
         run_config = read_run_config(folder)
         section = {layer: list(pair) for layer, pair in scales.items()}
         sections = {**run_config.sections, "fp8_scales": section, "fp8_calibration": origin}
         (folder / layout.RUN_CONFIG).write_text(yaml.safe_dump(sections, sort_keys=False))
-        if self_test.wants_numbers(with_self_test, total):
-            megatron.enter()
+        if self_test.wants_numbers(with_self_test, sum(kept_tensors(folder).values())):
             from evo2_megatron.model.provider import architecture_of
 
             self_test.store(folder, architecture_of(run_config.provider()))

@@ -15,7 +15,7 @@ from evo2_megatron.architectures import Architecture, architecture
 from evo2_megatron.checkpoint import distcp, layout, names
 from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.run_config import read_run_config
-from evo2_megatron.checkpoint.strip_optimizer import kept_tensors, strip_optimizer
+from evo2_megatron.checkpoint.strip_optimizer import Stripped, kept_tensors, strip_optimizer
 from evo2_megatron.checkpoint.tensors import WholeTensors
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files, write_torch_file
 from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
@@ -163,16 +163,22 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     iteration = layout.iteration_of(checkpoint)
     megatron.enter()
     kept = kept_tensors(checkpoint)
-    total = sum(kept.values())
     with disk_errors(), new_checkpoint(target, iteration) as partial:
-        check_space(partial, total)
-        with moving(len(kept), total) as on_bytes:
-            sizes = strip_optimizer(checkpoint, partial, on_bytes=on_bytes)
+        sizes = copy_weights(checkpoint, partial)
         if verify:
             _check_equal(checkpoint, partial)
             logger.info("verified: all %d tensors are equal", len(kept))
     logger.info("%s: %.3f GB before, %.3f GB after", checkpoint, sizes.before / 1e9, sizes.after / 1e9)
     return target / checkpoint.name
+
+
+def copy_weights(checkpoint: Path, folder: Path) -> Stripped:
+    """``strip_optimizer`` with a look at the disk's room first, and a bar."""
+    kept = kept_tensors(checkpoint)
+    total = sum(kept.values())
+    check_space(folder, total)
+    with moving(len(kept), total) as on_bytes:
+        return strip_optimizer(checkpoint, folder, on_bytes=on_bytes)
 
 
 def _check_equal(checkpoint: Path, copy: Path) -> None:

@@ -284,15 +284,15 @@ class Decoding:
             yield
             if step == num_new - 1 or all(row.finish_reason for row in self.rows):
                 return
-            alive_B = self._most_have_ended(device)
+            alive_B = self._without_ended(device)
             if alive_B is not None:
                 state.select(alive_B)
                 uniform_BN, drawn_B, logits_BV = uniform_BN[alive_B], drawn_B[alive_B], logits_BV[alive_B]
             if not runs_ahead:
                 logits_BV = advance(drawn_B)
 
-    def _most_have_ended(self, device: torch.device) -> Tensor | None:
-        """Which sequences to go on with, where that is at most half of those that have caches; None: all of them.
+    def _without_ended(self, device: torch.device) -> Tensor | None:
+        """Drop the sequences that have ended, if they are half of those with caches or more; which stay, None: all.
 
         The rest would be computed for nothing. The caches of the others are copied, so not for less than half.
         """

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import megatron
+
+if TYPE_CHECKING:
+    from evo2_megatron.runtime.memory_tracker import MemoryTracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +73,38 @@ def plan(num_gpus: int, recipe: str | None = None, *, vocab_size: int = 512, **g
     Raises:
         UserError: Options that cannot work, or 8-bit precision, whose memory only a GPU shows.
     """
-    options = training_options(recipe, {"mock_data": True, "precision": "bf16_mixed"} | given)
-    if uses_fp8(options.precision):
-        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
+    options = planned_options(recipe, **given)
     options.parallel.check_world_size(num_gpus)
     return _summary(
         [_plan_stage(options, stage, num_gpus, vocab_size) for stage in range(options.parallel.pipeline)],
         options,
         vocab_size,
     )
+
+
+def planned_options(recipe: str | None = None, **given: Any) -> TrainingOptions:
+    """What is to be planned, in bfloat16 unless told otherwise; UserError for 8 bits, which only a GPU can show."""
+    options = training_options(recipe, {"mock_data": True, "precision": "bf16_mixed"} | given)
+    if uses_fp8(options.precision):
+        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
+    return options
+
+
+@contextlib.contextmanager
+def on_stage(options: TrainingOptions, stage: int, num_gpus: int) -> Iterator[MemoryTracker]:
+    """Run a block as the first process of a pipeline stage, on tensors without memory, and follow what it makes."""
+    from evo2_megatron.runtime.fake_processes import fake_processes
+    from evo2_megatron.tasks import train_checks
+
+    layout = options.parallel
+    # Megatron numbers the stages slowest
+    with fake_processes(layout, rank=stage * (num_gpus // layout.pipeline), world_size=num_gpus):
+        train_checks.check(options)
+        from evo2_megatron.runtime.memory_tracker import MemoryTracker
+
+        # Megatron prints the number of parameters
+        with contextlib.redirect_stdout(io.StringIO()), MemoryTracker() as tracker:
+            yield tracker
 
 
 def nearest_fit(
@@ -116,29 +143,20 @@ def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int)
 
 
 def _plan_stage(options: TrainingOptions, stage: int, num_gpus: int, vocab_size: int) -> StagePlan:
-    from evo2_megatron.runtime.fake_processes import fake_processes
-    from evo2_megatron.tasks import train_checks
-
     layout = options.parallel
-    # Megatron numbers the stages slowest
-    with fake_processes(layout, rank=stage * (num_gpus // layout.pipeline), world_size=num_gpus):
-        train_checks.check(options)
-        from evo2_megatron.runtime.memory_tracker import MemoryTracker
+    num_microbatches = options.global_batch_size // (options.micro_batch_size * (num_gpus // layout.model_size))
+    # more of them than this are never alive together
+    run = min(num_microbatches, layout.pipeline + 1)
+    with on_stage(options, stage, num_gpus) as tracker:
         from evo2_megatron.tasks import plan_step
 
         config = plan_step.step_config(options, vocab_size)
-        replicas = num_gpus // layout.model_size
-        num_microbatches = options.global_batch_size // (options.micro_batch_size * replicas)
-        # more of them than this are never alive together
-        run = min(num_microbatches, layout.pipeline + 1)
-        # Megatron prints the number of parameters
-        with contextlib.redirect_stdout(io.StringIO()), MemoryTracker() as tracker:
-            model = plan_step.build_model(config)
-            weights = tracker.live_bytes
-            optimizer = plan_step.build_optimizer(config, model)
-            before = tracker.live_bytes
-            tracker.forget_peak()
-            plan_step.run_step(config, model, run)
+        model = plan_step.build_model(config)
+        weights = tracker.live_bytes
+        optimizer = plan_step.build_optimizer(config, model)
+        before = tracker.live_bytes
+        tracker.forget_peak()
+        plan_step.run_step(config, model, run)
         del optimizer
         return StagePlan(
             stage=stage,

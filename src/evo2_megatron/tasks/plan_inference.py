@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.architectures import architecture
-from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.layouts import sequence_multiple
 from evo2_megatron.recipes.options import TrainingOptions
-from evo2_megatron.recipes.published import training_options
 from evo2_megatron.tasks.generate import PREFILL_CHUNK
 from evo2_megatron.tasks.generation_model import layout_of_generation
-from evo2_megatron.tasks.plan import StagePlan
+from evo2_megatron.tasks.plan import StagePlan, on_stage, planned_options
 from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CUDA
 
 if TYPE_CHECKING:
@@ -59,10 +55,7 @@ def plan_inference(inference: Inference, *, vocab_size: int = 512, **given: Any)
     Raises:
         UserError: Options that cannot work, or 8-bit precision, whose memory only a GPU shows.
     """
-    more = {"mock_data": True, "global_batch_size": 1}
-    options = training_options(None, {"precision": "bf16_mixed"} | given | more)
-    if uses_fp8(options.precision):
-        raise UserError(f"{options.precision} cannot be planned without a GPU; plan with bf16_mixed")
+    options = planned_options(**given, global_batch_size=1)
     if inference.use == "generate":
         options = replace(options, parallel=layout_of_generation(options.parallel))
     # as sequences are padded
@@ -71,7 +64,7 @@ def plan_inference(inference: Inference, *, vocab_size: int = 512, **given: Any)
     return [_plan_stage(inference, options, stage, vocab_size) for stage in range(options.parallel.pipeline)]
 
 
-def longest_sequence(inference: Inference, gpu_bytes: float, **given: Any) -> int:
+def longest_sequence(inference: Inference, gpu_bytes: float, *, vocab_size: int = 512, **given: Any) -> int:
     """The most tokens a sequence may have within ``gpu_bytes`` and within the model's positions.
 
     In whole pieces, or, where one does not fit, as a piece halved once or several times. From two pieces on, memory
@@ -80,16 +73,18 @@ def longest_sequence(inference: Inference, gpu_bytes: float, **given: Any) -> in
     Args:
         inference: The batch.
         gpu_bytes: Memory of a GPU.
-        given: As for ``plan_inference``; its ``seq_length`` does not count.
+        vocab_size: As for ``plan_inference``.
+        given: The same; its ``seq_length`` does not count.
 
     Returns:
         0 if not even ``SHORTEST`` tokens fit.
     """
-    options = training_options(None, {"mock_data": True} | {k: v for k, v in given.items() if k != "vocab_size"})
+    options = planned_options(**given)
     most = architecture(options.model_size).position_range(options.seq_len_interpolation_factor)
 
     def needed(length: int) -> int:
-        return max(stage.total_bytes for stage in plan_inference(inference, **given | {"seq_length": length}))
+        stages = plan_inference(inference, vocab_size=vocab_size, **given | {"seq_length": length})
+        return max(stage.total_bytes for stage in stages)
 
     length = min(inference.piece, most)
     if needed(length) > gpu_bytes:
@@ -108,31 +103,21 @@ def longest_sequence(inference: Inference, gpu_bytes: float, **given: Any) -> in
 
 
 def _plan_stage(inference: Inference, options: TrainingOptions, stage: int, vocab_size: int) -> StagePlan:
-    from evo2_megatron.runtime.fake_processes import fake_processes
-    from evo2_megatron.tasks import train_checks
+    import torch
 
-    layout = options.parallel
-    num_gpus = layout.model_size
-    # Megatron numbers the stages slowest
-    with fake_processes(layout, rank=stage * (num_gpus // layout.pipeline), world_size=num_gpus):
-        train_checks.check(options)
-        import torch
-
-        from evo2_megatron.runtime.memory_tracker import MemoryTracker
+    with on_stage(options, stage, options.parallel.model_size) as tracker, torch.no_grad():
         from evo2_megatron.tasks import plan_step
 
         provider = plan_step.step_config(options, vocab_size).model
-        # Megatron prints the number of parameters
-        with contextlib.redirect_stdout(io.StringIO()), MemoryTracker() as tracker, torch.no_grad():
-            (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
-            model.eval()
-            weights = tracker.live_bytes
-            tracker.forget_peak()
-            tokens_BL = torch.full((inference.num_sequences, options.seq_length), ord("A"))
-            if inference.use == "score":
-                _score(model, tokens_BL, inference.piece, options.precision)
-            else:
-                _generate(model, tokens_BL, inference.piece, tracker)
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+        model.eval()
+        weights = tracker.live_bytes
+        tracker.forget_peak()
+        tokens_BL = torch.full((inference.num_sequences, options.seq_length), ord("A"))
+        if inference.use == "score":
+            score(model, tokens_BL, inference.piece, options.precision)
+        else:
+            _generate(model, tokens_BL, inference.piece, tracker)
         return StagePlan(
             stage=stage,
             parameters=sum(p.numel() for p in model.parameters()),
@@ -143,7 +128,8 @@ def _plan_stage(inference: Inference, options: TrainingOptions, stage: int, voca
         )
 
 
-def _score(model: MegatronModule, tokens_BL: Tensor, piece: int, precision: str) -> None:
+def score(model: MegatronModule, tokens_BL: Tensor, piece: int, precision: str) -> None:
+    """What ``predict_evo2`` runs for a batch; the results are dropped."""
     import torch
 
     from evo2_megatron.tasks.prediction_runner import Runner
