@@ -70,6 +70,7 @@ def load_model(
     provider_overrides: Mapping[str, Any] | None = None,
     base_ckpt_dir: Path | None = None,
     fp8: Fp8Choice = "as_asked",
+    head: bool = False,
 ) -> LoadedModel:
     """Build the model that a checkpoint describes, for any parallel layout, and fill in its weights.
 
@@ -84,6 +85,7 @@ def load_model(
         provider_overrides: Fields of StripedHyenaProvider that replace the checkpoint's.
         base_ckpt_dir: Where the base of LoRA adapters is now; None: where it was in training.
         fp8: What to do about 8-bit input projections. Rounded weights replace the model's own.
+        head: Whether the checkpoint must be one of a prediction head, or must not.
 
     Raises:
         UserError: No checkpoint; not one of ours; keys or shapes that do not match; a layout or a precision that this
@@ -93,9 +95,11 @@ def load_model(
     from megatron.core.utils import unwrap_model
 
     from evo2_megatron.model.fp8_linear import fix_projections
+    from evo2_megatron.model.head import is_backbone
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
+    check_kind(run_config, head=head)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     stored = stored_shapes(base)
     tokenizer = find_tokenizer(checkpoint, base)
@@ -110,7 +114,8 @@ def load_model(
             wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda()
         )
     dropped = range(provider.num_layers, run_config.num_layers)
-    load_weights(model, base, stored, dropped_layers=dropped)
+    of_base = range(provider.num_layers, read_run_config(base).num_layers)
+    load_weights(model, base, stored, dropped_layers=of_base, only=is_backbone)
     if run_config.is_lora:
         _add_adapters(model, checkpoint, run_config, dropped)
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
@@ -118,6 +123,16 @@ def load_model(
         fix_projections(unwrap_model(model), _fp8_scales(base))
     logger.info("Loaded %s in precision %s", checkpoint, name)
     return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
+
+
+def check_kind(run_config: RunConfig, *, head: bool) -> None:
+    """Raise UserError for a checkpoint of a prediction head where none is wanted, and the other way round."""
+    if run_config.has_head and not head:
+        raise UserError(
+            f"{run_config.path.parent} holds a prediction head, which is no language model; use evo2_predict_head"
+        )
+    if head and not run_config.has_head:
+        raise UserError(f"{run_config.path.parent} has no prediction head; train one with evo2_train_head")
 
 
 def _add_adapters(model: MegatronModule, checkpoint: Path, run_config: RunConfig, dropped: range) -> None:

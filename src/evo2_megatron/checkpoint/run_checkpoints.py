@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.checkpoint import layout
+from evo2_megatron.checkpoint import evaluations, layout
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import distributed
 
@@ -82,12 +82,22 @@ def tidy(folder: Path, newest: Path | None) -> None:
         os.replace(partial, tracker)
 
 
+def best(folder: Path) -> Path | None:
+    """The complete checkpoint that validations found best; None: there were none, or it is gone."""
+    lowest = evaluations.best(evaluations.read_evaluations(folder))
+    found = [part for part in _complete(folder) if lowest is not None and layout.iteration_of(part) == lowest.step]
+    return found[0] if found else None
+
+
 def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest ``count`` complete checkpoints; what is being written does not count.
+    """Remove all but the newest ``count`` complete checkpoints and the best; what is being written does not count.
 
     Each is renamed first, so that a checkpoint that has its name is whole.
     """
+    spared = best(folder)
     for old in _complete(folder)[:-count]:
+        if old == spared:
+            continue
         hidden = old.with_name(_REMOVED.format(old.name))
         os.replace(old, hidden)
         shutil.rmtree(hidden)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_PROVIDER = "evo2_megatron.model.provider.StripedHyenaProvider"
+HEAD_PROVIDER = "evo2_megatron.model.head.HeadProvider"
 
 NOT_SAID = "not said"
 """Of ``converted_from.vortex_style_fp8``: whether the weights need 8-bit input projections is not known."""
@@ -113,6 +114,11 @@ class RunConfig:
         return self.sections.get("peft") is not None
 
     @property
+    def has_head(self) -> bool:
+        """Whether it is a prediction head, with or without adapters, on top of ``pretrained_checkpoint``."""
+        return self.model.get("_target_") == HEAD_PROVIDER
+
+    @property
     def pretrained_checkpoint(self) -> Path | None:
         """The checkpoint that a fine-tuning run started from."""
         path = (self.sections.get("checkpoint") or {}).get("pretrained_checkpoint")
@@ -176,12 +182,14 @@ class RunConfig:
         Raises:
             UserError: The section names a class that is not on the list, or a value that is not plain.
         """
+        from evo2_megatron.model.head import HeadProvider
         from evo2_megatron.model.provider import StripedHyenaProvider, provider_for
 
         target = self.model.get("_target_")
-        values = self._values("model", self.model, _readable_fields(StripedHyenaProvider)) | overrides
-        if target == OWN_PROVIDER:
-            return StripedHyenaProvider(**values)
+        own = {OWN_PROVIDER: StripedHyenaProvider, HEAD_PROVIDER: HeadProvider}.get(target)
+        values = self._values("model", self.model, _readable_fields(own or StripedHyenaProvider)) | overrides
+        if own is not None:
+            return own(**values)
         if target in BIONEMO_PROVIDERS:
             return provider_for(BIONEMO_PROVIDERS[target], **values)
         raise self._unknown_class("model", target)

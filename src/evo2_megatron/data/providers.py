@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from evo2_megatron.config import UserError
 from evo2_megatron.data.blend import SPLITS, Blend, read_blends
 from evo2_megatron.data.datasets import Evo2Dataset, Evo2DatasetConfig, Evo2DatasetPadEodLossMask
+from evo2_megatron.data.labelled import Labels, Task
+from evo2_megatron.data.labelled_dataset import LabelledSequences
 from evo2_megatron.data.mock import MockEvo2Dataset
 from evo2_megatron.data.sharded_windows import ShardedWindows
 from evo2_megatron.data.window_database import SequenceDatabases, open_windows
@@ -174,6 +176,45 @@ class MockEvo2DatasetProvider(DatasetProvider):
         train, valid, test = (
             MockEvo2Dataset(num, self.seq_length, seed=self.random_seed, split=number) if num else None
             for number, num in enumerate(_num_samples(context).values())
+        )
+        return train, valid, test
+
+
+@dataclass(kw_only=True)
+class LabelledSequencesProvider(DatasetProvider):
+    """Sequences with labels, for a prediction head."""
+
+    train_data: str
+    """Table, see ``evo2_megatron.data.labelled``; the others likewise."""
+
+    seq_length: int
+    """Tokens per sample."""
+
+    task: Task
+    label_columns: list[str]
+    classes: list[str]
+    sequence_column: str
+    val_data: str | None = None
+    test_data: str | None = None
+    both_strands: bool = False
+    """Every sequence is two samples, itself and its reverse complement."""
+
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "cyclic"
+    """In another order in every pass."""
+
+    def build_datasets(self, context: DatasetBuildContext) -> Datasets:
+        """Read the tables; every process must call this."""
+        labels = Labels(task=self.task, columns=tuple(self.label_columns), classes=tuple(self.classes))
+        train, valid, test = (
+            path
+            and LabelledSequences(
+                Path(path),
+                labels,
+                sequence_column=self.sequence_column,
+                seq_length=self.seq_length,
+                both_strands=self.both_strands,
+            )
+            for path in (self.train_data, self.val_data, self.test_data)
         )
         return train, valid, test
 

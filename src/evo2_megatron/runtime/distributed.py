@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,16 @@ def _seed_everything(seed: int) -> None:
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def be_alone_without_torchrun() -> None:
+    """Name one process on a free port; Bridge would guess, from Slurm's variables and the same port for every run."""
+    if "MASTER_PORT" in os.environ or world_size() > 1:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
 
 def data_parallel_rank() -> int:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.prediction_files import concatenate
-from evo2_megatron.tasks.prediction_runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,19 @@ def plan_batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int 
     return batches
 
 
+class RunsBatches(Protocol):
+    """What runs a batch, as ``prediction_runner.Runner`` does."""
+
+    chunk_length: int | None
+    """Tokens of the pieces that long sequences go through in; None: they go through whole."""
+
+    def __call__(self, items: Sequence[Item]) -> Batch | None: ...
+
+
 class Backoff:
     """Runs batches; one that does not fit into memory is run in halves, and then one sequence in shorter pieces."""
 
-    def __init__(self, runner: Runner, *, can_split: bool) -> None:
+    def __init__(self, runner: RunsBatches, *, can_split: bool) -> None:
         """``can_split``: False where other processes take part in a batch, which could not follow."""
         self._runner, self._can_split = runner, can_split
         self._max_tokens: float = float("inf")
@@ -80,6 +89,8 @@ class Backoff:
             self._max_tokens = num_tokens // 2
             logger.warning("Not enough memory for %s; going on with batches half as large", advice)
             return
+        if self._runner.chunk_length is None:
+            raise UserError(f"not enough memory for {advice}; give shorter ones")
         shorter = min(self._runner.chunk_length, longest) // 2
         if shorter < MIN_CHUNK:
             raise UserError(f"not enough memory for {advice}, even in pieces of {2 * shorter}; use more processes")

@@ -12,7 +12,7 @@ from torch import Tensor
 from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.adapter import base_checkpoint, merged_tensors
-from evo2_megatron.checkpoint.load import find_tokenizer, load_model
+from evo2_megatron.checkpoint.load import check_kind, find_tokenizer, load_model
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.checkpoint.write import describe_as, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
@@ -60,6 +60,7 @@ def merge_lora(
     """
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
+    check_kind(run_config, head=False)
     if not run_config.is_lora:
         raise UserError(f"{checkpoint} is a whole model and not one of LoRA adapters; there is nothing to merge")
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)

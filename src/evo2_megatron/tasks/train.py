@@ -9,9 +9,8 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from evo2_megatron.tasks import train_checks, train_lora, wandb_run
 from evo2_megatron.tasks.starting_weights import load_and_compare
 
 if TYPE_CHECKING:
-    from megatron.bridge.training.callbacks import CallbackContext
+    from megatron.bridge.training.callbacks import Callback, CallbackContext
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
     from megatron.core.transformer import MegatronModule
@@ -230,7 +229,11 @@ def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options:
 
 
 def run(
-    config: ConfigContainer, options: TrainingOptions, start: Start, forward_step: Callable[..., tuple[Tensor, Any]]
+    config: ConfigContainer,
+    options: TrainingOptions,
+    start: Start,
+    forward_step: Callable[..., tuple[Tensor, Any]],
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Run Megatron Bridge's loop in the folder of a run, which no other run may use meanwhile.
 
@@ -239,6 +242,7 @@ def run(
         options: Folders, logging and profiling.
         start: Where it begins; what belongs to resuming is set in ``config`` here.
         forward_step: One micro-batch through the model, as Bridge asks for it.
+        callbacks: What else Bridge is to call.
 
     Raises:
         UserError: The folder cannot be used, or a checkpoint cannot be written.
@@ -259,11 +263,15 @@ def run(
     with run_checkpoints.locked(options.run_dir) if first else nullcontext():
         if first:
             run_checkpoints.tidy(options.checkpoint_dir, start.checkpoint if start.resumes else None)
-        _run_loop(config, options, start, forward_step)
+        _run_loop(config, options, start, forward_step, callbacks)
 
 
 def _run_loop(
-    config: ConfigContainer, options: TrainingOptions, start: Start, forward_step: Callable[..., tuple[Tensor, Any]]
+    config: ConfigContainer,
+    options: TrainingOptions,
+    start: Start,
+    forward_step: Callable[..., tuple[Tensor, Any]],
+    further: Sequence[Callback],
 ) -> None:
     from megatron.bridge.training.callbacks import CallbackManager
     from megatron.bridge.training.pretrain import pretrain
@@ -277,7 +285,7 @@ def _run_loop(
         peak_tflops=options.peak_tflops or peak_tflops(precision_recipe(options)),
     )
     callbacks = CallbackManager()
-    callbacks.add(progress)
+    callbacks.add([progress, *further])
     callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
     callbacks.register("on_train_start", functools.partial(_check_room, options))
     if options.log_straggler:
@@ -287,7 +295,7 @@ def _run_loop(
         callbacks.add(profile)
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
-    _be_alone_without_torchrun()
+    distributed.be_alone_without_torchrun()
     if options.wandb_project is not None and speaks:
         wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -348,16 +356,6 @@ def _check_room(options: TrainingOptions, context: CallbackContext) -> None:
 def _listen_for_preemption(context: CallbackContext) -> None:
     """Bridge 0.3.1 asks its handler after every step whether SIGTERM came, but never installs it."""
     context.state.signal_handler.__enter__()
-
-
-def _be_alone_without_torchrun() -> None:
-    """One process on a free port; Bridge would guess, from Slurm's variables and with the same port for every run."""
-    if "MASTER_PORT" in os.environ or distributed.world_size() > 1:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
 
 def _clean_up() -> None:

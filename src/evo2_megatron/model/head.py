@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prediction head on a StripedHyena model: sequences to classes, labels or numbers, and the loss to train it.
+
+Shape legend: B sequences, L tokens, H channels of the backbone, C outputs of the head, T targets: 1 for
+classification, else C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.bridge.training.state import GlobalState
+from megatron.core.utils import WrappedTensor, unwrap_model
+from torch import Tensor, nn
+
+from evo2_megatron.model.provider import StripedHyenaProvider
+from evo2_megatron.model.striped_hyena import StripedHyenaModel
+from evo2_megatron.runtime import megatron
+
+HEAD = "prediction_head"
+"""Name of the head in the model, and so the start of its parameters' names in checkpoints."""
+
+LOSS_NAMES = {"classification": "ce loss", "multilabel": "bce loss", "regression": "mse loss"}
+"""What the loss of a task is called in logs."""
+
+Pooling = Literal["mean", "last"]
+
+
+@dataclass
+class HeadProvider(StripedHyenaProvider):
+    """Configuration of the backbone and the head; section ``model`` of the checkpoints' run_config.yaml."""
+
+    head_task: str = "classification"
+    """One of ``LOSS_NAMES``."""
+
+    head_outputs: list[str] = field(default_factory=list)
+    """Names of the outputs: classes, labels or numbers."""
+
+    head_hidden_size: int | None = None
+    """Width of the head's hidden layer; None: that of the backbone; 0: there is none, and the head is linear."""
+
+    head_dropout: float = 0.1
+    head_pooling: Pooling = "mean"
+    head_weights: list[float] | None = None
+    """In the loss: of each class; or of the positive cases of each label. None: 1."""
+
+    head_target_mean: list[float] | None = None
+    """Of regression: the head's outputs are (target - mean) / scale."""
+
+    head_target_scale: list[float] | None = None
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> StripedHyenaWithHead:
+        """Build the model, with random weights."""
+        return StripedHyenaWithHead(self, self.vocab_size)
+
+
+HEAD_FIELDS = tuple(f.name for f in fields(HeadProvider) if f.name.startswith("head_"))
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter's name is one of the language model's."""
+    return not name.startswith(f"{HEAD}.")
+
+
+def pool(hidden_LBH: Tensor, mask_BL: Tensor, how: Pooling) -> Tensor:
+    """One vector per sequence, float32 [B, H].
+
+    Args:
+        hidden_LBH: Hidden states in any float dtype.
+        mask_BL: True where there is a base; true somewhere in every sequence.
+        how: ``mean`` over the bases, or ``last``: the last base's, the only one that has seen all others.
+    """
+    if how == "last":
+        last_B = mask_BL.shape[1] - 1 - mask_BL.int().flip(1).argmax(1)
+        return hidden_LBH[last_B, torch.arange(len(last_B), device=last_B.device)].float()
+    mask_LB1 = mask_BL.t()[..., None]
+    return torch.where(mask_LB1, hidden_LBH.float(), 0.0).sum(0) / mask_LB1.sum(0)
+
+
+class PredictionHead(nn.Module):
+    """LayerNorm, linear layer, GELU, dropout, linear layer: a vector per sequence to the outputs."""
+
+    def __init__(self, config: HeadProvider) -> None:
+        super().__init__()
+        width, dtype, num_outputs = config.head_hidden_size, config.params_dtype, len(config.head_outputs)
+        width = config.hidden_size if width is None else width
+        self.norm = nn.LayerNorm(config.hidden_size, dtype=dtype)
+        self.hidden = nn.Linear(config.hidden_size, width, dtype=dtype) if width else nn.Identity()
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.outputs = nn.Linear(width or config.hidden_size, num_outputs, dtype=dtype)
+        for layer in (self.hidden, self.outputs):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled_BH: Tensor) -> Tensor:
+        """Outputs [B, C] of pooled hidden states [B, H]."""
+        hidden_BH = self.hidden(self.norm(pooled_BH.to(self.norm.weight.dtype)))
+        if isinstance(self.hidden, nn.Linear):
+            hidden_BH = F.gelu(hidden_BH)
+        return self.outputs(self.dropout(hidden_BH))
+
+
+class StripedHyenaWithHead(StripedHyenaModel):
+    """The language model, whose parameters keep their names, and the head on top of its final norm.
+
+    The output projection is built, because checkpoints of the backbone have it where it is not tied, and never runs.
+    """
+
+    def __init__(self, config: HeadProvider, vocab_size: int) -> None:
+        super().__init__(config, vocab_size, pre_process=True, post_process=True)
+        self.prediction_head = PredictionHead(config)
+
+    def forward(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
+        """Outputs [B, C], before any softmax or sigmoid; of regression, standardised.
+
+        Args:
+            input_ids: Token ids [B, L].
+            pool_mask: Bool [B, L], true where there is a base.
+        """
+        embedded = self.embedding(input_ids=input_ids, position_ids=None)
+        angles = self._rotary_angles(input_ids, embedded, None)
+        hidden_LBH = self.decoder(WrappedTensor(embedded), angles)
+        return self.prediction_head(pool(hidden_LBH, pool_mask, self.config.head_pooling))
+
+
+def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:
+    """One micro-batch, as Bridge's training loop asks for it: outputs [B, C], and what makes the loss of them."""
+    batch = next(data_iterator)
+    # a micro-batch is as long as its longest sequence; what is beyond is padding in all
+    length = int(batch["pool_mask"].any(0).nonzero().max()) + 1
+    device = megatron.device()
+    tokens_BL, mask_BL = (batch[name][:, :length].to(device, non_blocking=True) for name in ("tokens", "pool_mask"))
+    targets_BT = batch["targets"].to(device, non_blocking=True)
+    return model(tokens_BL, mask_BL), partial(summed_loss, unwrap_model(model).config, targets_BT)
+
+
+def summed_loss(
+    config: HeadProvider, targets_BT: Tensor, outputs_BC: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss summed over a micro-batch, the number of known targets, and sums and counts to report.
+
+    Classes: cross-entropy in nat. Labels: binary cross-entropy in nat. Numbers: squared error of standardised ones.
+
+    Args:
+        config: Task, weights and standardisation.
+        targets_BT: float32: number of the class, 0 or 1, or a number; NaN where it is not known.
+        outputs_BC: Of the head.
+    """
+    outputs_BC = outputs_BC.float()
+    known_BT = ~targets_BT.isnan()
+    targets_BT = targets_BT.nan_to_num()
+    weights = None if config.head_weights is None else outputs_BC.new_tensor(config.head_weights)
+    num_right = None
+    if config.head_task == "classification":
+        class_B = targets_BT[:, 0].long()
+        loss_BT = F.cross_entropy(outputs_BC, class_B, weight=weights, reduction="none")[:, None]
+        num_right = (outputs_BC.argmax(1) == class_B)[:, None][known_BT].sum()
+    elif config.head_task == "multilabel":
+        loss_BT = F.binary_cross_entropy_with_logits(outputs_BC, targets_BT, pos_weight=weights, reduction="none")
+        num_right = ((outputs_BC > 0) == (targets_BT > 0.5))[known_BT].sum()
+    else:
+        mean_T, scale_T = map(outputs_BC.new_tensor, (config.head_target_mean, config.head_target_scale))
+        loss_BT = (outputs_BC - (targets_BT - mean_T) / scale_T).square()
+    loss = torch.where(known_BT, loss_BT, 0.0).sum()
+    count = known_BT.sum().int()
+    report = {LOSS_NAMES[config.head_task]: torch.stack([loss.detach(), count.float()])}
+    if num_right is not None:
+        report["accuracy"] = torch.stack([num_right, count]).float()
+    return loss, count, report

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a prediction head on an Evo 2 model, alone or with LoRA adapters in the backbone, from labelled sequences."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from evo2_megatron.checkpoint import load
+from evo2_megatron.checkpoint.adapter import check_whole
+from evo2_megatron.checkpoint.evaluations import has_stalled, read_evaluations
+from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.config import UserError
+from evo2_megatron.data import tokenizer
+from evo2_megatron.data.labelled import Labelled, Labels, find_classes, read_labelled
+from evo2_megatron.recipes.head_options import HeadOptions, check
+from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.runtime import distributed, megatron
+from evo2_megatron.tasks import train as training
+from evo2_megatron.tasks import train_lora
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+    from evo2_megatron.model.head import HeadProvider, StripedHyenaWithHead
+    from evo2_megatron.model.provider import StripedHyenaProvider
+
+logger = logging.getLogger(__name__)
+
+
+class _Data(NamedTuple):
+    """What a run is told by its data."""
+
+    labels: Labels
+    seq_length: int
+    num_samples: dict[str, int]
+    """Of ``train``, ``val`` and ``test``; 0: none given."""
+
+    head: dict[str, Any]
+    """Fields of HeadProvider."""
+
+
+def train_head(options: HeadOptions) -> None:
+    """Train until the last step, or until validations get no better; a second call with the same options goes on.
+
+    Call it on every process. Of the checkpoints the newest and, with validation data, the best one stay.
+
+    Raises:
+        UserError: Options, data or a checkpoint that cannot work, before any work is done.
+    """
+    check(options)
+    start = training.find_start(options.of_training(seq_length=1, num_train=1, num_val=0, num_test=0))
+    base = read_run_config(start.base)
+    check_whole(base)
+    data = _read_data(options, base)
+    of_training = options.of_training(
+        seq_length=data.seq_length, **{f"num_{split}": count for split, count in data.num_samples.items()}
+    )
+    evaluations = read_evaluations(of_training.checkpoint_dir, until=start.step)
+    if start.step >= of_training.max_steps or has_stalled(evaluations, options.patience):
+        logger.info("Nothing to do: %s has done step %s", of_training.checkpoint_dir, start.step)
+        return
+    training.enter()
+    from evo2_megatron.model.head import forward_step
+
+    config = _config(options, of_training, start.base, base, data)
+    if start.resumes:
+        _check_same_head(read_run_config(start.checkpoint), config.model)
+    _begin_with(start.base, config)
+    _log_plan(options, of_training, start, data)
+    callbacks = []
+    if options.val_data is not None:
+        from evo2_megatron.tasks.best_checkpoint import BestCheckpoint
+
+        callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
+    training.run(config, of_training, start, forward_step, callbacks)
+
+
+def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
+    classes = options.classes or ()
+    if options.task == "classification" and not classes:
+        classes = find_classes(options.train_data, options.label_columns[0])
+    labels = options.labels(classes)
+    paths = {"train": options.train_data, "val": options.val_data, "test": options.test_data}
+    num_strands = 2 if options.both_strands else 1
+    num_samples = dict.fromkeys(paths, 0)
+    rows: dict[str, Labelled] = {}
+    for split, path in paths.items():
+        if path is None:
+            continue
+        rows[split] = read_labelled(path, labels, sequence_column=options.sequence_column)
+        num_samples[split] = len(rows[split].ids) * num_strands
+        _check_enough(path, num_samples[split], options, whole=split != "train")
+    longest = options.backbone_seq_length or base.seq_length
+    seq_length = options.seq_length or min(longest, max(map(len, rows["train"].ids)))
+    if seq_length > longest:
+        raise UserError(
+            f"--seq-length {seq_length} is more than the backbone's {longest}; lower it, or say --backbone-seq-length "
+            "if the backbone can do more"
+        )
+    head = {"head_task": options.task, "head_outputs": list(labels.outputs)}
+    return _Data(labels, seq_length, num_samples, head | _of_targets(rows["train"].targets, labels, options))
+
+
+def _check_enough(path: Path, num_samples: int, options: HeadOptions, *, whole: bool) -> None:
+    """A process needs a micro-batch; a validation over all of the data needs a global one."""
+    at_once = options.micro_batch_size * distributed.world_size()
+    if num_samples < at_once:
+        raise UserError(
+            f"{path} holds {num_samples} samples, fewer than --micro-batch-size {options.micro_batch_size} x "
+            f"{distributed.world_size()} processes"
+        )
+    if whole and options.eval_iters is None and num_samples < options.global_batch_size:
+        raise UserError(
+            f"{path} holds {num_samples} samples, fewer than --global-batch-size {options.global_batch_size}; lower "
+            "that, or give more"
+        )
+
+
+def _of_targets(targets: np.ndarray, labels: Labels, options: HeadOptions) -> dict[str, Any]:
+    """What the head's configuration takes from training targets [rows, columns]."""
+    for name, column in zip(labels.columns, targets.T):
+        if len(np.unique(column[~np.isnan(column)])) < 2:
+            raise UserError(
+                f"{options.train_data}: column {name!r} has the same value in every row that has one; nothing can be "
+                "learnt from it"
+            )
+    if labels.task == "regression":
+        wide = targets.astype(np.float64)
+        return {
+            "head_target_mean": np.nanmean(wide, axis=0).tolist(),
+            "head_target_scale": np.nanstd(wide, axis=0).tolist(),
+        }
+    if options.class_weights == "none":
+        return {}
+    if labels.task == "multilabel":
+        positive = np.nansum(targets, axis=0)
+        return {"head_weights": ((~np.isnan(targets)).sum(0) / positive - 1).tolist()}
+    counts = np.bincount(targets[:, 0].astype(int), minlength=len(labels.classes))
+    if not counts.all():
+        raise UserError(
+            f"--class-weights balanced: {options.train_data} has no row of class "
+            f"{labels.classes[int(counts.argmin())]!r}"
+        )
+    return {"head_weights": (len(targets) / (len(counts) * counts)).tolist()}
+
+
+def _config(
+    options: HeadOptions, of_training: TrainingOptions, checkpoint: Path, base: RunConfig, data: _Data
+) -> ConfigContainer:
+    """Bridge's configuration: that of ``train_evo2`` with another model and other data."""
+    from evo2_megatron.data.providers import LabelledSequencesProvider
+    from evo2_megatron.recipes.pretrain import override, pretrain_config
+
+    if base.model.get("vortex_style_fp8"):
+        logger.warning("%s was trained with FP8 input projections; here they are computed without", checkpoint)
+    rows = load.stored_shapes(checkpoint)[load.EMBEDDING][0]
+    folder = options.tokenizer or load.find_tokenizer(checkpoint, checkpoint)
+    tokens = tokenizer.read_vocab_size(folder)
+    if tokens > rows:
+        raise UserError(f"the tokenizer in {folder} has {tokens} tokens, the model {rows}; choose another")
+    config = pretrain_config(of_training)
+    override(config.tokenizer, tokenizer_model=str(folder.absolute()))
+    if options.save_interval is not None:
+        override(config.checkpoint, save_interval=options.save_interval)
+    if options.wandb_save_dir is not None:
+        override(config.logger, wandb_save_dir=str(options.wandb_save_dir.absolute()))
+    config.model = _head_provider(options, base, data, vocab_size=rows)
+    config.dataset = LabelledSequencesProvider(
+        train_data=str(options.train_data.absolute()),
+        val_data=options.val_data and str(options.val_data.absolute()),
+        test_data=options.test_data and str(options.test_data.absolute()),
+        seq_length=data.seq_length,
+        task=options.task,
+        label_columns=list(data.labels.columns),
+        classes=list(data.labels.classes),
+        sequence_column=options.sequence_column,
+        both_strands=options.both_strands,
+        num_workers=0,  # samples are in memory
+        pin_memory=megatron.on_cuda(),
+    )
+    return config
+
+
+def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_size: int) -> HeadProvider:
+    """The head's model: the backbone's first layers, as many as are wanted, and the head."""
+    from evo2_megatron.model.head import HeadProvider
+
+    backbone: StripedHyenaProvider = base.provider()
+    num_layers = backbone.num_layers
+    if not -num_layers <= options.embedding_layer < num_layers:
+        raise UserError(
+            f"--embedding-layer {options.embedding_layer}: the model has {num_layers} layers; choose {-num_layers} to "
+            f"{num_layers - 1}"
+        )
+    kept = options.embedding_layer % num_layers + 1
+    known = {f.name: getattr(backbone, f.name) for f in fields(backbone) if f.init}
+    recompute = ("full", "uniform", 1) if options.recompute else (None, None, None)
+    names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+    return HeadProvider(
+        **known
+        | dict(zip(names, recompute))
+        | {
+            "num_layers": kept,
+            "hybrid_override_pattern": base.pattern[:kept],
+            "vocab_size": vocab_size,
+            "should_pad_vocab": False,
+            "vortex_style_fp8": False,
+            "seq_length": data.seq_length,
+            "calculate_per_token_loss": True,
+            "head_hidden_size": options.head_hidden_size,
+            "head_dropout": options.head_dropout,
+            "head_pooling": options.pooling,
+        }
+        | data.head
+    )
+
+
+def _check_same_head(own: RunConfig, model: HeadProvider) -> None:
+    """Raise UserError where a run that is to go on had another head."""
+    from evo2_megatron.model.head import HEAD_FIELDS
+
+    for name in (*HEAD_FIELDS, "num_layers"):
+        before, now = own.model.get(name), getattr(model, name)
+        if before != now:
+            raise UserError(
+                f"{own.path.parent} was trained with {name} {before}, not {now}; choose another --result-dir or "
+                "--experiment-name"
+            )
+
+
+def _begin_with(base: Path, config: ConfigContainer) -> None:
+    """Have Bridge's setup fill in the backbone and then give it adapters, before it looks for what to resume."""
+    from evo2_megatron.model.head import is_backbone
+    from evo2_megatron.model.lora import Evo2LoRA
+
+    dropped = range(config.model.num_layers, read_run_config(base).num_layers)
+
+    def fill(model: list[StripedHyenaWithHead]) -> list[StripedHyenaWithHead]:
+        load.load_weights(model[0], base, load.stored_shapes(base), dropped_layers=dropped, only=is_backbone)
+        return model
+
+    config.model.register_pre_wrap_hook(fill)
+    if config.peft.target_modules:
+        own = Evo2LoRA(target_modules=config.peft.target_modules, dim=config.peft.dim)
+        train_lora.check_modules(own, config.model)
+    train_lora.add_adapters(config, distributed.rank())
+
+
+def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: training.Start, data: _Data) -> None:
+    how = "LoRA adapters and head" if options.lora_finetune else "the head"
+    passes = of_training.max_steps * options.global_batch_size / data.num_samples["train"]
+    outputs = ", ".join(data.labels.outputs)
+    logger.info("Training %s on %s: %s of %s", how, start.base, options.task, outputs)
+    logger.info(
+        "Steps %s to %s of %s samples x %s tokens: %.3g passes over %s samples", start.step, of_training.max_steps,
+        options.global_batch_size, data.seq_length, passes, data.num_samples["train"],
+    )  # fmt: skip

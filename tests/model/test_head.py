@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a prediction head: pooling, layers, and the loss of each task."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def head(megatron):
+    from evo2_megatron.model import head
+
+    return head
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 3, 1], [2, 2]])
+def test_pool(head, lengths):
+    torch.manual_seed(0)
+    B, L, H = len(lengths), 5, 7
+    hidden_LBH = torch.randn(L, B, H)
+    mask_BL = torch.zeros(B, L, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask_BL[row, :length] = True
+    hidden_LBH[~mask_BL.t()] = math.nan  # padding has no say, whatever is there
+    for how in ("mean", "last"):
+        got = head.pool(hidden_LBH, mask_BL, how)
+        for row, length in enumerate(lengths):
+            own_LH = hidden_LBH[:length, row]
+            torch.testing.assert_close(got[row], own_LH.mean(0) if how == "mean" else own_LH[-1])
+
+
+def test_pool_is_in_float32(head):
+    ones_LBH = torch.ones(1000, 1, 2, dtype=torch.bfloat16)  # whose sum bfloat16 does not hold
+    pooled = head.pool(ones_LBH, torch.ones(1, 1000, dtype=torch.bool), "mean")
+    assert pooled.dtype == torch.float32 and pooled.tolist() == [[1.0, 1.0]]
+
+
+def config(**values):
+    fields = {
+        "hidden_size": 6,
+        "params_dtype": torch.float32,
+        "head_outputs": ["a", "b", "c"],
+        "head_hidden_size": None,
+        "head_dropout": 0.0,
+        "head_weights": None,
+    }
+    return SimpleNamespace(**(fields | values))
+
+
+@pytest.mark.parametrize("width, num_parameters", [(None, 6 * 7 + 3 * 7), (4, 4 * 7 + 3 * 5), (0, 3 * 7)])
+def test_width_of_the_head(head, width, num_parameters):
+    module = head.PredictionHead(config(head_hidden_size=width))
+    assert sum(p.numel() for p in module.parameters()) == num_parameters + 2 * 6  # and the norm's
+    x = torch.randn(5, 6)
+    normed = torch.nn.functional.layer_norm(x, (6,))
+    hidden = normed
+    if width != 0:
+        hidden = torch.nn.functional.gelu(normed @ module.hidden.weight.t() + module.hidden.bias)
+    torch.testing.assert_close(module(x), hidden @ module.outputs.weight.t() + module.outputs.bias)
+
+
+def test_cross_entropy(head):
+    scores = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([[0.0], [2.0]])
+    each = [math.log(sum(map(math.exp, row))) - row[label] for row, label in zip(scores.tolist(), (0, 2))]
+    loss, count, report = head.summed_loss(config(head_task="classification"), targets, scores)
+    assert loss.item() == pytest.approx(sum(each)) and count.item() == 2 and count.dtype == torch.int
+    assert report["ce loss"].tolist() == pytest.approx([sum(each), 2])
+    assert report["accuracy"].tolist() == [1, 2]
+    weighted = config(head_task="classification", head_weights=[0.5, 1.0, 4.0])
+    assert head.summed_loss(weighted, targets, scores)[0].item() == pytest.approx(0.5 * each[0] + 4 * each[1])
+
+
+def test_binary_cross_entropy(head):
+    scores = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+    targets = torch.tensor([[1.0, math.nan], [0.0, 1.0]])
+
+    def of(score, target, weight=1.0):
+        p = 1 / (1 + math.exp(-score))
+        return -weight * math.log(p) if target else -math.log(1 - p)
+
+    loss, count, report = head.summed_loss(config(head_task="multilabel"), targets, scores)
+    assert count.item() == 3 and report["accuracy"].tolist() == [2, 3]
+    assert loss.item() == pytest.approx(of(2.0, 1) + of(0.5, 0) + of(3.0, 1))
+    weighted = config(head_task="multilabel", head_weights=[3.0, 5.0])
+    want = of(2.0, 1, 3.0) + of(0.5, 0) + of(3.0, 1, 5.0)
+    assert head.summed_loss(weighted, targets, scores)[0].item() == pytest.approx(want)
+
+
+def test_squared_error_and_that_unknown_targets_have_no_gradient(head):
+    outputs = torch.tensor([[0.5, 2.0], [-1.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([[12.0, math.nan], [10.0, 5.0]])
+    standard = config(head_task="regression", head_target_mean=[10.0, 4.0], head_target_scale=[2.0, 0.5])
+    loss, count, report = head.summed_loss(standard, targets, outputs)
+    assert loss.item() == pytest.approx((0.5 - 1) ** 2 + (-1 - 0) ** 2 + (0 - 2) ** 2)
+    assert count.item() == 3 and "accuracy" not in report and "mse loss" in report
+    loss.backward()
+    assert outputs.grad.tolist() == [[-1.0, 0.0], [-2.0, -4.0]]
