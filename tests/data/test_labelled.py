@@ -192,6 +192,12 @@ def test_both_strands(tmp_path):
     assert [data[i]["targets"].item() for i in range(6)] == [0, 0, 1, 1, 0, 0]
 
 
+def test_what_fills_up_a_batch_counts_for_nothing(tmp_path):
+    data = LabelledSequences(write(tmp_path, ".csv"), CLASSES, sequence_column="sequence", seq_length=3, multiple=4)
+    assert len(data) == 4 and [data[i]["targets"].isnan().item() for i in range(4)] == [False] * 3 + [True]
+    assert data[3]["pool_mask"].any()  # something to average over
+
+
 def test_padding_at_any_length():
     tokens, mask = pad([b"ACGT", b"A"], 6)
     assert tokens.tolist() == [[*b"ACGT", 1, 1], [*b"A", 1, 1, 1, 1, 1]] and mask.sum(1).tolist() == [4, 1]

@@ -63,6 +63,25 @@ def test_width_of_the_head(head, width, num_parameters):
     torch.testing.assert_close(module(x), hidden @ module.outputs.weight.t() + module.outputs.bias)
 
 
+def test_the_norm_begins_with_what_it_sees(head):
+    torch.manual_seed(1)
+    shared_H = 100 * torch.randn(6)
+    pooled_NH = shared_H + torch.randn(50, 6) * torch.tensor([1.0, 0.1, 2.0, 1.0, 1.0, 1e-5])
+    module = head.PredictionHead(config(head_hidden_size=0))
+    module.begin_with(pooled_NH)
+    module.outputs = torch.nn.Identity()
+    module.outputs.weight = torch.zeros(())
+    got_NH = module(pooled_NH)
+    torch.testing.assert_close(got_NH.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(got_NH[:, :5].std(0, correction=0), torch.ones(5), atol=1e-3, rtol=0)
+
+
+def test_one_sequence_has_no_spread(head):
+    module = head.PredictionHead(config())
+    module.begin_with(torch.randn(1, 6))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 def test_cross_entropy(head):
     scores = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]], requires_grad=True)
     targets = torch.tensor([[0.0], [2.0]])

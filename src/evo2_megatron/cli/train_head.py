@@ -136,7 +136,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     add(
         "--eval-interval", help="steps between validations, and between checkpoints (default: a tenth of all)", **_SOME
     )
-    add("--eval-iters", help="global batches of a validation (default: as many as the data fill)", **_SOME)
+    add("--eval-iters", help="global batches of a validation (default: all of the data)", **_SOME)
     add("--patience", help="end after so many validations without a better one (default: do not)", **_SOME)
     add("--seed", help="of everything drawn (default: 1234)", **_COUNT)
 

@@ -199,6 +199,9 @@ class LabelledSequencesProvider(DatasetProvider):
     both_strands: bool = False
     """Every sequence is two samples, itself and its reverse complement."""
 
+    global_batch_size: int = 1
+    """To a multiple of this, validation and test data are filled up with what does not count: each is seen once."""
+
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "cyclic"
     """In another order in every pass."""
 
@@ -213,8 +216,13 @@ class LabelledSequencesProvider(DatasetProvider):
                 sequence_column=self.sequence_column,
                 seq_length=self.seq_length,
                 both_strands=self.both_strands,
+                multiple=multiple,
             )
-            for path in (self.train_data, self.val_data, self.test_data)
+            for path, multiple in (
+                (self.train_data, 1),
+                (self.val_data, self.global_batch_size),
+                (self.test_data, self.global_batch_size),
+            )
         )
         return train, valid, test
 

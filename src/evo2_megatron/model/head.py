@@ -29,6 +29,9 @@ HEAD = "prediction_head"
 LOSS_NAMES = {"classification": "ce loss", "multilabel": "bce loss", "regression": "mse loss"}
 """What the loss of a task is called in logs."""
 
+_SMALLEST_SCALE = 0.01
+"""Of a channel's spread, as a share of the mean one: what hardly varies is not blown up."""
+
 Pooling = Literal["mean", "last"]
 
 
@@ -101,9 +104,26 @@ class PredictionHead(nn.Module):
                 nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
                 nn.init.zeros_(layer.bias)
 
+    @torch.no_grad()
+    def begin_with(self, pooled_NH: Tensor) -> None:
+        """Set the norm's weight and bias so that these pooled hidden states come out with mean 0 and variance 1.
+
+        Pooled hidden states of different sequences differ little beside what they share, and a layer that sees both
+        learns slowly. Data-dependent initialisation as of Salimans and Kingma (arXiv 1602.07868).
+        """
+        norm = self.norm
+        normed_NH = F.layer_norm(pooled_NH.float(), norm.normalized_shape, eps=norm.eps)
+        scale_H, mean_H = torch.std_mean(normed_NH, dim=0, correction=0)
+        scale_H = scale_H.clamp(min=max(_SMALLEST_SCALE * scale_H.mean().item(), norm.eps))
+        norm.weight.copy_(1 / scale_H)
+        norm.bias.copy_(-mean_H / scale_H)
+
     def forward(self, pooled_BH: Tensor) -> Tensor:
-        """Outputs [B, C] of pooled hidden states [B, H]."""
-        hidden_BH = self.hidden(self.norm(pooled_BH.to(self.norm.weight.dtype)))
+        """Outputs [B, C] of pooled hidden states, float32 [B, H]."""
+        norm = self.norm
+        # in float32: what tells sequences apart is in the last digits of what they share
+        normed_BH = F.layer_norm(pooled_BH, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        hidden_BH = self.hidden(normed_BH.to(self.outputs.weight.dtype))
         if isinstance(self.hidden, nn.Linear):
             hidden_BH = F.gelu(hidden_BH)
         return self.outputs(self.dropout(hidden_BH))
@@ -126,10 +146,14 @@ class StripedHyenaWithHead(StripedHyenaModel):
             input_ids: Token ids [B, L].
             pool_mask: Bool [B, L], true where there is a base.
         """
+        return self.prediction_head(self.pooled(input_ids, pool_mask))
+
+    def pooled(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
+        """What the head sees, float32 [B, H]; arguments as of ``forward``."""
         embedded = self.embedding(input_ids=input_ids, position_ids=None)
         angles = self._rotary_angles(input_ids, embedded, None)
         hidden_LBH = self.decoder(WrappedTensor(embedded), angles)
-        return self.prediction_head(pool(hidden_LBH, pool_mask, self.config.head_pooling))
+        return pool(hidden_LBH, pool_mask, self.config.head_pooling)
 
 
 def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:

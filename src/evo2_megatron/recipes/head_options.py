@@ -62,7 +62,7 @@ class HeadOptions:
     decay_steps: int | None = None  # None: to the last step
     weight_decay: float = 0.0
     eval_interval: int | None = None  # steps; None: a tenth of the run
-    eval_iters: int | None = None  # global batches; None: all that the validation data fill
+    eval_iters: int | None = None  # global batches; None: as many as the data have
     save_interval: int | None = None  # steps; None: after every validation, so that the best is there
     patience: int | None = None  # validations without a better one before the run ends
     seed: int = 1234
@@ -94,9 +94,7 @@ class HeadOptions:
         """
         steps = self.steps(num_train)
         warmup = steps // 10 if self.warmup_steps is None else self.warmup_steps
-        fills = max(num_val, num_test) // self.global_batch_size
-        if num_val:
-            fills = num_val // self.global_batch_size
+        whole = math.ceil((num_val or num_test) / self.global_batch_size)
         return TrainingOptions(
             seq_length=seq_length,
             seed=self.seed,
@@ -104,7 +102,7 @@ class HeadOptions:
             global_batch_size=self.global_batch_size,
             max_steps=steps,
             eval_interval=self.eval_interval or max(1, math.ceil(steps / 10)),
-            eval_iters=(fills if self.eval_iters is None else self.eval_iters) if num_val or num_test else 0,
+            eval_iters=whole if self.eval_iters is None or not whole else self.eval_iters,
             lr=self.lr,
             min_lr=self.min_lr,
             wd=self.weight_decay,

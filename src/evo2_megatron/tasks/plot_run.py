@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +12,18 @@ import numpy as np
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
-_PANELS = (
-    (
-        "loss, nat per token",
-        (("lm loss", "training"), ("lm loss validation", "validation"), ("lm loss test", "test")),
-    ),
-    ("learning rate", (("learning-rate", None),)),
-    ("gradient norm", (("grad-norm", None),)),
-)
-_MARKERS = {"lm loss validation": "o", "lm loss test": "*"}
+_KINDS = {"training": "", "validation": " validation", "test": " test"}
+"""Kinds of a curve, and how Bridge ends their tags."""
+
+_LOSSES = {
+    "lm loss": "loss, nat per token",
+    "ce loss": "cross-entropy, nat",
+    "bce loss": "binary cross-entropy, nat",
+    "mse loss": "squared error, standardised",
+}
+_OTHERS = {"learning-rate": "learning rate", "grad-norm": "gradient norm"}
+_TAGS = [name + ending for name in (*_LOSSES, "accuracy") for ending in _KINDS.values()] + list(_OTHERS)
+_MARKERS = {"validation": "o", "test": "*"}
 """Of curves with few points."""
 
 
@@ -44,7 +47,7 @@ class Curve(NamedTuple):
 
 
 def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
-    """Draw loss, learning rate and gradient norm of one run or several to a PNG file.
+    """Draw loss, learning rate and gradient norm of one run or several to a PNG file; of heads their accuracy, too.
 
     Args:
         runs: Folders of runs, or their ``tb_logs``.
@@ -61,19 +64,25 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained", height_ratios=(2, 1, 1))
+    panels = _panels(curves.values())
+    height = 2.4 * len(panels) + 1
+    ratios = [2, *[1] * (len(panels) - 1)]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, height), sharex=True, layout="constrained", height_ratios=ratios
+    )
     for number, (name, of_run) in enumerate(curves.items()):
-        for panel, (_, tags) in zip(axes, _PANELS):
-            for tag, kind in tags:
+        for panel, (_, tags) in zip(axes, panels):
+            for tag, kind in tags.items():
                 if tag in of_run:
-                    style = {"color": f"C{number}", "label": name if kind is None else f"{name}, {kind}"}
-                    _draw(panel, tag, of_run[tag], 1 if tag == "learning-rate" else smooth, style)
-    for panel, (title, _) in zip(axes, _PANELS):
+                    style = {"color": f"C{number}", "label": f"{name}, {kind}"}
+                    _draw(panel, kind, of_run[tag], 1 if tag == "learning-rate" else smooth, style)
+    for panel, (title, tags) in zip(axes, panels):
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+        if "learning-rate" in tags:
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes[0].legend(frameon=False)
-    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     try:
@@ -83,9 +92,21 @@ def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         plt.close(figure)
 
 
-def _draw(panel, tag: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:
-    if tag in _MARKERS:
-        panel.plot(*curve, marker=_MARKERS[tag], markersize=4, linestyle="--", linewidth=1, **style)
+def _panels(curves: Iterable[dict[str, Curve]]) -> list[tuple[str, dict[str, str]]]:
+    """Titles from the top, and for each its tags with the kinds of their curves."""
+    found = {tag for of_run in curves for tag in of_run}
+    losses = {name: title for name, title in _LOSSES.items() if name in found or f"{name} validation" in found}
+    panels = [
+        (" or ".join(losses.values()) or "loss", {name + end: kind for name in losses for kind, end in _KINDS.items()})
+    ]
+    if any(tag.startswith("accuracy") for tag in found):
+        panels.append(("accuracy", {"accuracy" + end: kind for kind, end in _KINDS.items()}))
+    return panels + [(title, {tag: "training"}) for tag, title in _OTHERS.items()]
+
+
+def _draw(panel, kind: str, curve: Curve, smooth: int, style: dict[str, str]) -> None:
+    if kind in _MARKERS:
+        panel.plot(*curve, marker=_MARKERS[kind], markersize=4, linestyle="--", linewidth=1, **style)
         return
     if smooth > 1:
         panel.plot(*curve, linewidth=0.7, alpha=0.3, color=style["color"])
@@ -106,7 +127,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     curves = {}
-    for tag in (tag for _, tags in _PANELS for tag, _ in tags):
+    for tag in _TAGS:
         if tag in events.Tags()["scalars"]:
             last = {event.step: event.value for event in events.Scalars(tag)}
             steps = sorted(last)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NUM_FITTED = 256
+"""Sequences that say how the head's norm begins."""
+
 
 class _Data(NamedTuple):
     """What a run is told by its data."""
@@ -70,7 +73,7 @@ def train_head(options: HeadOptions) -> None:
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
         _check_same_head(read_run_config(start.checkpoint), config.model)
-    _begin_with(start.base, config)
+    _begin_with(start, config)
     _log_plan(options, of_training, start, data)
     callbacks = []
     if options.val_data is not None:
@@ -94,7 +97,7 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
             continue
         rows[split] = read_labelled(path, labels, sequence_column=options.sequence_column)
         num_samples[split] = len(rows[split].ids) * num_strands
-        _check_enough(path, num_samples[split], options, whole=split != "train")
+    _check_enough(options, num_samples["train"])
     longest = options.backbone_seq_length or base.seq_length
     seq_length = options.seq_length or min(longest, max(map(len, rows["train"].ids)))
     if seq_length > longest:
@@ -106,18 +109,12 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
     return _Data(labels, seq_length, num_samples, head | _of_targets(rows["train"].targets, labels, options))
 
 
-def _check_enough(path: Path, num_samples: int, options: HeadOptions, *, whole: bool) -> None:
-    """A process needs a micro-batch; a validation over all of the data needs a global one."""
+def _check_enough(options: HeadOptions, num_samples: int) -> None:
     at_once = options.micro_batch_size * distributed.world_size()
     if num_samples < at_once:
         raise UserError(
-            f"{path} holds {num_samples} samples, fewer than --micro-batch-size {options.micro_batch_size} x "
-            f"{distributed.world_size()} processes"
-        )
-    if whole and options.eval_iters is None and num_samples < options.global_batch_size:
-        raise UserError(
-            f"{path} holds {num_samples} samples, fewer than --global-batch-size {options.global_batch_size}; lower "
-            "that, or give more"
+            f"{options.train_data} holds {num_samples} samples, fewer than --micro-batch-size "
+            f"{options.micro_batch_size} x {distributed.world_size()} processes"
         )
 
 
@@ -180,6 +177,7 @@ def _config(
         classes=list(data.labels.classes),
         sequence_column=options.sequence_column,
         both_strands=options.both_strands,
+        global_batch_size=options.global_batch_size,
         num_workers=0,  # samples are in memory
         pin_memory=megatron.on_cuda(),
     )
@@ -233,15 +231,18 @@ def _check_same_head(own: RunConfig, model: HeadProvider) -> None:
             )
 
 
-def _begin_with(base: Path, config: ConfigContainer) -> None:
+def _begin_with(start: training.Start, config: ConfigContainer) -> None:
     """Have Bridge's setup fill in the backbone and then give it adapters, before it looks for what to resume."""
     from evo2_megatron.model.head import is_backbone
     from evo2_megatron.model.lora import Evo2LoRA
 
-    dropped = range(config.model.num_layers, read_run_config(base).num_layers)
+    dropped = range(config.model.num_layers, read_run_config(start.base).num_layers)
+    stored = load.stored_shapes(start.base)
 
     def fill(model: list[StripedHyenaWithHead]) -> list[StripedHyenaWithHead]:
-        load.load_weights(model[0], base, load.stored_shapes(base), dropped_layers=dropped, only=is_backbone)
+        load.load_weights(model[0], start.base, stored, dropped_layers=dropped, only=is_backbone)
+        if not start.resumes:
+            _fit_norm(model[0], config)
         return model
 
     config.model.register_pre_wrap_hook(fill)
@@ -249,6 +250,25 @@ def _begin_with(base: Path, config: ConfigContainer) -> None:
         own = Evo2LoRA(target_modules=config.peft.target_modules, dim=config.peft.dim)
         train_lora.check_modules(own, config.model)
     train_lora.add_adapters(config, distributed.rank())
+
+
+def _fit_norm(model: StripedHyenaWithHead, config: ConfigContainer) -> None:
+    """Let the head's norm begin with what it will see, from training sequences that are the same on all processes."""
+    import torch
+    from megatron.bridge.training.config import DatasetBuildContext
+
+    train, _, _ = config.dataset.build_datasets(DatasetBuildContext(0, 0, 0, None))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.rng.seed))[:_NUM_FITTED]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        pooled = []
+        for places in chosen.split(config.train.micro_batch_size):
+            samples = [train[place] for place in places.tolist()]
+            tokens, mask = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "pool_mask"))
+            pooled.append(model.pooled(tokens.to(megatron.device()), mask.to(megatron.device())))
+        model.prediction_head.begin_with(torch.cat(pooled))
+    model.train(was_training)
 
 
 def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: training.Start, data: _Data) -> None:
