@@ -93,7 +93,12 @@ def test_commands_do_not_import_each_other():
 
 def test_every_package_that_we_import_is_declared():
     """An import that only a transitive dependency satisfies breaks when that one goes."""
-    distributions = {"hydra": "hydra_core", "megatron": "megatron_core", "yaml": "pyyaml"}
+    distributions = {
+        "hydra": "hydra_core",
+        "megatron": "megatron_core",
+        "sklearn": "scikit_learn",
+        "yaml": "pyyaml",
+    }
     declared = {re.match(r"[\w-]+", r)[0].lower().replace("-", "_") for r in metadata.requires("evo2-megatron")}
     used = {n.split(".")[0] for path in SOURCES for n in imported_names(path)} - COMPILED - {"evo2_megatron"}
     assert {distributions.get(name, name) for name in used - sys.stdlib_module_names} <= declared

@@ -113,11 +113,10 @@ def load_model(
         (model,) = provider.provide_distributed_model(
             wrap_with_ddp=False, use_cpu_initialization=not megatron.on_cuda()
         )
-    dropped = range(provider.num_layers, run_config.num_layers)
     of_base = range(provider.num_layers, read_run_config(base).num_layers)
     load_weights(model, base, stored, dropped_layers=of_base, only=is_backbone)
     if run_config.is_lora:
-        _add_adapters(model, checkpoint, run_config, dropped)
+        _add_adapters(model, checkpoint, run_config, range(provider.num_layers, run_config.num_layers))
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
     if provider.fp8_emulation or provider.fp8_projections:
         fix_projections(unwrap_model(model), _fp8_scales(base))

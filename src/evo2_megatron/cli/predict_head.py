@@ -85,3 +85,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         precision=groups.precision(args),
         max_batch_tokens=args.max_batch_tokens,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -125,7 +125,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("duration and optimizer").add_argument
     add("--epochs", help="passes over the training data (default: 5)", **_NUMBER)
-    add("--max-steps", help="optimizer steps, instead of --epochs", **_SOME)
+    add("--max-steps", help="optimizer steps (default: as many as --epochs take)", **_SOME)
     add("--global-batch-size", help="sequences of one step (default: 8)", **_SOME)
     add("--micro-batch-size", help="sequences at a time on each process (default: 2)", **_SOME)
     add("--lr", help="highest learning rate (default: 1e-3)", **_NUMBER)
@@ -170,8 +170,7 @@ def _train(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
 
-    from evo2_megatron.recipes.head_options import HeadOptions  # torch loads here, not for --help
-    from evo2_megatron.tasks.train_head import train_head
+    from evo2_megatron.tasks.train_head import HeadOptions, train_head  # torch loads here, not for --help
 
     train_head(HeadOptions(**{name: value for name, value in _options(args).items() if value is not None}))
 
@@ -223,3 +222,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "wandb_run_name": args.wandb_run_name,
         "wandb_offline": args.wandb_offline,
     }
+
+
+if __name__ == "__main__":
+    main()
