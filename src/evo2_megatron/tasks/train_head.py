@@ -238,10 +238,12 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
 
     dropped = range(config.model.num_layers, read_run_config(start.base).num_layers)
     stored = load.stored_shapes(start.base)
+    # adapters move what all sequences share, which a norm that looks at what differs would blow up
+    fits_norm = not start.resumes and not config.peft.target_modules
 
     def fill(model: list[StripedHyenaWithHead]) -> list[StripedHyenaWithHead]:
         load.load_weights(model[0], start.base, stored, dropped_layers=dropped, only=is_backbone)
-        if not start.resumes:
+        if fits_norm:
             _fit_norm(model[0], config)
         return model
 
