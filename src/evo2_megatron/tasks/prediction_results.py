@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evo2_megatron.data.fasta_dataset import FastaDataset
+from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset, tag_length
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_settings import Files, Output
 from evo2_megatron.tasks.prediction_tables import (
@@ -23,8 +23,31 @@ from evo2_megatron.tasks.prediction_tables import (
     write_scores,
     write_vectors,
 )
+from evo2_megatron.tasks.prediction_tracks import write_bedgraph, write_bigwig
+
+_BLOCK_BASES = 1 << 16
+"""Of a record that was cut into windows, so many bases are joined at a time."""
+
+_PER_BASE = ("log_probs_seqs", "loss_mask")
+_OPPOSITE = "opposite_"
 
 Batch = dict[str, Tensor]
+
+
+def join_strands(both: Batch) -> Batch:
+    """Means of two strands from a batch of forward strands followed by their opposites.
+
+    Of values per base, those of the opposite strand are kept beside the others, until the places of all are known.
+    """
+    size = len(both["seq_idx"]) // 2
+    joined: Batch = {}
+    for name, values in both.items():
+        one, other = values[:size], values[size:]
+        if name in _PER_BASE:
+            joined |= {name: one, _OPPOSITE + name: other}
+        else:
+            joined[name] = one if name in ("seq_idx", "num_scored") else (one + other) / 2
+    return joined
 
 
 def tensor_record(results: Batch, output: Output) -> Batch:
@@ -49,29 +72,41 @@ class Results:
     """All results of a run, sequence by sequence."""
 
     parts: Parts
-    dataset: FastaDataset
+    dataset: FastaDataset | WindowDataset
     output: Output
     prepended: int
     """Tokens in front of every sequence that are no bases: 0 or 1."""
+
+    both_strands: bool = False
 
     def write(self, files: Files) -> None:
         """Write all but ``.pt`` files."""
         for suffix in files.formats:
             if self.output.log_probs is not None:
-                # beside .pt files, which need a program to be read, there is always the table
-                table = "tsv" if suffix == "pt" else suffix
+                # beside files that need a program to be read, there is always the table
+                table = "parquet" if suffix == "parquet" else "tsv"
                 write_scores(files.output_dir / f"scores.{table}", self._scores())
                 if self.output.log_probs == "per_token" and suffix != "pt":
-                    write_bases(files.output_dir / f"bases.{suffix}", {"log_prob": None}, self._log_probs())
+                    self._write_bases(files.output_dir, suffix)
             elif suffix != "pt":
                 self._write_values(files.output_dir, suffix)
+
+    def _write_bases(self, folder: Path, suffix: str) -> None:
+        ids, column = self.dataset.ids, "log_prob"
+        if suffix == "bigwig":
+            order = sorted(range(len(ids)), key=lambda record: ids[record].encode())
+            lengths = {ids[record]: self.dataset.num_bases[record] for record in order}
+            write_bigwig(folder / f"{column}.bigwig", column, lengths, self._log_probs(order))
+        elif suffix == "bedgraph":
+            write_bedgraph(folder / f"{column}.bedgraph", column, self._log_probs(range(len(ids))))
+        else:
+            write_bases(folder / f"bases.{suffix}", {column: None}, self._log_probs(range(len(ids))))
 
     def _write_values(self, folder: Path, suffix: str) -> None:
         shapes = {name: tensor.shape[1:] for name, tensor in self._values(0).items()}
         if self.output.pooling is not None:
-            lengths = [length - self.prepended for length in self.dataset.lengths]
             vectors = [self._stacked(name, size) for name, (size,) in shapes.items()]
-            write_vectors(folder / f"embeddings.{suffix}", self.dataset.ids, lengths, vectors)
+            write_vectors(folder / f"embeddings.{suffix}", self.dataset.ids, self.dataset.num_bases, vectors)
         elif suffix == "parquet":
             columns = {_column(name): size for name, (size,) in shapes.items()}
             write_bases(folder / "bases.parquet", columns, self._vectors())
@@ -81,22 +116,62 @@ class Results:
             write_arrays(folder / f"{kind}.{suffix}", arrays)
 
     def _scores(self) -> Iterator[Score]:
-        for index, (name, length) in enumerate(zip(self.dataset.ids, self.dataset.lengths)):
-            row = self.parts.sequence(index)
-            total, count = row["log_likelihood"].item(), row["num_scored"].item()
-            yield Score(name, length - self.prepended, count, total, total / max(count, 1))
+        for record, (name, length) in enumerate(zip(self.dataset.ids, self.dataset.num_bases)):
+            total, count = 0.0, 0
+            for index in self.dataset.samples_of(record):
+                row = self.parts.sequence(index)
+                total += row["log_likelihood"].item()
+                count += row["num_scored"].item()
+            yield Score(name, length, count, total, total / max(count, 1))
 
-    def _log_probs(self) -> Iterator[Bases]:
-        for index, name in enumerate(self.dataset.ids):
-            row = self.parts.sequence(index)
-            # a value belongs to the token after its place, and of the bases the first has number 1
-            positions = row["loss_mask"].nonzero()[:, 0].numpy() + 2 - self.prepended
-            letters = np.frombuffer(self.dataset.sequence(index), np.uint8)[positions - 1].tobytes()
-            yield Bases(name, positions, letters, {"log_prob": row["log_probs_seqs"][row["loss_mask"]].numpy()})
+    def _log_probs(self, records: Iterable[int]) -> Iterator[Bases]:
+        for record in records:
+            num_bases = self.dataset.num_bases[record]
+            step = _BLOCK_BASES if num_bases > self.dataset.windows.length else num_bases
+            for start in range(0, num_bases, step):
+                end = min(start + step, num_bases)
+                letters = np.frombuffer(self.dataset.bases(record, start, end), np.uint8)
+                values, counts = self._joined(record, start, end, letters)
+                places = counts.nonzero()[0]
+                yield Bases(
+                    self.dataset.ids[record],
+                    start + 1 + places,
+                    letters[places].tobytes(),
+                    {"log_prob": values[places]},
+                )
+
+    def _joined(self, record: int, start: int, end: int, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the bases from ``start`` to ``end``, float32, means of the strands that have one; how many do."""
+        values, counts = self._strand(record, start, end)
+        if not self.both_strands:
+            return values, counts
+        num_bases = self.dataset.num_bases[record]
+        others = self._strand(record, num_bases - end, num_bases - start, prefix=_OPPOSITE)
+        # only a record that is one window can have a tag, which is in front on both strands
+        tag = tag_length(letters.tobytes()) if end - start == num_bases else 0
+        other_values, other_counts = (np.concatenate([part[:tag], part[tag:][::-1]]) for part in others)
+        total, counts = values.astype(np.float64) + other_values, counts + other_counts
+        return (total / np.maximum(counts, 1)).astype(np.float32), counts
+
+    def _strand(self, record: int, start: int, end: int, *, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Values of the bases from ``start`` to ``end`` of one strand, in its direction, and 1 where there is one."""
+        values, counts = np.zeros(end - start, np.float32), np.zeros(end - start, np.int8)
+        windows, num_bases = self.dataset.windows, self.dataset.num_bases[record]
+        first = self.dataset.samples_of(record).start
+        for number in windows.covering(start, end):
+            span = windows.span(number, num_bases)
+            row = self.parts.sequence(first + number)
+            # a value belongs to the token after its place, so that a first token has none
+            shift = span.start + 1 - self.prepended
+            low, high = max(start, span.start + span.num_context, shift), min(end, span.end)
+            here, there = slice(low - start, high - start), slice(low - shift, high - shift)
+            values[here] = row[prefix + "log_probs_seqs"][there].numpy()
+            counts[here] = row[prefix + "loss_mask"][there].numpy()
+        return values, counts
 
     def _vectors(self) -> Iterator[Bases]:
         for index, name in enumerate(self.dataset.ids):
-            letters = self.dataset.sequence(index)
+            letters = self.dataset.bases(index, 0, self.dataset.num_bases[index])
             positions = np.arange(1, len(letters) + 1)
             values = {_column(key): tensor.numpy() for key, tensor in self._values(index).items()}
             yield Bases(name, positions, letters, values)
@@ -111,7 +186,7 @@ class Results:
         return {name: tensor[bases] for name, tensor in values.items()}
 
     def _arrays(self, index: int, shapes: dict[str, torch.Size]) -> Iterator[Array]:
-        name, length = self.dataset.ids[index], self.dataset.lengths[index] - self.prepended
+        name, length = self.dataset.ids[index], self.dataset.num_bases[index]
         for key, shape in shapes.items():
             full = name if key == "token_logits" else f"{name}/{_column(key)}"
             yield Array(full, (length, *shape), lambda key=key: self._values(index)[key].numpy())
