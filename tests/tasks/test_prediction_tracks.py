@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pybigtools
 import pytest
@@ -73,6 +77,20 @@ def test_what_the_library_only_prints_is_an_error(tmp_path, values, message):
     with pytest.raises(UserError, match=message):
         write_bigwig(tmp_path / "x.bigwig", "x", LENGTHS, values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    code = f"""
+import resource
+from pathlib import Path
+from evo2_megatron.tasks.prediction_tracks import write_bigwig
+from tasks.test_prediction_tracks import LENGTHS, bases
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
+write_bigwig(Path({str(tmp_path)!r}) / "x.bigwig", "x", LENGTHS, bases())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "x.bigwig could not be written; is the disk full?" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_no_room(tmp_path):

@@ -80,7 +80,7 @@ def write_bigwig(path: Path, column: str, lengths: dict[str, int], bases: Iterab
                 raise UserError(f"{path}: no base has a value, and a bigWig file cannot be empty; use bedgraph")
             # errors, those of reading `bases` too, are lines on stderr for this library, and nothing else
             if not complete or _num_values(named) != num_values:
-                raise UserError(f"{path} could not be written; is the disk full? No result was written")
+                raise UserError(f"{path} could not be written; is the disk full? Make room and start again")
             named.rename(partial)
         finally:
             named.unlink(missing_ok=True)
