@@ -81,11 +81,9 @@ def predict(
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))
     with (
-        _dataset(fasta, output, sequences, position_range(run_config, changes)) as dataset,
+        _dataset(fasta, output, files, sequences, position_range(run_config, changes)) as dataset,
         distributed.process_groups(parallel, seed=run_config.seed),
     ):
-        if "bigwig" in files.formats:
-            check_num_contigs(len(dataset.ids))
         loaded = self_test.load_model_checked(
             checkpoint,
             with_self_test=with_self_test,
@@ -131,17 +129,22 @@ def check_lengths(dataset: FastaDataset, limit: int) -> None:
             )
 
 
+@contextlib.contextmanager
 def _dataset(
-    fasta: Path, output: Output, sequences: Sequences, trained_for: int
-) -> contextlib.AbstractContextManager[FastaDataset | WindowDataset]:
+    fasta: Path, output: Output, files: Files, sequences: Sequences, trained_for: int
+) -> Iterator[FastaDataset | WindowDataset]:
     how = {"prepend_bos": sequences.prepend_bos, "keep_tag_case": sequences.keep_tag_case}
     windows = sequences.windows(trained_for)
-    if windows is not None:
-        return WindowDataset(fasta, windows, **how)
-    dataset = FastaDataset(fasta, mask_tags=sequences.mask_phylogenetic_tags, **how)
-    check_lengths(dataset, sequences.max_seq_length or trained_for)
-    _check_window(dataset, output)
-    return contextlib.nullcontext(dataset)
+    if windows is None:
+        dataset = FastaDataset(fasta, mask_tags=sequences.mask_phylogenetic_tags, **how)
+        check_lengths(dataset, sequences.max_seq_length or trained_for)
+        _check_window(dataset, output)
+    else:
+        dataset = WindowDataset(fasta, windows, **how)
+    with contextlib.nullcontext() if windows is None else dataset:
+        if "bigwig" in files.formats:
+            check_num_contigs(len(dataset.ids))
+        yield dataset
 
 
 def _check_window(dataset: FastaDataset, output: Output) -> None:

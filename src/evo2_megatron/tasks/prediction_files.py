@@ -37,7 +37,8 @@ MANIFEST_FILE = "manifest.json"
 
 _OURS = re.compile(
     r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt|seq_idx_map\.json|manifest\.json|scores\.(tsv|parquet)"
-    r"|bases\.(tsv|parquet)|log_prob\.(bedgraph|bigwig)|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
+    r"|bases\.(tsv|parquet)|log_prob\.(bedgraph|bigwig)"
+    r"|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
 )
 _SUBDIR = re.compile(r"subdir_\d+")
 

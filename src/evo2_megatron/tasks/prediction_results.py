@@ -81,14 +81,14 @@ class Results:
 
     def write(self, files: Files) -> None:
         """Write all but ``.pt`` files."""
-        for suffix in files.formats:
-            if self.output.log_probs is not None:
-                # beside files that need a program to be read, there is always the table
-                table = "parquet" if suffix == "parquet" else "tsv"
+        if self.output.log_probs is not None:
+            # beside files that need a program to be read, there is always the table
+            for table in dict.fromkeys("parquet" if suffix == "parquet" else "tsv" for suffix in files.formats):
                 write_scores(files.output_dir / f"scores.{table}", self._scores())
-                if self.output.log_probs == "per_token" and suffix != "pt":
-                    self._write_bases(files.output_dir, suffix)
-            elif suffix != "pt":
+        for suffix in files.formats:
+            if self.output.log_probs == "per_token" and suffix != "pt":
+                self._write_bases(files.output_dir, suffix)
+            elif self.output.log_probs is None and suffix != "pt":
                 self._write_values(files.output_dir, suffix)
 
     def _write_bases(self, folder: Path, suffix: str) -> None:
