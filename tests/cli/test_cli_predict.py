@@ -90,6 +90,15 @@ def test_every_flag_arrives(call, monkeypatch):
     assert call("--allow-precision-mismatch")["changes"] == ModelChanges(fp8="allow_mismatch")
 
 
+def test_values_of_bases(call):
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    flags = ["--output-log-prob-seqs", "--log-prob-collapse-option", "per_token"]
+    assert call(*flags)["output"] == Output(log_probs="per_token")
+    seen = call(*flags, "--per-base-values", "entropy", "log_prob", "entropy")
+    assert seen["output"] == Output(log_probs="per_token", base_values=("entropy", "log_prob"))
+
+
 def test_windows_have_a_format_of_their_own(call):
     from evo2_megatron.tasks.prediction_settings import Sequences
 

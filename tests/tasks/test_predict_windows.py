@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pybigtools
 import pytest
+import torch
 from pyarrow import parquet
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
@@ -157,6 +159,58 @@ def test_a_tag_in_front_is_the_same_on_both_strands(checkpoint, tmp_path):
     assert [both[key] for key in sorted(both)] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_entropy_of_the_prediction_of_each_base(fasta, checkpoint, tmp_path, prepend_bos):
+    """Against logits of the slices that windows are, on both strands."""
+    output = PER_TOKEN | {"base_values": ("entropy", "log_prob")}
+    settings = {"prepend_bos": prepend_bos, "window_length": 7, "window_overlap": 3}
+    formats = ("tsv", "parquet", "bedgraph", "bigwig")
+    out = run(fasta, checkpoint, tmp_path / "out", output=output, formats=formats, both_strands=True, **settings)
+    strands = {"+": RECORDS, "-": {name: reverse_complement(bases) for name, bases in RECORDS.items()}}
+    slices, terms = {}, {}
+    for strand, records in strands.items():
+        for name, bases in records.items():
+            for at, context in enumerate(contexts(len(bases), 7, 3)):
+                if context or prepend_bos:  # an A that is predicted stands for all: its own id does not matter
+                    slices[f"{name}{strand}{at}"] = bases[at - context : at] + "A"
+    write_fasta(tmp_path / "slices.fa", slices)
+    logits = run(
+        tmp_path / "slices.fa", checkpoint, tmp_path / "logits", output={"log_probs": None}, formats=("pt",),
+        prepend_bos=prepend_bos,
+    )  # fmt: skip
+    stored = torch.load(logits / "predictions__rank_0__dp_rank_0.pt", weights_only=True)
+    for (key, text), row in zip(slices.items(), stored["token_logits"].double()):
+        name, strand, at = re.fullmatch(r"(r\d+)([+-])(\d+)", key).groups()
+        place = int(at) if strand == "+" else len(RECORDS[name]) - 1 - int(at)
+        log_prob = row[len(text) - 2 + prepend_bos].log_softmax(-1)
+        terms.setdefault((name, place), []).append(-(log_prob.exp() * log_prob).sum().item())
+    text = rows(out / "bases.tsv")
+    assert (out / "bases.tsv").read_text().startswith("id\tposition\tbase\tentropy\tlog_prob\n")
+    found = {(name, int(position) - 1): float(value) for name, position, _, value, _ in text}
+    assert found.keys() == terms.keys()
+    assert [found[key] for key in terms] == pytest.approx([sum(x) / len(x) for x in terms.values()], rel=1e-5)
+    table = parquet.read_table(out / "bases.parquet").to_pydict()
+    for number, column in ((3, "entropy"), (4, "log_prob")):
+        expected = [(row[0], int(row[1]) - 1, int(row[1]), np.float32(row[number])) for row in text]
+        assert [np.float32(x) for x in table[column]] == [x for *_, x in expected]
+        lines = rows(out / f"{column}.bedgraph")
+        assert [(name, int(a), int(b), np.float32(x)) for name, a, b, x in lines] == expected
+        with pybigtools.open(str(out / f"{column}.bigwig")) as track:
+            tracks = [(name, *record) for name in track.chroms() for record in track.records(name)]
+        assert sorted((*place, np.float32(x)) for *place, x in tracks) == sorted(expected)
+    alone = run(fasta, checkpoint, tmp_path / "alone", output=PER_TOKEN, both_strands=True, **settings)
+    assert rows(alone / "bases.tsv") == [[*row[:3], row[4]] for row in text]
+
+
+def test_entropy_in_tensor_files(fasta, checkpoint, tmp_path):
+    output = PER_TOKEN | {"base_values": ("entropy",)}
+    out = run(fasta, checkpoint, tmp_path / "out", output=output, formats=("pt", "tsv"))
+    stored = torch.load(out / "predictions__rank_0__dp_rank_0.pt", weights_only=True)
+    assert stored.keys() == {"log_probs_seqs", "entropy_seqs", "loss_mask", "seq_idx"}
+    expected = [float(row[3]) for row in rows(out / "bases.tsv")]
+    assert stored["entropy_seqs"][stored["loss_mask"]].tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -203,7 +257,7 @@ def long_records(tmp_path_factory) -> Path:
 
 FLAGS = """
 --output-log-prob-seqs --log-prob-collapse-option per_token --both-strands --window-length 64 --window-overlap 40
---max-batch-tokens 1024 --output-format tsv parquet bedgraph bigwig
+--max-batch-tokens 1024 --per-base-values log_prob entropy --output-format tsv parquet bedgraph bigwig
 """
 
 
@@ -232,7 +286,8 @@ def test_a_job_that_was_killed_goes_on(long_records, checkpoint, tmp_path):
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
     whole = contents(tmp_path / "whole")
     assert whole.keys() == {
-        "bases.parquet", "bases.tsv", "log_prob.bedgraph", "log_prob.bigwig", "manifest.json", "scores.parquet",
+        "bases.parquet", "bases.tsv", "entropy.bedgraph", "entropy.bigwig",
+        "log_prob.bedgraph", "log_prob.bigwig", "manifest.json", "scores.parquet",
         "scores.tsv", "seq_idx_map.json",
     }  # fmt: skip
     for folder in ("killed", "two"):
@@ -255,6 +310,10 @@ def test_a_job_that_was_killed_goes_on(long_records, checkpoint, tmp_path):
         (
             {"window_length": 8, "output": {"log_probs": None}, "formats": ("npz",)},
             "--window-length is about log-prob",
+        ),
+        (
+            {"output": {"log_probs": "sum", "base_values": ("entropy",)}},
+            "--per-base-values says what there is for each",
         ),
         ({"output": {"log_probs": "sum"}, "formats": ("bedgraph",)}, "has a value for each base; add --log-prob-coll"),
     ],

@@ -62,6 +62,7 @@ def _main(argv: Sequence[str] | None) -> None:
         args.ckpt_dir,
         output=Output(
             log_probs=(args.log_prob_collapse_option or "mean") if args.output_log_prob_seqs else None,
+            base_values=tuple(dict.fromkeys(args.per_base_values)) if args.per_base_values else None,
             embedding_layers=tuple(args.embedding_layer or ()),
             pooling=Window(*args.pooling_window) if args.pooling_window else args.pooling,
         ),
@@ -133,6 +134,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--log-prob-collapse-option",
         choices=("sum", "mean", "per_token"),
         help="their sum over the sequence, their mean per scored base, or one per base (default: mean)",
+    )
+    group.add_argument(
+        "--per-base-values",
+        nargs="+",
+        choices=("log_prob", "entropy"),
+        metavar="NAME",
+        help="with per_token: log_prob, and entropy of the prediction over the whole vocabulary in nat (default: "
+        "log_prob)",
     )
     group.add_argument(
         "--embedding-layer",

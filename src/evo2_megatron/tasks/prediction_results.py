@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From finished batches to the files that were asked for."""
+"""From finished batches to the files that were asked for.
+
+Shape legend: B sequences, K columns, N bases, X logits or channels, H channels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset, tag_length
 from evo2_megatron.tasks.prediction_parts import Parts
-from evo2_megatron.tasks.prediction_settings import Files, Output
+from evo2_megatron.tasks.prediction_settings import TRACKS, Files, Output
 from evo2_megatron.tasks.prediction_tables import (
     Array,
     Bases,
@@ -28,7 +31,10 @@ from evo2_megatron.tasks.prediction_tracks import write_bedgraph, write_bigwig
 _BLOCK_BASES = 1 << 16
 """Of a record that was cut into windows, so many bases are joined at a time."""
 
-_PER_BASE = ("log_probs_seqs", "loss_mask")
+_COLUMNS = {"log_prob": "log_probs_seqs", "entropy": "entropy_seqs"}
+"""What values of bases are called in files, and in a batch."""
+
+_PER_BASE = (*_COLUMNS.values(), "loss_mask")
 _OPPOSITE = "opposite_"
 
 Batch = dict[str, Tensor]
@@ -55,7 +61,7 @@ def tensor_record(results: Batch, output: Output) -> Batch:
     if output.log_probs is None:
         return dict(results)
     if output.log_probs == "per_token":
-        return {name: results[name] for name in ("log_probs_seqs", "loss_mask", "seq_idx")}
+        return {name: results[name] for name in (*_PER_BASE, "seq_idx") if name in results}
     total_B = results["log_likelihood"]
     if output.log_probs == "mean":
         total_B = total_B / results["num_scored"].clamp(min=1)
@@ -92,15 +98,19 @@ class Results:
                 self._write_values(files.output_dir, suffix)
 
     def _write_bases(self, folder: Path, suffix: str) -> None:
-        ids, column = self.dataset.ids, "log_prob"
-        if suffix == "bigwig":
-            order = sorted(range(len(ids)), key=lambda record: ids[record].encode())
-            lengths = {ids[record]: self.dataset.num_bases[record] for record in order}
-            write_bigwig(folder / f"{column}.bigwig", column, lengths, self._log_probs(order))
-        elif suffix == "bedgraph":
-            write_bedgraph(folder / f"{column}.bedgraph", column, self._log_probs(range(len(ids))))
-        else:
-            write_bases(folder / f"bases.{suffix}", {column: None}, self._log_probs(range(len(ids))))
+        ids, columns = self.dataset.ids, self.output.columns
+        in_order = range(len(ids))
+        if suffix not in TRACKS:
+            write_bases(folder / f"bases.{suffix}", dict.fromkeys(columns), self._bases(in_order))
+            return
+        by_name = sorted(in_order, key=lambda record: ids[record].encode())
+        lengths = {ids[record]: self.dataset.num_bases[record] for record in by_name}
+        for column in columns:
+            path = folder / f"{column}.{suffix}"
+            if suffix == "bigwig":
+                write_bigwig(path, column, lengths, self._bases(by_name))
+            else:
+                write_bedgraph(path, column, self._bases(in_order))
 
     def _write_values(self, folder: Path, suffix: str) -> None:
         shapes = {name: tensor.shape[1:] for name, tensor in self._values(0).items()}
@@ -124,38 +134,41 @@ class Results:
                 count += row["num_scored"].item()
             yield Score(name, length, count, total, total / max(count, 1))
 
-    def _log_probs(self, records: Iterable[int]) -> Iterator[Bases]:
+    def _bases(self, records: Iterable[int]) -> Iterator[Bases]:
         for record in records:
             num_bases = self.dataset.num_bases[record]
             step = _BLOCK_BASES if num_bases > self.dataset.windows.length else num_bases
             for start in range(0, num_bases, step):
                 end = min(start + step, num_bases)
                 letters = np.frombuffer(self.dataset.bases(record, start, end), np.uint8)
-                values, counts = self._joined(record, start, end, letters)
-                places = counts.nonzero()[0]
+                values_KN, counts_N = self._joined(record, start, end, letters)
+                places = counts_N.nonzero()[0]
                 yield Bases(
                     self.dataset.ids[record],
                     start + 1 + places,
                     letters[places].tobytes(),
-                    {"log_prob": values[places]},
+                    dict(zip(self.output.columns, values_KN[:, places])),
                 )
 
     def _joined(self, record: int, start: int, end: int, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values of the bases from ``start`` to ``end``, float32, means of the strands that have one; how many do."""
-        values, counts = self._strand(record, start, end)
+        """Columns of the bases from ``start`` to ``end``, float32 [K, N], means of the strands that have values; how
+        many these are, [N].
+        """
+        values_KN, counts_N = self._strand(record, start, end)
         if not self.both_strands:
-            return values, counts
+            return values_KN, counts_N
         num_bases = self.dataset.num_bases[record]
         others = self._strand(record, num_bases - end, num_bases - start, prefix=_OPPOSITE)
         # only a record that is one window can have a tag, which is in front on both strands
         tag = tag_length(letters.tobytes()) if end - start == num_bases else 0
-        other_values, other_counts = (np.concatenate([part[:tag], part[tag:][::-1]]) for part in others)
-        total, counts = values.astype(np.float64) + other_values, counts + other_counts
-        return (total / np.maximum(counts, 1)).astype(np.float32), counts
+        other_KN, other_N = (np.concatenate([part[..., :tag], part[..., tag:][..., ::-1]], -1) for part in others)
+        total_KN, counts_N = values_KN.astype(np.float64) + other_KN, counts_N + other_N
+        return (total_KN / np.maximum(counts_N, 1)).astype(np.float32), counts_N
 
     def _strand(self, record: int, start: int, end: int, *, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Values of the bases from ``start`` to ``end`` of one strand, in its direction, and 1 where there is one."""
-        values, counts = np.zeros(end - start, np.float32), np.zeros(end - start, np.int8)
+        """Columns of the bases from ``start`` to ``end`` of one strand, in its direction; 1 where there are any."""
+        keys = [prefix + _COLUMNS[column] for column in self.output.columns]
+        values_KN, counts_N = np.zeros((len(keys), end - start), np.float32), np.zeros(end - start, np.int8)
         windows, num_bases = self.dataset.windows, self.dataset.num_bases[record]
         first = self.dataset.samples_of(record).start
         for number in windows.covering(start, end):
@@ -165,9 +178,10 @@ class Results:
             shift = span.start + 1 - self.prepended
             low, high = max(start, span.start + span.num_context, shift), min(end, span.end)
             here, there = slice(low - start, high - start), slice(low - shift, high - shift)
-            values[here] = row[prefix + "log_probs_seqs"][there].numpy()
-            counts[here] = row[prefix + "loss_mask"][there].numpy()
-        return values, counts
+            for values_N, key in zip(values_KN, keys):
+                values_N[here] = row[key][there].numpy()
+            counts_N[here] = row[prefix + "loss_mask"][there].numpy()
+        return values_KN, counts_N
 
     def _vectors(self) -> Iterator[Bases]:
         for index, name in enumerate(self.dataset.ids):

@@ -20,6 +20,8 @@ CHUNK_LENGTH_CPU = 4_096
 
 LogProbs = Literal["sum", "mean", "per_token"]
 
+BaseValue = Literal["log_prob", "entropy"]
+
 Format = Literal["pt", "tsv", "parquet", "npz", "safetensors", "bedgraph", "bigwig"]
 
 TRACKS = ("bedgraph", "bigwig")
@@ -40,6 +42,10 @@ class Output:
     log_probs: LogProbs | None = None
     """Log-likelihood of the sequence, its mean over scored tokens, or with both of these one value per token."""
 
+    base_values: tuple[BaseValue, ...] | None = None
+    """With ``per_token``: the log-probability of each base, the entropy of the prediction of this base, or both; None:
+    the first."""
+
     embedding_layers: tuple[int, ...] = ()
     """Residual stream after these layers, counted from 0, or from -1 backwards; before the final norm."""
 
@@ -53,6 +59,11 @@ class Output:
                 "Cannot use --output-log-prob-seqs with --embedding-layer: hidden states have no probabilities; "
                 "leave one of the two out"
             )
+        if self.base_values is not None and self.log_probs != "per_token":
+            raise UserError(
+                "--per-base-values says what there is for each base; add --output-log-prob-seqs "
+                "--log-prob-collapse-option per_token"
+            )
         if self.pooling is not None and not self.embedding_layers:
             raise UserError("--pooling says how to pool hidden states; add --embedding-layer")
         if isinstance(self.pooling, Window) and not 1 <= self.pooling.first <= self.pooling.last:
@@ -60,6 +71,11 @@ class Output:
                 f"--pooling-window {self.pooling.first}:{self.pooling.last}: give the first and the last base, "
                 "counted from 1"
             )
+
+    @property
+    def columns(self) -> tuple[BaseValue, ...]:
+        """Names of the values of each base."""
+        return self.base_values or ("log_prob",)
 
     def layers_of(self, num_layers: int) -> list[int]:
         """The embedding's layers counted from 0, ascending, each once; UserError where there is no such layer."""
