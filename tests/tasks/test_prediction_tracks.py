@@ -79,18 +79,25 @@ def test_what_the_library_only_prints_is_an_error(tmp_path, values, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_an_error(tmp_path):
+@pytest.mark.parametrize("num_values, num_bytes", [(3, 100), (3, 400), (30_000, 20_000)])
+def test_a_full_disk_is_an_error(tmp_path, num_values, num_bytes):
+    """At the end, where the library keeps quiet, and amid the values, where it panics."""
     code = f"""
 import resource
 from pathlib import Path
+import numpy as np
+from evo2_megatron.tasks.prediction_tables import Bases
 from evo2_megatron.tasks.prediction_tracks import write_bigwig
-from tasks.test_prediction_tracks import LENGTHS, bases
-resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
-write_bigwig(Path({str(tmp_path)!r}) / "x.bigwig", "x", LENGTHS, bases())
+resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, resource.RLIM_INFINITY))
+values = np.random.default_rng(0).random({num_values}, np.float32)
+bases = Bases("a", np.arange(1, {num_values} + 1), b"", {{"x": values}})
+write_bigwig(Path({str(tmp_path)!r}) / "x.bigwig", "x", {{"a": {num_values}}}, [bases])
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "x.bigwig could not be written; is the disk full?" in done.stderr and list(tmp_path.iterdir()) == []
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("evo2_megatron.config.UserError") and "could not be written; is the disk full?" in last
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_room(tmp_path):

@@ -75,15 +75,34 @@ def write_bigwig(path: Path, column: str, lengths: dict[str, int], bases: Iterab
     with new_files([path]) as (partial,):
         named = partial.with_suffix(".bw")  # the library goes by the end of the name
         try:
-            pybigtools.open(str(named), "w").write(lengths, intervals())
+            with _Panics(path):
+                pybigtools.open(str(named), "w").write(lengths, intervals())
             if complete and not num_values:
                 raise UserError(f"{path}: no base has a value, and a bigWig file cannot be empty; use bedgraph")
-            # errors, those of reading `bases` too, are lines on stderr for this library, and nothing else
+            # most errors, those of reading `bases` too, are lines on stderr for this library, and nothing else
             if not complete or _num_values(named) != num_values:
-                raise UserError(f"{path} could not be written; is the disk full? Make room and start again")
+                raise _not_written(path)
             named.rename(partial)
         finally:
             named.unlink(missing_ok=True)
+
+
+class _Panics:
+    """Makes a UserError of a panic in Rust, whose class no module has."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is not None and kind.__module__ == "pyo3_runtime":
+            raise _not_written(self._path) from error
+
+
+def _not_written(path: Path) -> UserError:
+    return UserError(f"{path} could not be written; is the disk full? Make room and start again")
 
 
 def _num_values(path: Path) -> int | None:
