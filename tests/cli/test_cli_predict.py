@@ -90,6 +90,27 @@ def test_every_flag_arrives(call, monkeypatch):
     assert call("--allow-precision-mismatch")["changes"] == ModelChanges(fp8="allow_mismatch")
 
 
+def test_values_of_bases(call):
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    flags = ["--output-log-prob-seqs", "--log-prob-collapse-option", "per_token"]
+    assert call(*flags)["output"] == Output(log_probs="per_token")
+    seen = call(*flags, "--per-base-values", "entropy", "log_prob", "entropy")
+    assert seen["output"] == Output(log_probs="per_token", base_values=("entropy", "log_prob"))
+
+
+def test_windows_have_a_format_of_their_own(call):
+    from evo2_megatron.tasks.prediction_settings import Sequences
+
+    seen = call("--output-log-prob-seqs", "--window-length", "90", "--window-overlap", "0", "--prepend-bos")
+    assert seen["sequences"] == Sequences(window_length=90, window_overlap=0, prepend_bos=True)
+    assert seen["files"].formats == ("tsv",)
+    assert call("--output-log-prob-seqs", "--output-format", "bigwig", "bedgraph")["files"].formats == (
+        "bigwig",
+        "bedgraph",
+    )
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [

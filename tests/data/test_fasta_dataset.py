@@ -46,7 +46,7 @@ def test_tags(path):
     assert dataset[1]["tokens"].tolist() == [0, *encode("|D__HOMO;S__X Y|ACGT")]
     assert dataset[1]["loss_mask"].tolist() == [0] * 17 + [1] * 4
     assert dataset[0]["loss_mask"].tolist() == [0] + [1] * 7
-    assert dataset.sequence(1) == b"|d__Homo;s__x y|acgt"
+    assert dataset.bases(1, 2, 9) == b"__Homo;"
 
 
 def test_case_of_cut_tags(tmp_path):

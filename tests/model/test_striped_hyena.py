@@ -292,13 +292,17 @@ def test_log_probs_of_the_next_tokens(one_process, length, monkeypatch):
     torch.manual_seed(0)
     ids, next_ids = torch.randint(0, 512, (2, 2, length))
     with torch.no_grad():
-        expected = model(ids).double().log_softmax(-1).gather(-1, next_ids[..., None])[..., 0]
+        log_prob = model(ids).double().log_softmax(-1)
+        expected = (log_prob.gather(-1, next_ids[..., None])[..., 0], -(log_prob.exp() * log_prob).sum(-1))
         whole = model(ids, log_probs_of=next_ids)
+        with_entropy = model(ids, log_probs_of=next_ids, with_entropy=True)
         monkeypatch.setattr("evo2_megatron.model.striped_hyena.LOSS_BLOCK_TOKENS", 101)
         in_blocks = model(ids, log_probs_of=next_ids)
-    assert whole.dtype == torch.float32
-    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(in_blocks, whole, rtol=1e-6, atol=1e-6)
+        both_in_blocks = model(ids, log_probs_of=next_ids, with_entropy=True)
+    assert whole.dtype == with_entropy[1].dtype == torch.float32 and torch.equal(with_entropy[0], whole)
+    for found, value in zip(with_entropy, expected):
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((in_blocks, *both_in_blocks), (whole, *with_entropy), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method, block", [("uniform", 1), ("uniform", 3), ("block", 2)])

@@ -28,10 +28,11 @@ def predictions(checkpoint, fasta, parallel):
         loaded = load_model(checkpoint, parallel=parallel)
         assert loaded.provider.sequence_parallel == parallel.splits_activations
         runner = partial(Runner, loaded.model, precision=loaded.precision)
+        per_token = Output(log_probs="per_token", base_values=("log_prob", "entropy"))
         embedding = Output(embedding_layers=(-1,))
         return {
-            "log_probs": runner(Output(log_probs="per_token"))(items),
-            "log_probs_in_pieces": runner(Output(log_probs="per_token"), chunk_length=15)(items),
+            "log_probs": runner(per_token)(items),
+            "log_probs_in_pieces": runner(per_token, chunk_length=15)(items),
             "logits": runner(Output())(items),
             "embeddings": runner(embedding, layers=[3])(items),
             "embeddings_in_pieces": runner(embedding, layers=[3], chunk_length=15)(items),

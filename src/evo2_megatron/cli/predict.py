@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     groups.add_self_test(source)
     _add_output(parser)
     _add_sequences(parser)
+    _add_windows(parser)
     _add_model(parser)
     groups.add_parallel(parser)
     model_groups.add_precision_and_kernels(parser)
@@ -61,12 +62,13 @@ def _main(argv: Sequence[str] | None) -> None:
         args.ckpt_dir,
         output=Output(
             log_probs=(args.log_prob_collapse_option or "mean") if args.output_log_prob_seqs else None,
+            base_values=tuple(dict.fromkeys(args.per_base_values)) if args.per_base_values else None,
             embedding_layers=tuple(args.embedding_layer or ()),
             pooling=Window(*args.pooling_window) if args.pooling_window else args.pooling,
         ),
         files=Files(
             output_dir=args.output_dir,
-            formats=tuple(dict.fromkeys(args.output_format)),
+            formats=tuple(dict.fromkeys(args.output_format or ["tsv" if args.window_length else "pt"])),
             write_interval=args.write_interval,
             files_per_subdir=args.files_per_subdir,
         ),
@@ -80,6 +82,8 @@ def _main(argv: Sequence[str] | None) -> None:
             max_batch_tokens=args.max_batch_tokens,
             min_length=args.min_length,
             chunk_length=args.chunk_length,
+            window_length=args.window_length,
+            window_overlap=args.window_overlap,
         ),
         changes=ModelChanges(
             num_layers=args.num_layers,
@@ -132,6 +136,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="their sum over the sequence, their mean per scored base, or one per base (default: mean)",
     )
     group.add_argument(
+        "--per-base-values",
+        nargs="+",
+        choices=("log_prob", "entropy"),
+        metavar="NAME",
+        help="with per_token: log_prob, and entropy of the prediction over the whole vocabulary in nat (default: "
+        "log_prob)",
+    )
+    group.add_argument(
         "--embedding-layer",
         type=int,
         nargs="+",
@@ -153,11 +165,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output-format",
         nargs="+",
-        choices=("pt", "tsv", "parquet", "npz", "safetensors"),
-        default=["pt"],
+        choices=("pt", "tsv", "parquet", "npz", "safetensors", "bedgraph", "bigwig"),
         metavar="FORMAT",
-        help="pt; of log-probabilities also tsv, parquet; of embeddings parquet, npz, safetensors; of logits npz, "
-        "safetensors (default: pt)",
+        help="pt; of log-probabilities also tsv, parquet, and per base bedgraph, bigwig; of embeddings parquet, npz, "
+        "safetensors; of logits npz, safetensors (default: pt, and tsv with --window-length)",
     )
     group.add_argument(
         "--write-interval",
@@ -217,6 +228,22 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
     )
     model_groups.add_chunk_length(group, "sequences")
     group.add_argument("--eden-tokenizer", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("windows of long sequences")
+    group.add_argument(
+        "--window-length",
+        type=groups.positive_int,
+        metavar="N",
+        help="with --output-log-prob-seqs: score longer sequences, genomes, in windows of N bases (default: whole)",
+    )
+    group.add_argument(
+        "--window-overlap",
+        type=groups.non_negative_int,
+        metavar="N",
+        help="bases that each base has before it in its window, at least (default: half of the window)",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ Shape legend: B batch, L tokens, V vocabulary rows of this process, H channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from evo2_megatron.config import UserError
+from evo2_megatron.model.entropy import vocab_parallel_entropy
 from evo2_megatron.model.inference_state import InferenceState
 from evo2_megatron.model.loss import loss_weights
 from evo2_megatron.model.stack import HyenaStack
@@ -90,6 +91,7 @@ class StripedHyenaModel(LanguageModule):
         runtime_gather_output: bool | None = None,
         *,
         log_probs_of: Tensor | None = None,
+        with_entropy: bool = False,
         hidden_after_layers: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Next-token logits, or the loss when there are labels.
@@ -104,12 +106,14 @@ class StripedHyenaModel(LanguageModule):
             runtime_gather_output: Gather the vocabulary over tensor parallelism; always so in inference.
             log_probs_of: Ids [B, L] of the tokens that follow: return their log-probabilities instead of logits, of
                 which there is then only a block of tokens at a time.
+            with_entropy: Return with these the entropy of each prediction over the whole vocabulary.
             hidden_after_layers: Return the residual stream after each of these layers of this stage, counted from 0
                 and ascending, and stop after the last.
 
         Returns:
             Logits [B, L, V]; or weighted loss in nat per token, float32 [B, L]; or log-probabilities in nat, float32
-            [B, L]; or [B, L, H] for each layer asked for; or [L, B, H] on earlier stages.
+            [B, L], and entropies in nat, float32 [B, L]; or [B, L, H] for each layer asked for; or [L, B, H] on
+            earlier stages.
         """
         assert attention_mask is None, "attention is causal; a mask would be ignored"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -127,7 +131,12 @@ class StripedHyenaModel(LanguageModule):
         if not self.post_process:
             return hidden_states
         if log_probs_of is not None:
-            return -self._cross_entropy(hidden_states, self._output_weight(), log_probs_of)
+            if with_entropy:
+                values_BL2 = self._by_blocks(
+                    self._entropy_and_loss, hidden_states, self._output_weight(), log_probs_of
+                )
+                return -values_BL2[..., 1], values_BL2[..., 0]
+            return -self._by_blocks(self._loss, hidden_states, self._output_weight(), log_probs_of)
         return self._head(hidden_states, labels, loss_mask, inference_context, runtime_gather_output)
 
     def _rotary_angles(
@@ -168,7 +177,7 @@ class StripedHyenaModel(LanguageModule):
         if labels is None:
             logits_LBV, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
             return logits_LBV.transpose(0, 1).contiguous()
-        loss_BL = self._cross_entropy(hidden_states, weight, to_upper(labels))
+        loss_BL = self._by_blocks(self._loss, hidden_states, weight, to_upper(labels))
         weight_BL = loss_weights(
             labels,
             loss_BL.new_ones(loss_BL.shape) if loss_mask is None else loss_mask,
@@ -182,15 +191,31 @@ class StripedHyenaModel(LanguageModule):
         """The embedding's, if the output layer has none of its own."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
-    def _cross_entropy(self, hidden_LBH: Tensor, weight: Tensor | None, labels_BL: Tensor) -> Tensor:
-        """Loss in nat per token, float32 [B, L]; of long sequences the logits of a block of tokens exist at a time.
+    def _loss(self, labels_BL: Tensor, logits_LBV: Tensor) -> Tensor:
+        """In nat per token, float32 [B, L]."""
+        return self.compute_language_model_loss(labels_BL, logits_LBV).float()
+
+    def _entropy_and_loss(self, labels_BL: Tensor, logits_LBV: Tensor) -> Tensor:
+        """In nat per token, float32 [B, L, 2]."""
+        entropy_BL = vocab_parallel_entropy(
+            logits_LBV, self.pg_collection.tp
+        )  # first: the loss changes logits in place
+        return torch.stack([entropy_BL, self._loss(labels_BL, logits_LBV)], dim=-1)
+
+    def _by_blocks(
+        self,
+        of_logits: Callable[[Tensor, Tensor], Tensor],
+        hidden_LBH: Tensor,
+        weight: Tensor | None,
+        labels_BL: Tensor,
+    ) -> Tensor:
+        """What ``of_logits`` makes of labels and logits; of long sequences those of a block of tokens exist at a time.
 
         The backward pass computes them again, which costs a thousandth of the step.
         """
 
         def of_block(hidden_LBH: Tensor, labels_BL: Tensor) -> Tensor:
-            logits_LBV, _ = self.output_layer(hidden_LBH, weight)
-            return self.compute_language_model_loss(labels_BL, logits_LBV).float()
+            return of_logits(labels_BL, self.output_layer(hidden_LBH, weight)[0])
 
         # under sequence parallelism the output layer puts the parts of T processes one after the other
         num_parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
@@ -205,7 +230,7 @@ class StripedHyenaModel(LanguageModule):
                 hidden_LBH.split(length), labels_BL.unflatten(1, (num_parts, -1)).split(length, dim=2)
             )
         ]
-        return torch.cat(blocks, dim=2).flatten(1)
+        return torch.cat(blocks, dim=2).flatten(1, 2)
 
     def new_inference_state(
         self, batch_size: int, max_tokens: int, *, last_token_logits_only: bool = False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.data.fasta_dataset import FastaDataset
+from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test
 from evo2_megatron.tasks.batch_progress import Words
@@ -25,9 +26,10 @@ from evo2_megatron.tasks.batching import Backoff, plan_batches
 from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Batch, Parts
-from evo2_megatron.tasks.prediction_results import Results, tensor_record, without_tensors
+from evo2_megatron.tasks.prediction_results import Results, join_strands, tensor_record, without_tensors
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
+from evo2_megatron.tasks.prediction_tracks import check_num_contigs
 from evo2_megatron.tasks.shared_batches import SharedBatches
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,6 @@ BATCH_TOKENS_CUDA = 65_536
 BATCH_TOKENS_CPU = 2_048
 """Tokens of a batch unless told otherwise: enough to keep the device busy, few enough for a small one's memory. A CPU
 is busy with 2,048, and more leave its caches: sequences of some thousand bases took 1.6 times as long by 16,384."""
-
-_WORDS = Words("Predicting", "Predicted", "sequences")
 
 
 def predict(
@@ -73,15 +73,17 @@ def predict(
         UserError: Something about the files, the model or the settings is wrong; no result has been written.
     """
     parallel.check_world_size(distributed.world_size())
-    files.check_can_hold(output)
+    files.check_can_hold(output, sequences)
     sequences.check_can_make(output)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))
-    dataset = _dataset(fasta, output, sequences, position_range(run_config, changes))
-    with distributed.process_groups(parallel, seed=run_config.seed):
+    with (
+        _dataset(fasta, output, files, sequences, position_range(run_config, changes)) as dataset,
+        distributed.process_groups(parallel, seed=run_config.seed),
+    ):
         loaded = self_test.load_model_checked(
             checkpoint,
             with_self_test=with_self_test,
@@ -127,25 +129,31 @@ def check_lengths(dataset: FastaDataset, limit: int) -> None:
             )
 
 
-def _dataset(fasta: Path, output: Output, sequences: Sequences, trained_for: int) -> FastaDataset:
-    dataset = FastaDataset(
-        fasta,
-        prepend_bos=sequences.prepend_bos,
-        mask_tags=sequences.mask_phylogenetic_tags,
-        keep_tag_case=sequences.keep_tag_case,
-    )
-    check_lengths(dataset, sequences.max_seq_length or trained_for)
-    _check_window(dataset, output, int(sequences.prepend_bos))
-    return dataset
+@contextlib.contextmanager
+def _dataset(
+    fasta: Path, output: Output, files: Files, sequences: Sequences, trained_for: int
+) -> Iterator[FastaDataset | WindowDataset]:
+    how = {"prepend_bos": sequences.prepend_bos, "keep_tag_case": sequences.keep_tag_case}
+    windows = sequences.windows(trained_for)
+    if windows is None:
+        dataset = FastaDataset(fasta, mask_tags=sequences.mask_phylogenetic_tags, **how)
+        check_lengths(dataset, sequences.max_seq_length or trained_for)
+        _check_window(dataset, output)
+    else:
+        dataset = WindowDataset(fasta, windows, **how)
+    with contextlib.nullcontext() if windows is None else dataset:
+        if "bigwig" in files.formats:
+            check_num_contigs(len(dataset.ids))
+        yield dataset
 
 
-def _check_window(dataset: FastaDataset, output: Output, num_prepended: int) -> None:
+def _check_window(dataset: FastaDataset, output: Output) -> None:
     if not isinstance(output.pooling, Window):
         return
-    for name, length in zip(dataset.ids, dataset.lengths):
-        if length - num_prepended < output.pooling.last:
+    for name, num_bases in zip(dataset.ids, dataset.num_bases):
+        if num_bases < output.pooling.last:
             raise UserError(
-                f"Sequence {name!r} has {length - num_prepended} bases, fewer than the {output.pooling.last} that "
+                f"Sequence {name!r} has {num_bases} bases, fewer than the {output.pooling.last} that "
                 "--pooling-window reaches to; leave it out, or move the window"
             )
 
@@ -155,7 +163,7 @@ class _Prediction:
     """A loaded model, and what it is to do."""
 
     loaded: LoadedModel
-    dataset: FastaDataset
+    dataset: FastaDataset | WindowDataset
     output: Output
     files: Files
     sequences: Sequences
@@ -166,14 +174,14 @@ class _Prediction:
         if distributed.rank() == 0:
             logger.info("No --output-dir was given: results are computed and dropped")
         batches = self._batches()
-        for _ in self._results(batches, SharedBatches(batches, _WORDS)):
+        for _ in self._results(batches, self._shared(batches)):
             pass
 
     def compute_and_write(self, settings: dict[str, Any], identity: list[Any]) -> None:
         """Run what an earlier job has not, and write the files."""
         first, batches = distributed.rank() == 0, self._batches()
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
-        shared, copies = SharedBatches(batches, _WORDS), distributed.data_parallel_size()
+        shared, copies = self._shared(batches), distributed.data_parallel_size()
         key = dict(settings)
         if self.files.write_interval == "batch":
             key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
@@ -191,7 +199,11 @@ class _Prediction:
             tensor_files.write_all([tensor_record(parts.batch(number), self.output) for number in shared.mine])
         if first:
             results = Results(
-                parts=parts, dataset=self.dataset, output=self.output, prepended=int(self.sequences.prepend_bos)
+                parts=parts,
+                dataset=self.dataset,
+                output=self.output,
+                prepended=int(self.sequences.prepend_bos),
+                both_strands=self.sequences.both_strands,
             )
             results.write(self.files)
             write_index(self.files.output_dir, self.dataset.ids)
@@ -208,6 +220,10 @@ class _Prediction:
             if self.files.formats == ("pt",):
                 result = without_tensors(result)
         parts.add(number, result)  # last: a batch that is here is written
+
+    def _shared(self, batches: list[list[int]]) -> SharedBatches:
+        unit = "sequences" if self.sequences.window_length is None else "windows"
+        return SharedBatches(batches, Words("Predicting", "Predicted", unit))
 
     def _batches(self) -> list[list[int]]:
         tokens = self.sequences.max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
@@ -239,18 +255,10 @@ class _Prediction:
         if not self.sequences.both_strands:
             return run(items)
         both = run([*items, *(self.dataset.opposite_strand(index) for index in batch)])
-        if both is None:
-            return None
-        one, other = ({name: values[part] for name, values in both.items()} for part in _halves(len(batch)))
-        whole = ("seq_idx", "num_scored")
-        return {name: values if name in whole else (values + other[name]) / 2 for name, values in one.items()}
+        return None if both is None else join_strands(both)
 
 
-def _halves(size: int) -> tuple[slice, slice]:
-    return slice(0, size), slice(size, None)
-
-
-def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: FastaDataset) -> None:
+def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: FastaDataset | WindowDataset) -> None:
     if distributed.rank() != 0:
         return
     provider = loaded.provider
@@ -262,7 +270,7 @@ def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: Fa
         )  # fmt: skip
     logger.info(
         "%d sequences, %d tokens; tensor parallel %d, data parallel %d, precision %s, device %s",
-        len(dataset), sum(dataset.lengths), provider.tensor_model_parallel_size, distributed.data_parallel_size(),
+        len(dataset.ids), sum(dataset.lengths), provider.tensor_model_parallel_size, distributed.data_parallel_size(),
         loaded.precision, megatron.device(),
     )  # fmt: skip
 

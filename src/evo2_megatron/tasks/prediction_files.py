@@ -8,6 +8,7 @@
     seq_idx_map.json                              sequence name to the ``seq_idx`` of its row
     scores.tsv, scores.parquet                    one line per sequence
     bases.tsv, bases.parquet                      one line per base that is scored, or that has an embedding
+    log_prob.bedgraph, .bigwig, entropy...        the same values for genome browsers, each by itself
     embeddings.parquet, .npz, .safetensors        one vector per sequence, or per base
     logits.npz, .safetensors
     manifest.json                                 what made all this; written last
@@ -36,7 +37,8 @@ MANIFEST_FILE = "manifest.json"
 
 _OURS = re.compile(
     r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt|seq_idx_map\.json|manifest\.json|scores\.(tsv|parquet)"
-    r"|bases\.(tsv|parquet)|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
+    r"|bases\.(tsv|parquet)|(log_prob|entropy)\.(bedgraph|bigwig)"
+    r"|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
 )
 _SUBDIR = re.compile(r"subdir_\d+")
 

@@ -89,7 +89,8 @@ class Runner:
         """Results of one batch, on the CPU; None on all pipeline stages but the last.
 
         - Log-probabilities: ``log_likelihood``, float64 [B], the sum in nat over the ``num_scored`` tokens, int64 [B];
-          ``per_token`` also ``log_probs_seqs``, float32 [B, L - 1], 0 where ``loss_mask``, bool, is not set.
+          ``per_token`` also ``log_probs_seqs`` and, if asked for, ``entropy_seqs``, float32 [B, L - 1], 0 where
+          ``loss_mask``, bool, is not set.
         - Logits, ``token_logits`` [B, L, V], or hidden states [B, L, H], float32, with ``tokens`` and ``pad_mask`` (1
           for a token that counts), int64 [B, L]; pooled, hidden states [B, H] only. Their name is that of
           ``hidden_name``.
@@ -101,10 +102,12 @@ class Runner:
         tokens_BS = batch["tokens"].to(self._device)
         indices = {"seq_idx": batch["seq_idx"]}
         if self.output.log_probs is not None:
-            log_probs_BS = self._log_probs(tokens_BS)
-            if log_probs_BS is None:
+            # of the next token: at the last position, of something that is no token
+            values = self._values(tokens_BS)
+            if values is None:
                 return None
-            return self._scores(log_probs_BS[:, : longest - 1], batch["loss_mask"][:, 1:longest].bool()) | indices
+            shown = {name: values_BS[:, : longest - 1] for name, values_BS in values.items()}
+            return self._scores(shown, batch["loss_mask"][:, 1:longest].bool()) | indices
         if self.output.pooling is not None:
             pooled = self._pooled(tokens_BS, batch["loss_mask"])
             return None if pooled is None else pooled | indices
@@ -125,21 +128,17 @@ class Runner:
     def _values(self, tokens_BS: Tensor) -> dict[str, Tensor] | None:
         return _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
 
-    def _log_probs(self, tokens_BS: Tensor) -> Tensor | None:
-        """Log-probability of the next token; at the last position of something that is no token."""
-        joined = _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
-        return None if joined is None else joined["log_probs"]
-
-    def _scores(self, log_probs_BL: Tensor, counts_BL: Tensor) -> dict[str, Tensor]:
+    def _scores(self, values: dict[str, Tensor], counts_BL: Tensor) -> dict[str, Tensor]:
         # where(), not a product: log-probabilities of padding may be anything, and 0 * nan is nan
-        kept_BL = torch.where(counts_BL, log_probs_BL, 0.0)
+        kept = {f"{name}_seqs": torch.where(counts_BL, values_BL, 0.0) for name, values_BL in values.items()}
         # in float64 a million terms lose no digit
-        result = {"log_likelihood": kept_BL.sum(-1, dtype=torch.float64), "num_scored": counts_BL.sum(-1)}
-        return result | ({"log_probs_seqs": kept_BL, "loss_mask": counts_BL} if self._per_token else {})
+        total_B = kept["log_probs_seqs"].sum(-1, dtype=torch.float64)
+        result = {"log_likelihood": total_B, "num_scored": counts_BL.sum(-1)}
+        return result | (kept | {"loss_mask": counts_BL} if self.output.log_probs == "per_token" else {})
 
     @property
-    def _per_token(self) -> bool:
-        return self.output.log_probs == "per_token"
+    def _with_entropy(self) -> bool:
+        return "entropy" in self.output.columns
 
     def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor] | None:
         """One vector for each sequence, summed up piece by piece."""
@@ -205,7 +204,7 @@ class Runner:
 
     def _wanted(self, next_BC: Tensor) -> dict[str, object]:
         if self.output.log_probs is not None:
-            return {"log_probs_of": next_BC}
+            return {"log_probs_of": next_BC, "with_entropy": self._with_entropy}
         if not self.layers:
             return {}
         if self._groups.pp.size() == 1:
@@ -215,7 +214,7 @@ class Runner:
 
     def _named(self, values: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
         if self.output.log_probs is not None:
-            return {"log_probs": values}
+            return dict(zip(("log_probs", "entropy"), values if self._with_entropy else (values,)))
         if not self.layers:
             return {"token_logits": values}
         return {self.hidden_name(layer): hidden_BCH for layer, hidden_BCH in zip(self.layers, values)}

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import Fp8Choice, UserError
+from evo2_megatron.data.record_windows import Windows
 
 CHUNK_LENGTH_CUDA = 65_536
 """Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
@@ -18,6 +19,13 @@ CHUNK_LENGTH_CPU = 4_096
 """The same without a GPU, where larger tensors than these make, mapped and unmapped every time, cost 6 %."""
 
 LogProbs = Literal["sum", "mean", "per_token"]
+
+BaseValue = Literal["log_prob", "entropy"]
+
+Format = Literal["pt", "tsv", "parquet", "npz", "safetensors", "bedgraph", "bigwig"]
+
+TRACKS = ("bedgraph", "bigwig")
+"""Formats of genome browsers, with one number per base."""
 
 
 class Window(NamedTuple):
@@ -34,6 +42,10 @@ class Output:
     log_probs: LogProbs | None = None
     """Log-likelihood of the sequence, its mean over scored tokens, or with both of these one value per token."""
 
+    base_values: tuple[BaseValue, ...] | None = None
+    """With ``per_token``: the log-probability of each base, the entropy of the prediction of this base, or both; None:
+    the first."""
+
     embedding_layers: tuple[int, ...] = ()
     """Residual stream after these layers, counted from 0, or from -1 backwards; before the final norm."""
 
@@ -47,6 +59,11 @@ class Output:
                 "Cannot use --output-log-prob-seqs with --embedding-layer: hidden states have no probabilities; "
                 "leave one of the two out"
             )
+        if self.base_values is not None and self.log_probs != "per_token":
+            raise UserError(
+                "--per-base-values says what there is for each base; add --output-log-prob-seqs "
+                "--log-prob-collapse-option per_token"
+            )
         if self.pooling is not None and not self.embedding_layers:
             raise UserError("--pooling says how to pool hidden states; add --embedding-layer")
         if isinstance(self.pooling, Window) and not 1 <= self.pooling.first <= self.pooling.last:
@@ -54,6 +71,11 @@ class Output:
                 f"--pooling-window {self.pooling.first}:{self.pooling.last}: give the first and the last base, "
                 "counted from 1"
             )
+
+    @property
+    def columns(self) -> tuple[BaseValue, ...]:
+        """Names of the values of each base."""
+        return self.base_values or ("log_prob",)
 
     def layers_of(self, num_layers: int) -> list[int]:
         """The embedding's layers counted from 0, ascending, each once; UserError where there is no such layer."""
@@ -73,7 +95,7 @@ class Files:
     output_dir: Path | None = None
     """None: everything is computed, and nothing is written."""
 
-    formats: tuple[Literal["pt", "tsv", "parquet", "npz", "safetensors"], ...] = ("pt",)
+    formats: tuple[Format, ...] = ("pt",)
 
     write_interval: Literal["epoch", "batch"] = "epoch"
     """Whether there is one ``.pt`` file per copy of the model, or one per batch."""
@@ -95,7 +117,7 @@ class Files:
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise UserError(f"--output-dir {self.output_dir}: no permission to write in {existing}")
 
-    def check_can_hold(self, output: Output) -> None:
+    def check_can_hold(self, output: Output, sequences: Sequences) -> None:
         """Raise UserError for a format that such results are not written in."""
         if output.log_probs is not None:
             kind, possible = "log-probabilities", ("pt", "tsv", "parquet")
@@ -103,7 +125,17 @@ class Files:
             kind, possible = "embeddings", ("pt", "parquet", "npz", "safetensors")
         else:
             kind, possible = "logits", ("pt", "npz", "safetensors")
+        if output.log_probs == "per_token":
+            possible += TRACKS
+        if sequences.window_length is not None:  # a row of a .pt file is what one pass gave
+            kind, possible = f"{kind} of windows", possible[1:]
+        elif sequences.both_strands and output.log_probs == "per_token":  # nor has one a place for the first base
+            kind, possible = f"{kind} of bases on both strands", possible[1:]
         for name in self.formats:
+            if name in TRACKS and output.log_probs in ("sum", "mean"):
+                raise UserError(
+                    f"--output-format {name} has a value for each base; add --log-prob-collapse-option per_token"
+                )
             if name not in possible:
                 raise UserError(f"{kind} are not written as --output-format {name}; choose from {', '.join(possible)}")
 
@@ -182,11 +214,67 @@ class Sequences:
     chunk_length: int | None = None
     """Longer sequences go through the model in pieces of this many tokens. None: what suits the device."""
 
-    def check_can_make(self, output: Output) -> None:
-        """Raise UserError where results of two strands have no mean."""
-        scores = output.log_probs in ("sum", "mean")
-        if self.both_strands and not scores and output.pooling != "mean":
+    window_length: int | None = None
+    """Score longer records in windows of this many bases, each by itself; None: whole."""
+
+    window_overlap: int | None = None
+    """Bases of context before what a window scores; None: half of the window."""
+
+    def __post_init__(self) -> None:
+        if self.window_length is None:
+            if self.window_overlap is not None:
+                raise UserError("--window-overlap says how windows overlap; add --window-length")
+            return
+        length, overlap = self._windows
+        if overlap >= length:
             raise UserError(
-                "--both-strands takes the mean of two results per sequence: use it with --pooling mean, or with "
-                "--log-prob-collapse-option sum or mean"
+                f"--window-overlap {overlap} leaves no base to score in windows of {length}; give at most {length - 1}"
             )
+        if not overlap and not self.prepend_bos:
+            raise UserError(
+                f"windows of {length} bases that overlap by 0 have nothing before their first base, which so has no "
+                "score; give --window-overlap of at least 1, or --prepend-bos"
+            )
+        if self.mask_phylogenetic_tags:
+            raise UserError(
+                "--mask-phylogenetic-tags is about lineage tags, which records cut into windows do not have; leave it "
+                "or --window-length out"
+            )
+
+    @property
+    def _windows(self) -> Windows:
+        overlap = self.window_length // 2 if self.window_overlap is None else self.window_overlap
+        return Windows(self.window_length, overlap)
+
+    def windows(self, trained_for: int) -> Windows | None:
+        """Where records are cut; None: nowhere.
+
+        Args:
+            trained_for: Tokens that the model was trained for.
+
+        Raises:
+            UserError: A window has more.
+        """
+        if self.window_length is None:
+            return None
+        check_window_length(self.window_length, (self.max_seq_length or trained_for) - self.prepend_bos)
+        return self._windows
+
+    def check_can_make(self, output: Output) -> None:
+        """Raise UserError where results of two strands have no mean, or those of windows cannot be joined."""
+        if self.both_strands and output.log_probs is None and output.pooling != "mean":
+            raise UserError(
+                "--both-strands takes the mean of two results: use it with --pooling mean, or with "
+                "--output-log-prob-seqs"
+            )
+        if self.window_length is not None and output.log_probs is None:
+            raise UserError("--window-length is about log-probabilities; add --output-log-prob-seqs, or leave it out")
+
+
+def check_window_length(length: int, limit: int) -> None:
+    """Raise UserError for a window of more bases than ``limit``."""
+    if length > limit:
+        raise UserError(
+            f"--window-length {length} is more than the {limit} bases the checkpoint was trained for; lower it, "
+            "or accept worse scores with --max-seq-length"
+        )

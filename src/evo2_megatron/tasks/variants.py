@@ -27,7 +27,7 @@ from evo2_megatron.tasks.prediction_files import write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output
+from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, check_window_length
 from evo2_megatron.tasks.shared_batches import SharedBatches
 from evo2_megatron.tasks.variant_alleles import Allele, read_alleles, report_skipped
 from evo2_megatron.tasks.variant_files import Score
@@ -74,11 +74,7 @@ class VariantSettings:
         """
         limit = (self.max_seq_length or trained_for) - self.prepend_bos
         length = self.window_length or min(WINDOW_LENGTH, limit)
-        if length > limit:
-            raise UserError(
-                f"--window-length {length} is more than the {limit} bases the checkpoint was trained for; lower it, "
-                "or accept worse scores with --max-seq-length"
-            )
+        check_window_length(length, limit)
         if length < 4:
             raise UserError(f"--window-length {length} leaves no context; give at least 4")
         if self.window_step > max(length // 4, 1):
