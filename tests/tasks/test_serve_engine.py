@@ -15,10 +15,8 @@ from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import engine as engine_module
 from evo2_megatron.tasks.server.app import make_app
-from evo2_megatron.tasks.server.decoding_slots import batches_of
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
 from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Vectors
 from tasks.server_process import until
@@ -73,21 +71,6 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
             asyncio.run(ask())
         with pytest.raises(RuntimeError, match="a kernel failed"):
             work.result()
-
-
-def test_batches_hold_what_is_drawn_alike():
-    async def batches():
-        def job(length, temperature=1.0, **settings):
-            sampling = Sampling(temperature=temperature)
-            return GenerateJob(ids=[65] * length, seed=1, settings=GenerationSettings(sampling=sampling, **settings))
-
-        jobs = [job(5), job(7, stop_strings=("A",), return_log_probs=True), job(5, 0.5), job(500), job(6)]
-        jobs += [job(8, max_new_tokens=550)]
-        batches = batches_of(jobs, max_batch_size=3, max_seq_length=600)
-        return [[jobs.index(j) for j in batch] for batch in batches]
-
-    # 0, 4 and 1 by length, of which three fit; with 3 there would be room for 500 + 550 tokens; 2 is drawn otherwise
-    assert asyncio.run(batches()) == [[0, 4, 1], [5], [3], [2]]
 
 
 def generate(text, **more):
