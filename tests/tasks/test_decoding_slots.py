@@ -30,16 +30,20 @@ def test_who_joins_which_batch(one_process):
 
     async def batches():
         jobs = [job(5, 5), job(400, 100), job(7, 13, temperature=0.5), job(1, 449), job(6, 10)]
-        first = assign(jobs, [], new_batch)
+        first = assign(jobs, [], new_batch, negligible=0)
         for batch, new in first.items():
             batch.join(new)
         later = [job(8, 20), job(8, 4), job(1000, 1), job(300, 100), job(30, 70)]
-        return most_tokens(first), most_tokens(assign(later, list(first), new_batch))
+        plans = [first, assign(jobs, [], new_batch, negligible=5 * 500)]
+        plans += [assign(later, list(first), new_batch, negligible=most) for most in (599, 600)]
+        return [most_tokens(plan) for plan in plans]
 
-    first, later = asyncio.run(batches())
+    first, small_beside_the_weights, later, a_little_more = asyncio.run(batches())
     assert first == [[10, 16, 20], [450, 500]]
+    assert small_beside_the_weights == [[10, 16, 20, 450, 500]]
     # 6 x 100 tokens are more than twice 10 + 16 + 20 + 12 + 28 + 100; beside 450 and 500 there is room
     assert later == [[12, 28], [100, 400], [1001]]
+    assert a_little_more == [[12, 28, 100], [400, 1001]]
 
 
 def test_caches_are_for_as_many_sequences_as_may_run(one_process):

@@ -15,10 +15,11 @@ from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import engine as engine_module
 from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
-from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Vectors
+from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Reply, Vectors
 from tasks.server_process import until
 
 
@@ -158,3 +159,60 @@ def test_who_comes_later_takes_the_place_of_who_has_ended(checkpoint):
         finally:
             engine.stop()
         work.result()
+
+
+def test_who_comes_later_joins_the_passes_that_run(checkpoint, monkeypatch):
+    """However it is drawn, and gets what it gets alone; who goes away meanwhile leaves the others as they are."""
+    load, sizes = engine_module._Model.load, []
+
+    def watched(*arguments):
+        model = load(*arguments)
+        model.decoder.embedding.register_forward_hook(
+            lambda _module, _arguments, given, _output: sizes.append(given["input_ids"].shape), with_kwargs=True
+        )
+        return model
+
+    def job(number, num_new):
+        sampling = Sampling(temperature=(1.0, 0.5, 0.0)[number % 3], top_k=(0, 5)[number % 2])
+        settings = GenerationSettings(sampling=sampling, max_new_tokens=num_new, stop_at_eod=False, alphabet="ACGT")
+        return GenerateJob(ids=[65, 67, *[71] * number], seed=number, settings=settings, wants_pieces=True)
+
+    async def answers():
+        engine.submit(long := job(0, 400))
+        await long.reply.get()
+        later = [job(number, 20 + 10 * number) for number in range(1, 6)]
+        engine.submit(gone := job(7, 300))
+        await gone.reply.get()
+        for each in later[:3]:
+            engine.submit(each)
+        await later[0].reply.get()
+        gone.reply.cancelled = True
+        for each in later[3:]:
+            engine.submit(each)
+        texts = [await whole(each) for each in (long, *later)]
+        passes = list(sizes)
+        for each in (long, *later):
+            each.reply = Reply()
+            engine.submit(each)
+            texts.append(await whole(each))
+        return texts, passes
+
+    async def whole(job):
+        while isinstance(event := await asyncio.wait_for(job.reply.get(), 60), Generation):
+            pass
+        return event.generation.text
+
+    monkeypatch.setattr(engine_module._Model, "load", watched)
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            texts, passes = asyncio.run(answers())
+        finally:
+            engine.stop()
+        work.result()
+    assert texts[:6] == texts[6:] and [len(text) for text in texts[:6]] == [400, 30, 40, 50, 60, 70]
+    # as many passes as the longest needs by itself
+    assert sum(tokens == 1 for _, tokens in passes) == 399 and max(size for size, _ in passes) >= 4

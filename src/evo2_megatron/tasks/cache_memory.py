@@ -42,6 +42,12 @@ def memory_limit(model: StripedHyenaModel, batch_size: int, *, layers_move: bool
     return int(fewest.item())
 
 
+def tokens_like_weights(model: StripedHyenaModel) -> int:
+    """Tokens whose caches are as large as the weights, so that a step takes as long to read the ones as the others."""
+    per_token = sum(_cache_bytes(model, 2)) - sum(_cache_bytes(model, 1))
+    return sum(parameter.nbytes for parameter in model.parameters()) // max(per_token, 1)
+
+
 def _free_bytes() -> int:
     if megatron.on_cuda():
         return torch.cuda.mem_get_info()[0]

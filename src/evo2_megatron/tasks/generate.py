@@ -131,7 +131,7 @@ class GenerationSettings:
         return blocked_V.to(device)
 
 
-def fit_together(num_sequences: int, longest: int, total: int) -> bool:
+def fit_together(num_sequences: int, longest: int, total: int, *, negligible: int = 0) -> bool:
     """Whether sequences are enough alike to be one batch.
 
     All caches of a batch are as long as its longest sequence will be. They must hold no more than ``_MOST_ROOM`` times
@@ -141,8 +141,9 @@ def fit_together(num_sequences: int, longest: int, total: int) -> bool:
         num_sequences: How many.
         longest: Tokens of the longest, prompt and completion.
         total: Tokens of all.
+        negligible: Tokens that the caches may hold in any case.
     """
-    return num_sequences * longest <= _MOST_ROOM * total
+    return num_sequences * longest <= max(_MOST_ROOM * total, negligible)
 
 
 def plan_batches(lengths: Sequence[int], settings: GenerationSettings) -> list[list[int]]:

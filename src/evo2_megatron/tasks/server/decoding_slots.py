@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 
 
 def assign(
-    jobs: Sequence[GenerateJob], running: Sequence[RunningBatch], new_batch: Callable[[], RunningBatch]
+    jobs: Sequence[GenerateJob],
+    running: Sequence[RunningBatch],
+    new_batch: Callable[[], RunningBatch],
+    *,
+    negligible: int,
 ) -> dict[RunningBatch, list[GenerateJob]]:
     """Which jobs join which batch: of those that they ``fit_together`` with, the one whose caches grow least.
+
+    Args:
+        jobs: Who wants to join.
+        running: The batches there are.
+        new_batch: Makes one of nobody yet.
+        negligible: Tokens that the caches of a batch may hold whatever its sequences need.
 
     Returns:
         All running batches, also those that nobody joins, and then the new ones.
@@ -31,7 +41,7 @@ def assign(
         growth = {}
         for batch, before in lengths.items():
             after = [*before, job.most_tokens]
-            if fit_together(len(after), max(after), sum(after)):
+            if fit_together(len(after), max(after), sum(after), negligible=negligible):
                 growth[batch] = len(after) * max(after) - len(before) * max(before)
         batch = min(growth, key=growth.__getitem__) if growth else new_batch()
         joining.setdefault(batch, []).append(job)

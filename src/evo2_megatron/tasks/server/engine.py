@@ -23,7 +23,7 @@ from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.batching import Backoff, plan_batches
-from evo2_megatron.tasks.cache_memory import memory_limit
+from evo2_megatron.tasks.cache_memory import memory_limit, tokens_like_weights
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
 from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
@@ -202,7 +202,7 @@ class Engine:
 
     def _admit(self, jobs: Sequence[GenerateJob], model: _Model) -> None:
         """Let jobs join the batches that run, or new ones."""
-        joining = assign(jobs, self._running, lambda: RunningBatch(model.decoder))
+        joining = assign(jobs, self._running, lambda: RunningBatch(model.decoder), negligible=model.negligible_tokens)
         refused = _attempt(make_room, joining, self.settings.max_batch_size)
         for batch, new in joining.items():
             if not new:
@@ -229,6 +229,8 @@ class _Model:
 
     def __init__(self, loaded: LoadedModel, decoder: StripedHyenaModel, info: ModelInfo) -> None:
         self.loaded, self.decoder, self.info = loaded, decoder, info
+        # another batch would read the weights once more, which takes longer than to read caches that are smaller
+        self.negligible_tokens = tokens_like_weights(decoder)
 
     @classmethod
     def load(cls, checkpoint: GenerationCheckpoint, settings: ModelSettings) -> _Model:
