@@ -173,12 +173,12 @@ def test_who_fails_leaves_nothing_behind(one_process):
         ),
         with_kwargs=True,
     )
-    prompts = [[65] * 60, [66] * 61, [*[67] * 49, ord("Z")], [68] * 3]
+    prompts = [[65] * 60, [66] * 61, [*[67] * 69, ord("Z")], [68] * 3]
     long, longer, broken, short = rows_of(prompts, [9] * 4, alphabet="ACGT", stop_at_eod=False)
     decoding = Decoding(model)
     decoding.join([broken, long, longer])
     decoding.advance()
-    assert broken.failed and decoding.present == [longer, long] and decoding.num_cache_rows == 3
+    assert broken.failed and decoding.present == [long, longer] and decoding.num_cache_rows == 3
     decoding.join([short])
     assert decoding.num_cache_rows == 3
     while decoding.advance():
