@@ -117,14 +117,16 @@ def random_row(chance):
     return Row(prompt=random_tokens(length, seed=chance.randrange(9)), seed=chance.randrange(2**53), settings=settings)
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("seed", range(4))
-def test_who_joins_gets_what_it_gets_alone(model, seed):
+def test_who_joins_gets_what_it_gets_alone(model, seed, runs_ahead):
     """At whatever moment it comes, beside whomever."""
     chance = random.Random(seed)
     rows = [random_row(chance) for _ in range(16)]
     arrival = sorted(chance.choice((0, 0, *range(60))) for _ in rows)
     cancelled = {rows[3]: arrival[3] + 2, rows[11]: arrival[11] + 5}
     decoding, step, most = Decoding(model), 0, 0
+    decoding._runs_ahead = runs_ahead
     while step <= max(arrival) or decoding.present:
         coming = [row for row, at in zip(rows, arrival) if at == step]
         if coming:

@@ -3,15 +3,18 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import socket
 import threading
 
 import pytest
 import requests
+import torch
 import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.model.shared_caches import SharedCaches
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
@@ -74,6 +77,21 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
             work.result()
 
 
+@contextlib.contextmanager
+def running(checkpoint, **settings):
+    """An engine that has loaded its model, in a thread of its own."""
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint, **settings), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            yield engine
+        finally:
+            engine.stop()
+        work.result()
+
+
 def generate(text, **more):
     settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False)
     return GenerateJob(ids=list(text.encode()), seed=5, settings=settings, **more)
@@ -117,16 +135,8 @@ def test_who_gives_no_finite_numbers_fails_alone(checkpoint, monkeypatch):
         return want, [await text_of(job) for job in jobs]
 
     monkeypatch.setattr(engine_module._Model, "load", broken)
-    ready = threading.Event()
-    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        work = threads.submit(engine.run)
-        assert ready.wait(120)
-        try:
-            want, got = asyncio.run(answers())
-        finally:
-            engine.stop()
-        work.result()
+    with running(checkpoint) as engine:
+        want, got = asyncio.run(answers())
     refused = (500, "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32")
     assert got == [want, want, refused, "scored", refused] and len(want) == 12
 
@@ -149,16 +159,8 @@ def test_who_comes_later_takes_the_place_of_who_has_ended(checkpoint):
         await asyncio.wait(others)
         return [waiting[task] for task in (*done, *others)]
 
-    ready = threading.Event()
-    engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_batch_size=2), on_ready=lambda _: ready.set())
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        work = threads.submit(engine.run)
-        assert ready.wait(120)
-        try:
-            assert asyncio.run(order()) == ["later", "long"]
-        finally:
-            engine.stop()
-        work.result()
+    with running(checkpoint, max_batch_size=2) as engine:
+        assert asyncio.run(order()) == ["later", "long"]
 
 
 def test_who_comes_later_joins_the_passes_that_run(checkpoint, monkeypatch):
@@ -203,16 +205,34 @@ def test_who_comes_later_joins_the_passes_that_run(checkpoint, monkeypatch):
         return event.generation.text
 
     monkeypatch.setattr(engine_module._Model, "load", watched)
-    ready = threading.Event()
-    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        work = threads.submit(engine.run)
-        assert ready.wait(120)
-        try:
-            texts, passes = asyncio.run(answers())
-        finally:
-            engine.stop()
-        work.result()
+    with running(checkpoint) as engine:
+        texts, passes = asyncio.run(answers())
     assert texts[:6] == texts[6:] and [len(text) for text in texts[:6]] == [400, 30, 40, 50, 60, 70]
     # as many passes as the longest needs by itself
     assert sum(tokens == 1 for _, tokens in passes) == 399 and max(size for size, _ in passes) >= 4
+
+
+def test_who_comes_when_memory_has_run_out_may_come_again(checkpoint, monkeypatch):
+    """And who is there goes on."""
+    reserve = SharedCaches.reserve
+
+    def limited(self, num_more, max_tokens):
+        if max_tokens > 200:
+            raise torch.OutOfMemoryError("no memory for the caches")
+        reserve(self, num_more, max_tokens)
+
+    async def answers():
+        settings = GenerationSettings(max_new_tokens=150, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(there := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        begin = (await there.reply.get()).text
+        engine.submit(large := GenerateJob(ids=[65] * 100, seed=1, settings=settings))
+        with pytest.raises(Refused, match="not enough memory for this request") as refused:
+            await asyncio.wait_for(large.reply.get(), 60)
+        assert (refused.value.status, refused.value.retry_after) == (503, engine_module.RETRY_SECONDS)
+        engine.submit(again := GenerateJob(ids=[65], seed=1, settings=settings))
+        return begin + await text_of(there), await text_of(again)
+
+    monkeypatch.setattr(SharedCaches, "reserve", limited)
+    with running(checkpoint) as engine:
+        there, again = asyncio.run(answers())
+    assert there == again and len(there) == 150

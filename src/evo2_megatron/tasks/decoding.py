@@ -204,7 +204,8 @@ class Decoding:
         ones once.
         """
         assert not (self._cuda_graphs and self._present), "the step that was recorded has one size"
-        self._settle()
+        self._drop_ended()
+        self._feed()
         rows = sorted(rows, key=_read_together)
         blocked_BV = torch.stack([row.settings.blocked(self._model.vocab_size, self._device) for row in rows])
         self._caches.reserve(len(rows), max(row.most_tokens for row in rows))
@@ -244,9 +245,10 @@ class Decoding:
     @torch.inference_mode()
     def advance(self) -> bool:
         """One more token for each sequence that has not ended; False if there is none."""
+        self._drop_ended()
         if all(row.ended for row in self._present):
             return False
-        self._settle()
+        self._feed()
         logits_BV, wanted = self._logits_BV, any(row.settings.return_log_probs for row in self._present)
         drawn_B = self._sampling.draw(logits_BV, self._uniform_BN[:, 0])
         self._uniform_BN = self._uniform_BN[:, 1:]
@@ -260,15 +262,11 @@ class Decoding:
         self._drop_ended()
         return True
 
-    def _settle(self) -> None:
-        """Nobody has ended, and the model has read all that was drawn."""
-        self._drop_ended()
-        if self._drawn_B is not None:
-            self._feed()
-
     def _feed(self) -> None:
-        self._logits_BV, self._drawn_B = self._forward(self._drawn_B), None
-        self.num_steps += 1
+        """Have the model read what was drawn, unless it has."""
+        if self._drawn_B is not None:
+            self._logits_BV, self._drawn_B = self._forward(self._drawn_B), None
+            self.num_steps += 1
 
     def _take(self, drawn: Sequence[tuple[int, float | None]]) -> None:
         """Give each row that has not ended its new token."""
