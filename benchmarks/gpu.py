@@ -137,7 +137,8 @@ def show_costs(call: Callable[[], object]) -> None:
 
 def decode(model: torch.nn.Module, name: str, batch: int, num_new: int, graphs: bool) -> None:
     """New tokens after prompts of ``PROMPT_LENGTH``, greedily."""
-    from evo2_megatron.tasks.generate import Decoding, GenerationSettings
+    from evo2_megatron.tasks.decoding import Decoding
+    from evo2_megatron.tasks.generate import GenerationSettings
     from evo2_megatron.tasks.sampling import Sampling
 
     settings = GenerationSettings(
@@ -145,7 +146,7 @@ def decode(model: torch.nn.Module, name: str, batch: int, num_new: int, graphs: 
     )
     prompts = torch.randint(65, 90, (batch, PROMPT_LENGTH)).tolist()
     for _ in range(2):  # the first run compiles and fills caches
-        result = Decoding(model, settings, prompts, seeds=range(batch)).run()
+        result = Decoding.alike(model, settings, prompts, seeds=range(batch)).run()
     speed = batch * result.num_steps / result.decode_seconds
     a, size = ARCHITECTURES[name], next(model.parameters()).element_size()
     weights = sum(parameter.numel() for parameter in model.parameters()) * size

@@ -38,6 +38,28 @@ def tiny_model(model_size: str = "evo2_tiny", **overrides: Any):
     return provider.provide().eval()
 
 
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+"""A cache that forgets anything moves logits of ``sensitive_model`` by 5e-4 or more; rounding moves them by 4e-7."""
+
+
+def sensitive_model(model_size: str):
+    """As ``tiny_model``, but what the medium filter remembers matters: it starts so small that it would not show."""
+    import torch
+
+    torch.manual_seed(0)
+    model = tiny_model(model_size)
+    with torch.no_grad():
+        model.decoder.layers[1].mixer.mixer.filter.h *= 1000
+    return model
+
+
+def random_tokens(length: int, seed: int = 0) -> list[int]:
+    """Letters."""
+    import torch
+
+    return torch.randint(65, 91, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 class Hostile:
     """Pickles to instructions that, followed without care, make a file."""
 

@@ -1,32 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import gc
 
 import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.model.inference_state import InferenceState
-from evo2_megatron.tasks.generate import Decoding, GenerationSettings, generate, plan_batches
+from evo2_megatron.tasks.generate import GenerationSettings, generate, plan_batches
 from evo2_megatron.tasks.sampling import Sampling
-from helpers import tiny_model
+from helpers import TOLERANCE, random_tokens, sensitive_model, tiny_model
 
 VOCAB = 512
 LONGEST = 300
 GREEDY = Sampling(temperature=0.0)
-
-
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-"""A cache that forgets anything moves the logits of these models by 5e-4 or more; rounding moves them by 4e-7."""
-
-
-def sensitive_model(model_size):
-    torch.manual_seed(0)
-    model = tiny_model(model_size)
-    with torch.no_grad():
-        # the medium filter starts so small that losing its history would not show
-        model.decoder.layers[1].mixer.mixer.filter.h *= 1000
-    return model
 
 
 @pytest.fixture(scope="module", params=["evo2_tiny", "striped_hyena_tiny_nv"])
@@ -36,10 +21,6 @@ def model(one_process, request):
 
 def run(model, prompts, **settings):
     return generate(model, prompts, GenerationSettings(**settings))
-
-
-def random_tokens(length, seed=0):
-    return torch.randint(65, 91, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @torch.inference_mode()
@@ -234,65 +215,6 @@ def test_stop_strings(model, include):
 def test_a_stop_string_in_the_prompt_does_not_count(model):
     (got,) = run(model, [[65] * 4], max_new_tokens=4, alphabet="A", stop_strings=("AAAAA",), stop_at_eod=False)
     assert (got.text, got.finish_reason) == ("AAAA", "length")
-
-
-def count_states():
-    gc.collect()
-    return sum(isinstance(o, InferenceState) for o in gc.get_objects())
-
-
-def test_closing_the_steps_frees_the_caches(model):
-    before = count_states()
-    decoding = Decoding(model, GenerationSettings(max_new_tokens=9), [[65]], seeds=[0])
-    steps = decoding.steps()
-    next(steps)
-    assert count_states() == before + 1 and not torch.is_inference_mode_enabled()
-    steps.close()
-    assert count_states() == before and list(steps) == []
-    assert len(decoding.rows[0].token_ids) == 1, "what was drawn is still known"
-
-
-def test_samples_of_a_prompt_share_its_prefill(model):
-    settings = GenerationSettings(max_new_tokens=30, sampling=Sampling(temperature=0.5), return_log_probs=True)
-    prompts = [PROMPTS[5], PROMPTS[0] * 5, PROMPTS[5], PROMPTS[5] + [65], PROMPTS[5]]
-    decoding = Decoding(model, settings, prompts, seeds=[1, 2, 3, 4, 5])
-    together = decoding.run()
-    assert together.num_prefill_tokens == sum(map(len, {tuple(prompt) for prompt in prompts}))
-    for prompt, seed, got in zip(prompts, (1, 2, 3, 4, 5), together.generations):
-        (alone,) = generate(model, [prompt], settings, seeds=[seed])
-        assert got.token_ids == alone.token_ids
-        torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(alone.log_probs), **TOLERANCE)
-
-
-def test_a_batch_counts_its_work(model):
-    settings = GenerationSettings(max_new_tokens=4, sampling=GREEDY, stop_ids=())
-    done = Decoding(model, settings, [[65] * 5, [66] * 7], seeds=[0, 1]).run()
-    # the first of the 4 new tokens is drawn from what the prompts give
-    assert (done.num_prefill_tokens, done.num_steps) == (5 + 7, 3)
-    assert done.prefill_seconds > 0 and done.decode_seconds > 0
-
-
-def test_sequences_that_have_ended_are_not_computed(model):
-    """Whenever half of them have; what the others give does not change."""
-    lengths, prompts = (1, 12, 1, 3, 1, 12, 3, 1), [random_tokens(5 + n % 3, seed=n) for n in range(8)]
-    settings = GenerationSettings(max_new_tokens=12, return_log_probs=True, stop_at_eod=False)
-    decoding = Decoding(model, settings, prompts, seeds=range(8))
-    decoding.rows[:] = [dataclasses.replace(settings, max_new_tokens=n).new_completion() for n in lengths]
-    computed, last_logits_of_1 = [], None
-    for _ in decoding.steps():
-        computed.append(decoding.num_sequences)
-        last_logits_of_1 = decoding.logits_of(1)
-    assert computed == [8] + 2 * [4] + 9 * [2]
-    done = decoding.result()
-    assert done.num_decoded_tokens == 2 * 2 + 2 * 11
-    for place, (got, length) in enumerate(zip(done.generations, lengths)):
-        of_one = dataclasses.replace(settings, max_new_tokens=length)
-        alone = Decoding(model, of_one, [prompts[place]], seeds=[place])
-        (want,) = alone.run().generations
-        assert got.token_ids == want.token_ids
-        torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(want.log_probs), **TOLERANCE)
-        if place == 1:
-            torch.testing.assert_close(last_logits_of_1, alone.logits_of(0), **TOLERANCE)
 
 
 def test_output_that_is_not_finite_is_an_error(one_process):

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.sampling import NOT_FINITE, Sampling, derive_seed, draw, limit, log_probability, uniforms
+from evo2_megatron.tasks.sampling import NOT_FINITE, BatchSampling, Sampling, derive_seed, log_probability, uniforms
 
 NONE_BLOCKED = torch.zeros(6, dtype=torch.bool)
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.4, -0.3])
@@ -15,9 +15,18 @@ ALMOST_1 = torch.tensor([1 - 2**-53], dtype=torch.float64)
 NUM_DRAWS = 20_000
 
 
+def alike(sampling, blocked_V=NONE_BLOCKED):
+    """All sequences of a batch drawn in one way."""
+    return BatchSampling([sampling], blocked_V[None])
+
+
+def limit(logits_BV, sampling):
+    return alike(sampling, torch.zeros(logits_BV.shape[-1], dtype=torch.bool)).limit(logits_BV.double())
+
+
 def draw_many(sampling, blocked_V=NONE_BLOCKED):
     """Tokens drawn from the same logits with one sequence's random numbers."""
-    return draw(LOGITS.expand(NUM_DRAWS, -1), uniforms(sampling.seed, 0, NUM_DRAWS), sampling, blocked_V=blocked_V)
+    return alike(sampling, blocked_V).draw(LOGITS.expand(NUM_DRAWS, -1), uniforms(sampling.seed, 0, NUM_DRAWS))
 
 
 def assert_follows(token_N, probability_V):
@@ -62,7 +71,7 @@ def test_top_p(top_p):
 def test_top_p_keeps_the_token_that_crosses():
     logits_1V = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, most in ((0.4, 0), (0.6, 1), (0.9, 2)):
-        token_1 = draw(logits_1V, ALMOST_1, Sampling(top_p=top_p), blocked_V=NONE_BLOCKED[:3])
+        token_1 = alike(Sampling(top_p=top_p), NONE_BLOCKED[:3]).draw(logits_1V, ALMOST_1)
         assert token_1.item() == most
 
 
@@ -84,12 +93,12 @@ def test_limits_are_those_of_transformers(logits_BV, top_k, top_p, temperature):
         want_BV = TopKLogitsWarper(top_k)(None, want_BV)
     if top_p:
         want_BV = TopPLogitsWarper(top_p)(None, want_BV)
-    got_BV = limit(logits_BV.double(), Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    got_BV = limit(logits_BV, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     torch.testing.assert_close(got_BV.softmax(-1), want_BV.softmax(-1), rtol=1e-12, atol=0)
     for seed in range(3):
         uniform_B = uniforms(seed, 0, len(logits_BV))
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        token_B = draw(logits_BV, uniform_B, sampling, blocked_V=torch.zeros(logits_BV.shape[-1], dtype=torch.bool))
+        token_B = alike(sampling, torch.zeros(logits_BV.shape[-1], dtype=torch.bool)).draw(logits_BV, uniform_B)
         mass_BV = want_BV.softmax(-1).cumsum(-1)
         assert (want_BV.gather(-1, token_B[:, None]) > -torch.inf).all()
         assert token_B.tolist() == [
@@ -99,17 +108,17 @@ def test_limits_are_those_of_transformers(logits_BV, top_k, top_p, temperature):
 
 def test_ties_at_the_limit():
     # the two lower of three equal tokens stay with the first two: nobody is preferred for its id
-    assert limit(TIED.double(), Sampling(top_k=2)).isfinite()[0].tolist() == [False, True, True, False, True, False]
-    assert limit(TIED.double(), Sampling(top_k=5)).isfinite()[1].all()
+    assert limit(TIED, Sampling(top_k=2)).isfinite()[0].tolist() == [False, True, True, False, True, False]
+    assert limit(TIED, Sampling(top_k=5)).isfinite()[1].all()
     # of 1/2, 1/4, ... exactly half is one token
-    assert limit(HALVES.double(), Sampling(top_p=0.5)).isfinite().sum() == 1
-    assert limit(HALVES.double(), Sampling(top_p=0.75)).isfinite().sum() == 2
+    assert limit(HALVES, Sampling(top_p=0.5)).isfinite().sum() == 1
+    assert limit(HALVES, Sampling(top_p=0.75)).isfinite().sum() == 2
 
 
 def test_top_p_comes_after_top_k():
     # the best two of 1/2, 1/4, 1/8, ... are 2/3 and 1/3
-    assert limit(HALVES.double(), Sampling(top_k=2, top_p=0.6)).isfinite().sum() == 1
-    assert limit(HALVES.double(), Sampling(top_p=0.6)).isfinite().sum() == 2
+    assert limit(HALVES, Sampling(top_k=2, top_p=0.6)).isfinite().sum() == 1
+    assert limit(HALVES, Sampling(top_p=0.6)).isfinite().sum() == 2
 
 
 def test_blocked_tokens_are_never_drawn():
@@ -123,7 +132,7 @@ def test_extreme_random_numbers_stay_inside_the_vocabulary():
     uniform_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     logits_BV = torch.full((2, 6), -torch.inf)
     logits_BV[:, 2:4] = 0.0
-    assert draw(logits_BV, uniform_B, Sampling(), blocked_V=NONE_BLOCKED).tolist() == [2, 3]
+    assert alike(Sampling()).draw(logits_BV, uniform_B).tolist() == [2, 3]
 
 
 def test_tiny_temperature_is_greedy():
@@ -135,8 +144,32 @@ def test_tiny_temperature_is_greedy():
 def test_logits_that_are_not_finite(bad, sampling):
     logits_BV = torch.stack([LOGITS, LOGITS])
     logits_BV[1, 4] = bad
-    token_B = draw(logits_BV, torch.tensor([0.5, 0.5]), sampling, blocked_V=NONE_BLOCKED)
+    token_B = alike(sampling).draw(logits_BV, torch.tensor([0.5, 0.5]))
     assert token_B[0] != NOT_FINITE and token_B[1] == NOT_FINITE
+
+
+def test_what_one_draws_does_not_depend_on_how_others_do():
+    """Bit for bit, whatever temperature, limits and blocked tokens share a batch."""
+    samplings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature in (0.0, 0.3, 1.0, 1.7)
+        for top_k in (0, 1, 2, 40, 511)
+        for top_p in (0.0, 0.5, 0.9, 1.0)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    num = len(samplings)
+    logits_BV = COARSE.repeat(2, 1)[:num] + torch.randn(num, 512, generator=generator).mul(0.1).round()
+    blocked_BV = torch.rand(num, 512, generator=generator) < torch.rand(num, 1, generator=generator) * 0.9
+    logits_BV[7, 3], blocked_BV[7, 3] = torch.nan, False
+    uniform_B = uniforms(5, 0, num)
+    together = BatchSampling(samplings, blocked_BV)
+    token_B, limited_BV = together.draw(logits_BV, uniform_B), together.limit(logits_BV.double())
+    for row, sampling in enumerate(samplings):
+        alone = alike(sampling, blocked_BV[row])
+        assert alone.draw(logits_BV[row : row + 1], uniform_B[row : row + 1]).item() == token_B[row]
+        got_V, want_V = limited_BV[row], alone.limit(logits_BV[row : row + 1].double())[0]
+        assert torch.equal(got_V, want_V) or row == 7
+    assert [row for row in range(num) if token_B[row] == NOT_FINITE] == [7] and len(token_B.unique()) > num // 2
 
 
 def test_uniforms_belong_to_places():

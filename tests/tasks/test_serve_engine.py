@@ -3,24 +3,26 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import socket
 import threading
 
 import pytest
 import requests
+import torch
 import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.model.shared_caches import SharedCaches
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import engine as engine_module
 from evo2_megatron.tasks.server.app import make_app
-from evo2_megatron.tasks.server.decoding_slots import batches_of
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
-from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Vectors
+from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Reply, Vectors
 from tasks.server_process import until
 
 
@@ -75,19 +77,19 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
             work.result()
 
 
-def test_batches_hold_what_is_drawn_alike():
-    async def batches():
-        def job(length, temperature=1.0, **settings):
-            sampling = Sampling(temperature=temperature)
-            return GenerateJob(ids=[65] * length, seed=1, settings=GenerationSettings(sampling=sampling, **settings))
-
-        jobs = [job(5), job(7, stop_strings=("A",), return_log_probs=True), job(5, 0.5), job(500), job(6)]
-        jobs += [job(8, max_new_tokens=550)]
-        batches = batches_of(jobs, max_batch_size=3, max_seq_length=600)
-        return [[jobs.index(j) for j in batch] for batch in batches]
-
-    # 0, 4 and 1 by length, of which three fit; with 3 there would be room for 500 + 550 tokens; 2 is drawn otherwise
-    assert asyncio.run(batches()) == [[0, 4, 1], [5], [3], [2]]
+@contextlib.contextmanager
+def running(checkpoint, **settings):
+    """An engine that has loaded its model, in a thread of its own."""
+    ready = threading.Event()
+    engine = Engine(ModelSettings(ckpt_dir=checkpoint, **settings), on_ready=lambda _: ready.set())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        work = threads.submit(engine.run)
+        assert ready.wait(120)
+        try:
+            yield engine
+        finally:
+            engine.stop()
+        work.result()
 
 
 def generate(text, **more):
@@ -133,16 +135,8 @@ def test_who_gives_no_finite_numbers_fails_alone(checkpoint, monkeypatch):
         return want, [await text_of(job) for job in jobs]
 
     monkeypatch.setattr(engine_module._Model, "load", broken)
-    ready = threading.Event()
-    engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        work = threads.submit(engine.run)
-        assert ready.wait(120)
-        try:
-            want, got = asyncio.run(answers())
-        finally:
-            engine.stop()
-        work.result()
+    with running(checkpoint) as engine:
+        want, got = asyncio.run(answers())
     refused = (500, "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32")
     assert got == [want, want, refused, "scored", refused] and len(want) == 12
 
@@ -165,13 +159,80 @@ def test_who_comes_later_takes_the_place_of_who_has_ended(checkpoint):
         await asyncio.wait(others)
         return [waiting[task] for task in (*done, *others)]
 
-    ready = threading.Event()
-    engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_batch_size=2), on_ready=lambda _: ready.set())
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        work = threads.submit(engine.run)
-        assert ready.wait(120)
-        try:
-            assert asyncio.run(order()) == ["later", "long"]
-        finally:
-            engine.stop()
-        work.result()
+    with running(checkpoint, max_batch_size=2) as engine:
+        assert asyncio.run(order()) == ["later", "long"]
+
+
+def test_who_comes_later_joins_the_passes_that_run(checkpoint, monkeypatch):
+    """However it is drawn, and gets what it gets alone; who goes away meanwhile leaves the others as they are."""
+    load, sizes = engine_module._Model.load, []
+
+    def watched(*arguments):
+        model = load(*arguments)
+        model.decoder.embedding.register_forward_hook(
+            lambda _module, _arguments, given, _output: sizes.append(given["input_ids"].shape), with_kwargs=True
+        )
+        return model
+
+    def job(number, num_new):
+        sampling = Sampling(temperature=(1.0, 0.5, 0.0)[number % 3], top_k=(0, 5)[number % 2])
+        settings = GenerationSettings(sampling=sampling, max_new_tokens=num_new, stop_at_eod=False, alphabet="ACGT")
+        return GenerateJob(ids=[65, 67, *[71] * number], seed=number, settings=settings, wants_pieces=True)
+
+    async def answers():
+        engine.submit(long := job(0, 400))
+        await long.reply.get()
+        later = [job(number, 20 + 10 * number) for number in range(1, 6)]
+        engine.submit(gone := job(7, 300))
+        await gone.reply.get()
+        for each in later[:3]:
+            engine.submit(each)
+        await later[0].reply.get()
+        gone.reply.cancelled = True
+        for each in later[3:]:
+            engine.submit(each)
+        texts = [await whole(each) for each in (long, *later)]
+        passes = list(sizes)
+        for each in (long, *later):
+            each.reply = Reply()
+            engine.submit(each)
+            texts.append(await whole(each))
+        return texts, passes
+
+    async def whole(job):
+        while isinstance(event := await asyncio.wait_for(job.reply.get(), 60), Generation):
+            pass
+        return event.generation.text
+
+    monkeypatch.setattr(engine_module._Model, "load", watched)
+    with running(checkpoint) as engine:
+        texts, passes = asyncio.run(answers())
+    assert texts[:6] == texts[6:] and [len(text) for text in texts[:6]] == [400, 30, 40, 50, 60, 70]
+    # as many passes as the longest needs by itself
+    assert sum(tokens == 1 for _, tokens in passes) == 399 and max(size for size, _ in passes) >= 4
+
+
+def test_who_comes_when_memory_has_run_out_may_come_again(checkpoint, monkeypatch):
+    """And who is there goes on."""
+    reserve = SharedCaches.reserve
+
+    def limited(self, num_more, max_tokens):
+        if max_tokens > 200:
+            raise torch.OutOfMemoryError("no memory for the caches")
+        reserve(self, num_more, max_tokens)
+
+    async def answers():
+        settings = GenerationSettings(max_new_tokens=150, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(there := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        begin = (await there.reply.get()).text
+        engine.submit(large := GenerateJob(ids=[65] * 100, seed=1, settings=settings))
+        with pytest.raises(Refused, match="not enough memory for this request") as refused:
+            await asyncio.wait_for(large.reply.get(), 60)
+        assert (refused.value.status, refused.value.retry_after) == (503, engine_module.RETRY_SECONDS)
+        engine.submit(again := GenerateJob(ids=[65], seed=1, settings=settings))
+        return begin + await text_of(there), await text_of(again)
+
+    monkeypatch.setattr(SharedCaches, "reserve", limited)
+    with running(checkpoint) as engine:
+        there, again = asyncio.run(answers())
+    assert there == again and len(there) == 150

@@ -4,6 +4,7 @@
 Made by ``StripedHyenaModel.new_inference_state``, reset here, and updated in place by the layers: nothing else holds
 state between calls. Missing history is zeros, so a prompt may be shorter than any filter. Prompts of different lengths
 are read group by group, each into its rows of the batch's caches (``rows``), and then decoded together (``begin_at``).
+For sequences that come and go, see ``shared_caches``.
 Shape legend: B batch, D channels, P tokens of history, M modes, N heads, S tokens, C channels per head.
 """
 
@@ -38,8 +39,12 @@ class FirState:
     def select(self, row_B: Rows) -> FirState:
         return FirState(self.inputs_BDP[row_B])
 
-    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+    def overwrite(self, rows: Rows, row_B: Tensor) -> None:
         self.inputs_BDP[rows] = self.inputs_BDP[row_B]
+
+    def resized(self, batch_size: int, num_kept: int) -> FirState:
+        """Room for so many sequences, of which the first are this state's first."""
+        return FirState(_with_rows(self.inputs_BDP, batch_size, num_kept))
 
 
 @dataclass(slots=True)
@@ -58,8 +63,12 @@ class ModalState:
     def select(self, row_B: Rows) -> ModalState:
         return ModalState(self.modes_BDM[row_B])
 
-    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+    def overwrite(self, rows: Rows, row_B: Tensor) -> None:
         self.modes_BDM[rows] = self.modes_BDM[row_B]
+
+    def resized(self, batch_size: int, num_kept: int) -> ModalState:
+        """Room for so many sequences, of which the first are this state's first."""
+        return ModalState(_with_rows(self.modes_BDM, batch_size, num_kept))
 
 
 @dataclass(slots=True)
@@ -79,13 +88,16 @@ class HyenaState:
         self.operator.reset()
 
     def select(self, row_B: Rows) -> HyenaState:
-        return HyenaState(
-            self.input_conv.select(row_B), self.operator.select(row_B), self.input_taps_EK, self.operator_filter
-        )
+        return replace(self, input_conv=self.input_conv.select(row_B), operator=self.operator.select(row_B))
 
-    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+    def overwrite(self, rows: Rows, row_B: Tensor) -> None:
         self.input_conv.overwrite(rows, row_B)
         self.operator.overwrite(rows, row_B)
+
+    def resized(self, batch_size: int, num_kept: int, _max_tokens: int, _num_seen: int) -> HyenaState:
+        """Room for so many sequences, of which the first are this state's first; tokens take none."""
+        input_conv = self.input_conv.resized(batch_size, num_kept)
+        return replace(self, input_conv=input_conv, operator=self.operator.resized(batch_size, num_kept))
 
 
 @dataclass(slots=True)
@@ -111,14 +123,30 @@ class KeyValueState:
         return self.keys_BNSC[:, :, :end], self.values_BNSC[:, :, :end]
 
     def reset(self) -> None:
-        """Nothing to clear: tokens beyond those seen are never read."""
+        # beside a longer sequence, attention multiplies what is beyond the tokens seen by 0, and a NaN stays one
+        self.keys_BNSC.zero_()
+        self.values_BNSC.zero_()
 
     def select(self, row_B: Rows) -> KeyValueState:
         return KeyValueState(self.keys_BNSC[row_B], self.values_BNSC[row_B])
 
-    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+    def overwrite(self, rows: Rows, row_B: Tensor) -> None:
         self.keys_BNSC[rows] = self.keys_BNSC[row_B]
         self.values_BNSC[rows] = self.values_BNSC[row_B]
+
+    def resized(self, batch_size: int, num_kept: int, max_tokens: int, num_seen: int) -> KeyValueState:
+        """Room for so many sequences of ``max_tokens``, of which the first are this state's first as far as seen."""
+        shape = (batch_size, self.keys_BNSC.shape[1], max_tokens, self.keys_BNSC.shape[3])
+        resized = KeyValueState(self.keys_BNSC.new_zeros(shape), self.values_BNSC.new_zeros(shape))
+        resized.keys_BNSC[:num_kept, :, :num_seen] = self.keys_BNSC[:num_kept, :, :num_seen]
+        resized.values_BNSC[:num_kept, :, :num_seen] = self.values_BNSC[:num_kept, :, :num_seen]
+        return resized
+
+
+def _with_rows(x: Tensor, num_rows: int, num_kept: int) -> Tensor:
+    resized = x.new_zeros(num_rows, *x.shape[1:])
+    resized[:num_kept] = x[:num_kept]
+    return resized
 
 
 @dataclass(slots=True)
@@ -192,7 +220,7 @@ class InferenceState:
         size = len(range(self.batch_size)[rows])
         return replace(self, layers=layers, batch_size=size, num_tokens_seen=0, seen_B=None)
 
-    def overwrite(self, rows: slice, row_B: Tensor) -> None:
+    def overwrite(self, rows: Rows, row_B: Tensor) -> None:
         """Give the sequences ``rows`` copies of the caches of those with the numbers ``row_B``."""
         for layer in self.layers.values():
             layer.overwrite(rows, row_B)

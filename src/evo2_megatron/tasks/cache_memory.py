@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,32 @@ CACHE_SHARE = 0.8
 """Part of the free memory that the caches may fill; the rest is for the activations of a chunk of prompt."""
 
 
-def memory_limit(model: StripedHyenaModel, batch_size: int) -> int:
+def memory_limit(model: StripedHyenaModel, batch_size: int, *, layers_move: bool = False) -> int:
     """Most tokens per sequence for which the caches of a batch fit into the free memory, on every process.
 
     Computed from the bytes of the caches that the model declares, so no size is written down twice.
+
+    Args:
+        model: Whose caches they are.
+        batch_size: Sequences of the batch.
+        layers_move: The caches of each layer may be there twice for a moment, as when ``SharedCaches`` grow.
     """
-    one, two = _cache_bytes(model, 1), _cache_bytes(model, 2)
-    per_token, fixed = two - one, 2 * one - two
-    tokens = int((CACHE_SHARE * _free_bytes() / batch_size - fixed) / max(per_token, 1))
+    # of each layer, with room for one token and for two
+    sizes = list(zip(_cache_bytes(model, 1), _cache_bytes(model, 2), strict=True))
+    per_token, fixed = [two - one for one, two in sizes], [2 * one - two for one, two in sizes]
+    if layers_move and sizes:
+        per_token.append(max(per_token))
+        fixed.append(max(fixed))
+    tokens = int((CACHE_SHARE * _free_bytes() / batch_size - sum(fixed)) / max(sum(per_token), 1))
     fewest = torch.tensor([max(tokens, 0)], device=megatron.device())
     torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
     return int(fewest.item())
+
+
+def tokens_like_weights(model: StripedHyenaModel) -> int:
+    """Tokens whose caches are as large as the weights, so that a step takes as long to read the ones as the others."""
+    per_token = sum(_cache_bytes(model, 2)) - sum(_cache_bytes(model, 1))
+    return sum(parameter.nbytes for parameter in model.parameters()) // max(per_token, 1)
 
 
 def _free_bytes() -> int:
@@ -43,8 +58,10 @@ def _free_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
-def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(model.new_inference_state(1, max_tokens)))
+def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> list[int]:
+    """Of one sequence, by layer."""
+    layers = model.new_inference_state(1, max_tokens).layers.values()
+    return [sum(tensor.nbytes for tensor in _tensors(layer)) for layer in layers]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -54,6 +71,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, (tuple, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, tuple):
+        for part in value:
             yield from _tensors(part)

@@ -24,9 +24,10 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.tasks.completion import Completion, FinishReason, Generation
+from evo2_megatron.tasks.decoding import tokens_with_log_probs
 from evo2_megatron.tasks.forward import forward_last, prefill
-from evo2_megatron.tasks.generate import GenerationSettings, tokens_with_log_probs
-from evo2_megatron.tasks.sampling import derive_seed, draw, uniforms
+from evo2_megatron.tasks.generate import GenerationSettings
+from evo2_megatron.tasks.sampling import BatchSampling, derive_seed, uniforms
 from evo2_megatron.tasks.scorers import Score, check_scores
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class Search:
         self._model, self._settings, self._search, self._score, self._name = model, settings, search, score, name
         self._seeds = [derive_seed(seed, sample=lane) for lane in range(search.width)]
         self._device = next(model.parameters()).device
-        self._blocked_V = settings.blocked(model.vocab_size, self._device)
+        blocked_V = settings.blocked(model.vocab_size, self._device)
+        self._sampling = BatchSampling([settings.sampling], blocked_V[None])
 
     @torch.inference_mode()
     def run(self, prompt: Sequence[int]) -> list[Guided]:
@@ -214,7 +216,7 @@ class Search:
         length = uniform_BN.shape[1]
         copies = state.copies(row_B) if length > 1 else None
         for step in range(length):
-            drawn_B = draw(logits_BV, uniform_BN[:, step], self._settings.sampling, blocked_V=self._blocked_V)
+            drawn_B = self._sampling.draw(logits_BV, uniform_BN[:, step])
             for row, (token, log_prob) in zip(rows, tokens_with_log_probs(drawn_B, logits_BV, wanted=True)):
                 if row.finish_reason is None:
                     row.add(token, log_prob)

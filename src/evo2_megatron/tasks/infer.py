@@ -19,8 +19,9 @@ from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks import records as record_files
 from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.completion import FinishReason, Generation
+from evo2_megatron.tasks.decoding import Decoding, GeneratedBatch
 from evo2_megatron.tasks.decoding_step import check_cuda_graphs
-from evo2_megatron.tasks.generate import Decoding, GeneratedBatch, GenerationSettings, plan_batches
+from evo2_megatron.tasks.generate import GenerationSettings, plan_batches
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, check_layout, find_checkpoint, running_model
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
 from evo2_megatron.tasks.records import Record, RecordFile
@@ -96,7 +97,8 @@ class _Work(NamedTuple):
 
     def decoding(self, model: StripedHyenaModel, batch: Sequence[int]) -> Decoding:
         sequences = [self.sequences[index] for index in batch]
-        return Decoding(model, self.settings, [s.token_ids for s in sequences], seeds=[s.seed for s in sequences])
+        seeds = [s.seed for s in sequences]
+        return Decoding.alike(model, self.settings, [s.token_ids for s in sequences], seeds=seeds)
 
     def pieces(self, batch: Sequence[int], decoding: Decoding) -> Iterator[Piece]:
         """Advance a batch to its end, and give what becomes certain."""
@@ -106,13 +108,13 @@ class _Work(NamedTuple):
                 for place, (index, row) in enumerate(zip(batch, decoding.rows)):
                     if ended[place]:
                         continue
-                    ended[place] = row.finish_reason is not None
-                    ids, log_probs = row.release()
-                    if ids or row.finish_reason:
+                    ended[place] = row.ended
+                    ids, log_probs = row.completion.release()
+                    if ids or row.ended:
                         sequence = self.sequences[index]
                         text = tokenizer.decode(ids, skip_special_tokens=True)
                         given = log_probs if self.settings.return_log_probs else None
-                        yield Piece(sequence.prompt.id, sequence.sample, text, given, row.finish_reason)
+                        yield Piece(sequence.prompt.id, sequence.sample, text, given, row.completion.finish_reason)
 
 
 def infer(

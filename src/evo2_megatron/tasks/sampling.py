@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the next token from a model's logits: greedy, temperature, top-k, top-p, seeded per sequence.
+"""Choose the next token from a model's logits, each sequence in its own way: greedy, temperature, top-k, top-p, seeds.
 
-The limits are transformers' own, in its order: temperature, top-k, top-p.
-Shape legend: B sequences, V vocabulary, N tokens.
+The limits are those of transformers, in its order: temperature, top-k, top-p. Its classes know one limit for a batch.
+Shape legend: B sequences, V vocabulary, K most probable tokens, N tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from evo2_megatron.config import UserError
 
 NOT_FINITE = -1
-"""What ``draw`` returns for a sequence whose logits are not finite numbers."""
+"""What ``BatchSampling.draw`` returns for a sequence whose logits are not finite numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,40 +89,77 @@ def uniforms(seed: int, start: int, num_tokens: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(bits).random(num_tokens))
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, blocked_V: Tensor) -> Tensor:
-    """Pick one token for each sequence by inverting the cumulative distribution, in float64.
+class BatchSampling:
+    """How each sequence of a batch is drawn. What one draws does not depend on how the others do."""
 
-    Args:
-        logits_BV: The model's logits, any float dtype.
-        uniform_B: One random number of ``uniforms`` for each sequence; greedy ignores them.
-        sampling: Temperature and limits.
-        blocked_V: True for tokens that are never drawn.
+    def __init__(self, samplings: Sequence[Sampling], blocked_BV: Tensor) -> None:
+        """Bring the settings to the device of ``blocked_BV``.
 
-    Returns:
-        token_B, int64; NOT_FINITE where the logits hold a NaN or no finite value.
-    """
-    logits_BV = logits_BV.double().masked_fill(blocked_V, -math.inf)
-    if sampling.greedy:
-        peak_B, token_B = logits_BV.max(dim=-1)
-        return token_B.masked_fill(~peak_B.isfinite(), NOT_FINITE)
-    mass_BV = limit(logits_BV, sampling).exp().cumsum(dim=-1)
-    last = mass_BV.shape[-1] - 1
-    token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * mass_BV[:, -1:], right=True)
-    # NaN sorts above every number, so only a distribution that is not one points past the end
-    finite_B1, token_B1 = token_B1 <= last, token_B1.clamp(max=last)
-    return token_B1.masked_fill(~finite_B1, NOT_FINITE).squeeze(-1)
+        Args:
+            samplings: Of each sequence; or one for all.
+            blocked_BV: True for tokens that are never drawn, a row for each of ``samplings``.
+        """
+        limits = [Sampling() if sampling.greedy else sampling for sampling in samplings]
 
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=blocked_BV.device)[:, None]
 
-def limit(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits after temperature, top-k and top-p: the peak is 0, and tokens outside the limits are -inf."""
-    # subtract the peak first: a temperature near 0 must not overflow
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
-    # transformers' classes ignore their first argument, the tokens so far
-    if sampling.top_k:
-        logits_BV = TopKLogitsWarper(sampling.top_k)(None, logits_BV)
-    if sampling.top_p:
-        logits_BV = TopPLogitsWarper(sampling.top_p)(None, logits_BV)
-    return logits_BV
+        self._blocked_BV = blocked_BV
+        self._greedy_B = column([sampling.greedy for sampling in samplings]).bool().squeeze(-1)
+        self._any_greedy = any(sampling.greedy for sampling in samplings)
+        self._all_greedy = all(sampling.greedy for sampling in samplings)
+        self._temperature_B1 = column([limit.temperature for limit in limits])
+        self._most_k = min(max(limit.top_k for limit in limits), blocked_BV.shape[-1])
+        self._top_k_B1 = column([limit.top_k for limit in limits]).long()
+        self._any_top_p = any(limit.top_p for limit in limits)
+        # mass that may be left out; no mass is that small
+        self._outside_B1 = column([1 - limit.top_p if limit.top_p else -1.0 for limit in limits])
+
+    def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        """Pick one token for each sequence by inverting the cumulative distribution, in float64.
+
+        Args:
+            logits_BV: The model's logits, any float dtype.
+            uniform_B: One random number of ``uniforms`` for each sequence; greedy ignores them.
+
+        Returns:
+            token_B, int64; NOT_FINITE where the logits hold a NaN or no finite value.
+        """
+        logits_BV = logits_BV.double().masked_fill(self._blocked_BV, -math.inf)
+        if not self._any_greedy:
+            return self._draw_within_limits(logits_BV, uniform_B)
+        peak_B, best_B = logits_BV.max(dim=-1)
+        best_B = best_B.masked_fill(~peak_B.isfinite(), NOT_FINITE)
+        if self._all_greedy:
+            return best_B
+        return torch.where(self._greedy_B, best_B, self._draw_within_limits(logits_BV, uniform_B))
+
+    def _draw_within_limits(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        mass_BV = self.limit(logits_BV).exp().cumsum(dim=-1)
+        last = mass_BV.shape[-1] - 1
+        token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * mass_BV[:, -1:], right=True)
+        # NaN sorts above every number, so only a distribution that is not one points past the end
+        finite_B1, token_B1 = token_B1 <= last, token_B1.clamp(max=last)
+        return token_B1.masked_fill(~finite_B1, NOT_FINITE).squeeze(-1)
+
+    def limit(self, logits_BV: Tensor) -> Tensor:
+        """Logits after temperature, top-k and top-p: the peak is 0, and tokens outside the limits are -inf.
+
+        Greedy sequences have no limits here.
+        """
+        # subtract the peak first: a temperature near 0 must not overflow
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / self._temperature_B1
+        if self._most_k:
+            best_BK = logits_BV.topk(self._most_k, dim=-1).values
+            place_B1 = (self._top_k_B1 - 1).clamp(0, self._most_k - 1).expand(len(logits_BV), 1)
+            least_B1 = best_BK.gather(-1, place_B1).masked_fill(self._top_k_B1 == 0, -math.inf)
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+        if self._any_top_p:
+            sorted_BV, token_BV = logits_BV.sort(dim=-1)
+            outside_BV = sorted_BV.softmax(dim=-1).cumsum(dim=-1) <= self._outside_B1
+            outside_BV[:, -1] = False  # one stays, whatever rounding makes of the sum
+            logits_BV = logits_BV.masked_fill(outside_BV.scatter(-1, token_BV, outside_BV), -math.inf)
+        return logits_BV
 
 
 def log_probability(logits_BV: Tensor, token_B: Tensor) -> Tensor:

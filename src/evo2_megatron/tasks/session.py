@@ -14,10 +14,11 @@ import torch
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.completion import Completion, Generation
+from evo2_megatron.tasks.decoding import tokens_with_log_probs
 from evo2_megatron.tasks.forward import prefill
-from evo2_megatron.tasks.generate import GenerationSettings, tokens_with_log_probs
+from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
-from evo2_megatron.tasks.sampling import draw, uniforms
+from evo2_megatron.tasks.sampling import BatchSampling, uniforms
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -54,7 +55,8 @@ class Session:
         self._model, self._settings = model, settings
         self._seed = settings.sampling.seed if seed is None else seed
         self._device = next(model.parameters()).device
-        self._blocked_V = settings.blocked(model.vocab_size, self._device)
+        blocked_V = settings.blocked(model.vocab_size, self._device)
+        self._sampling = BatchSampling([settings.sampling], blocked_V[None])
         self._state = model.new_inference_state(1, max_tokens, last_token_logits_only=True)
         self._pending: list[int] = []
         self._logits_BV: torch.Tensor | None = None
@@ -126,7 +128,7 @@ class Session:
                 self._logits_BV = prefill(self._model, token_BT, self._state, chunk=self._settings.prefill_chunk)
                 self._pending = []
             uniform_B = uniforms(self._seed, len(self), 1).to(self._device)
-            drawn_B = draw(self._logits_BV, uniform_B, self._settings.sampling, blocked_V=self._blocked_V)
+            drawn_B = self._sampling.draw(self._logits_BV, uniform_B)
             ((token, log_prob),) = tokens_with_log_probs(
                 drawn_B, self._logits_BV, wanted=self._settings.return_log_probs
             )

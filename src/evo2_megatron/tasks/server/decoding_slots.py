@@ -1,129 +1,149 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generations on their way: batches that advance in turns, so that none waits for the end of another."""
+"""Generations on their way: batches that advance in turns, and that others join as they come."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.generate import Decoding, plan_batches
+from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE, Decoding, Row
+from evo2_megatron.tasks.generate import fit_together
 from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Refused
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 
 
-def batches_of(
-    jobs: Sequence[GenerateJob], *, max_batch_size: int, max_seq_length: int
-) -> Iterator[list[GenerateJob]]:
-    """Divide jobs into batches that the model can take together: drawn alike, and of similar length.
+def assign(
+    jobs: Sequence[GenerateJob],
+    running: Sequence[RunningBatch],
+    new_batch: Callable[[], RunningBatch],
+    *,
+    negligible: int,
+) -> dict[RunningBatch, list[GenerateJob]]:
+    """Which jobs join which batch: of those that they ``fit_together`` with, the one whose caches grow least.
 
-    The caches of a batch have room for its longest prompt and its longest completion, which need not be of the same
-    job: together they do not exceed ``max_seq_length`` tokens, for which there is memory.
+    Args:
+        jobs: Who wants to join.
+        running: The batches there are.
+        new_batch: Makes one of nobody yet.
+        negligible: Tokens that the caches of a batch may hold whatever its sequences need.
+
+    Returns:
+        All running batches, also those that nobody joins, and then the new ones.
     """
-    groups: dict[object, list[GenerateJob]] = {}
-    for job in jobs:
-        groups.setdefault(job.shared_settings, []).append(job)
-    for settings, group in groups.items():
-        most_new = max(job.settings.max_new_tokens for job in group)
-        settings = dataclasses.replace(settings, max_new_tokens=most_new, max_batch_size=max_batch_size)
-        for planned in plan_batches([len(job.ids) for job in group], settings):
-            batch: list[GenerateJob] = []
-            for job in (group[index] for index in planned):
-                if batch and _room([*batch, job]) > max_seq_length:
-                    yield batch
-                    batch = []
-                batch.append(job)
-            yield batch
+    joining: dict[RunningBatch, list[GenerateJob]] = {batch: [] for batch in running}
+    lengths = {batch: batch.most_tokens() for batch in running}
+    for job in sorted(jobs, key=lambda job: job.most_tokens):
+        growth = {}
+        for batch, before in lengths.items():
+            after = [*before, job.most_tokens]
+            if fit_together(len(after), max(after), sum(after), negligible=negligible):
+                growth[batch] = len(after) * max(after) - len(before) * max(before)
+        batch = min(growth, key=growth.__getitem__) if growth else new_batch()
+        joining.setdefault(batch, []).append(job)
+        lengths.setdefault(batch, []).append(job.most_tokens)
+    return joining
 
 
-def _room(jobs: Sequence[GenerateJob]) -> int:
-    return max(len(job.ids) for job in jobs) + max(job.settings.max_new_tokens for job in jobs)
+def make_room(joining: Mapping[RunningBatch, Sequence[GenerateJob]], max_batch_size: int) -> None:
+    """Before jobs join: no more caches than for ``max_batch_size`` sequences in all, for which there is memory.
+
+    Some may be left of sequences that have ended.
+    """
+    later = {batch: batch.num_sequences + len(jobs) for batch, jobs in joining.items()}
+    if sum(max(batch.num_cache_rows, num_sequences) for batch, num_sequences in later.items()) > max_batch_size:
+        for batch, num_sequences in later.items():
+            batch.shrink_caches(num_sequences)
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class _Running:
+    """One job and what is known of it so far."""
+
+    job: GenerateJob
+    row: Row
+    last: float
+    """Time of the newest token, or when it joined."""
+
+    logits: list[list[float]] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
 
 
 class RunningBatch:
-    """Sequences that advance together; each is answered as soon as it has ended."""
+    """Sequences that advance together, however each is drawn; each is answered as soon as it has ended."""
 
-    def __init__(self, model: StripedHyenaModel, jobs: Sequence[GenerateJob]) -> None:
-        """Compute nothing yet."""
-        self.jobs = list(jobs)
-        settings = dataclasses.replace(
-            jobs[0].shared_settings,
-            max_new_tokens=max(job.settings.max_new_tokens for job in jobs),
-            return_log_probs=any(job.settings.return_log_probs for job in jobs),
-        )
-        self._decoding = Decoding(model, settings, [job.ids for job in jobs], seeds=[job.seed for job in jobs])
-        # lengths and stop strings are each sequence's own
-        self._decoding.rows[:] = [job.settings.new_completion() for job in jobs]
-        self._steps = self._decoding.steps()
-        self._answered = [False] * len(jobs)
-        self._logits: list[list[list[float]]] = [[] for _ in jobs]
-        self._step_ms: list[list[float]] = [[] for _ in jobs]
-        self._num_released = [0] * len(jobs)
-        self._last = time.perf_counter()
+    def __init__(self, model: StripedHyenaModel) -> None:
+        """Of nobody yet."""
+        self._decoding = Decoding(model)
+        self._running: list[_Running] = []
 
-    def advance(self) -> int | None:
-        """One more token each; the number of jobs that it answered, or None if all were before.
+    def join(self, jobs: Sequence[GenerateJob]) -> None:
+        """Read the prompts of more jobs; if that fails, the others can go on."""
+        start = time.perf_counter()
+        new = [
+            _Running(job=job, row=Row(prompt=job.ids, seed=job.seed, settings=job.settings), last=start)
+            for job in jobs
+        ]
+        self._decoding.join([each.row for each in new])
+        self._running += new
 
-        Raises:
-            UserError: The model's output is not finite.
-        """
-        for job, row in zip(self.jobs, self._decoding.rows):
-            if job.reply.cancelled and row.finish_reason is None:
-                row.finish_reason = "stop"  # the others go on without it
-        if all(row.finish_reason for row in self._decoding.rows) or next(self._steps, self) is self:
-            return None
-        now = time.perf_counter()
-        answered = sum(self._deliver(place, (now - self._last) * 1000) for place in range(len(self.jobs)))
-        self._last = now
-        return answered
+    def advance(self) -> int:
+        """One more token each; the number of jobs that it answered."""
+        for each in self._running:
+            each.row.cancelled = each.job.reply.cancelled
+        self._decoding.advance()
+        num_answered = sum(self._deliver(each) for each in self._running if not each.row.cancelled)
+        self._running = [each for each in self._running if not each.row.ended]
+        return num_answered
+
+    def most_tokens(self) -> list[int]:
+        """Of each sequence at its end."""
+        return [each.row.most_tokens for each in self._running]
 
     @property
     def num_sequences(self) -> int:
-        """How many have caches."""
-        return self._decoding.num_sequences
+        """How many have not ended."""
+        return len(self._running)
 
-    def close(self) -> None:
-        """Free the caches."""
-        self._steps.close()
+    @property
+    def num_cache_rows(self) -> int:
+        """How many the caches have room for."""
+        return self._decoding.num_cache_rows
+
+    def shrink_caches(self, num_sequences: int) -> None:
+        """Have room for no more than so many, of which those who run are some."""
+        self._decoding.shrink_caches(num_sequences)
 
     def fail(self, refused: Refused) -> None:
-        """Answer everyone who still waits."""
-        self.close()
-        for job in self.unanswered():
-            job.reply.put(refused)
+        """Free the caches and answer everyone who still waits."""
+        self._decoding.close()
+        for each in self._running:
+            each.job.reply.put(refused)
+        self._running = []
 
-    def unanswered(self) -> list[GenerateJob]:
-        """Who still waits."""
-        return [job for job, answered in zip(self.jobs, self._answered) if not (answered or job.reply.cancelled)]
-
-    def _deliver(self, place: int, milliseconds: float) -> bool:
-        job, row = self.jobs[place], self._decoding.rows[place]
-        if self._answered[place] or job.reply.cancelled:
-            return False
-        self._step_ms[place].append(milliseconds)
+    def _deliver(self, each: _Running) -> bool:
+        """Hand out what is new; whether that was the end."""
+        job, completion = each.job, each.row.completion
+        if each.row.failed:
+            job.reply.put(Refused(500, OUTPUT_NOT_FINITE))
+            return True
+        now = time.perf_counter()
+        each.step_ms.append((now - each.last) * 1000)
+        each.last = now
         if job.wants_logits:
-            self._logits[place].append(self._decoding.logits_of(place).float().tolist())
+            each.logits.append(self._decoding.logits_of(each.row).float().tolist())
         if job.wants_pieces:
-            self._send_piece(place)
-        if row.finish_reason is None:
+            ids, log_probs = completion.release()
+            if ids:
+                job.reply.put(Generation(ids, None, log_probs if job.settings.return_log_probs else None))
+        if completion.finish_reason is None:
             return False
-        self._answered[place] = True
-        generation = row.generation(log_probs=job.settings.return_log_probs)
+        generation = completion.generation(log_probs=job.settings.return_log_probs)
         # the token that ended the document is no part of the result
         num_new = len(generation.token_ids)
-        job.reply.put(Generated(generation, self._logits[place][:num_new], self._step_ms[place][:num_new]))
+        job.reply.put(Generated(generation, each.logits[:num_new], each.step_ms[:num_new]))
         return True
-
-    def _send_piece(self, place: int) -> None:
-        job = self.jobs[place]
-        ids, log_probs = self._decoding.rows[place].release()
-        # a job whose first batch failed has had the beginning already
-        first = max(job.num_sent - self._num_released[place], 0)
-        self._num_released[place] += len(ids)
-        if ids[first:]:
-            job.num_sent = self._num_released[place]
-            job.reply.put(Generation(ids[first:], None, log_probs[first:] if job.settings.return_log_probs else None))

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.batching import Backoff, plan_batches
-from evo2_megatron.tasks.cache_memory import memory_limit
+from evo2_megatron.tasks.cache_memory import memory_limit, tokens_like_weights
+from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
 from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.server.decoding_slots import RunningBatch, batches_of
+from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, make_room
 from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
 
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 RETRY_SECONDS = 5
 """When to ask again while the model is loaded, or when memory ran out."""
 
 _NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
-_NOT_FINITE = "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
 _MOST_RETRY_SECONDS = 60
 _REMEMBERED = 32  # finished jobs whose times tell how fast the queue moves
 
@@ -170,11 +171,10 @@ class Engine:
             if self._stopped:
                 return False
             generate, other = self._take()
-        limits = {"max_batch_size": self.settings.max_batch_size, "max_seq_length": model.info.max_seq_length}
-        for jobs in batches_of(generate, **limits):
-            self._running.append(RunningBatch(model.decoder, jobs))
+        if generate:
+            self._admit(generate, model)
         for batch in list(self._running):
-            self._advance(batch, model)
+            self._advance(batch)
         if other:
             _answer(other, model)
             self._finished += [time.monotonic()] * len(other)
@@ -200,33 +200,28 @@ class Engine:
         self._waiting = stay
         return generate, other
 
-    def _advance(self, batch: RunningBatch, model: _Model) -> None:
-        refused = None
-        try:
-            answered = batch.advance()
-        except UserError as error:  # one sequence gave what is not finite
-            waiting = batch.unanswered()
-            if len(waiting) > 1:
-                self._running.remove(batch)
-                batch.close()
-                self._running += [RunningBatch(model.decoder, [job]) for job in waiting]
-                return
-            refused = Refused(500, str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
-        if refused is not None:
-            # here, where the error that holds what was computed is gone
-            self._running.remove(batch)
-            batch.fail(refused)
-            gc.collect()
-            torch.cuda.empty_cache()
-        elif answered is None:
-            self._running.remove(batch)
-            batch.close()
+    def _admit(self, jobs: Sequence[GenerateJob], model: _Model) -> None:
+        """Let jobs join the batches that run, or new ones."""
+        joining = assign(jobs, self._running, lambda: RunningBatch(model.decoder), negligible=model.negligible_tokens)
+        refused = _attempt(make_room, joining, self.settings.max_batch_size)
+        for batch, new in joining.items():
+            if not new:
+                continue
+            no_room = refused or _attempt(batch.join, new)
+            if isinstance(no_room, Refused):
+                for job in new:
+                    job.reply.put(no_room)
+            elif batch not in self._running:
+                self._running.append(batch)
+
+    def _advance(self, batch: RunningBatch) -> None:
+        answered = _attempt(batch.advance)
+        if isinstance(answered, Refused):
+            batch.fail(answered)
         else:
             self._finished += [time.monotonic()] * answered
+        if not batch.num_sequences:
+            self._running.remove(batch)
 
 
 class _Model:
@@ -234,6 +229,8 @@ class _Model:
 
     def __init__(self, loaded: LoadedModel, decoder: StripedHyenaModel, info: ModelInfo) -> None:
         self.loaded, self.decoder, self.info = loaded, decoder, info
+        # another batch would read the weights once more, which takes longer than to read caches that are smaller
+        self.negligible_tokens = tokens_like_weights(decoder)
 
     @classmethod
     def load(cls, checkpoint: GenerationCheckpoint, settings: ModelSettings) -> _Model:
@@ -250,7 +247,7 @@ class _Model:
         limit = settings.max_seq_length
         if limit is None:
             limit = checkpoint.seq_length
-            fits = memory_limit(decoder, settings.max_batch_size)
+            fits = memory_limit(decoder, settings.max_batch_size, layers_move=True)
             if fits < 2:
                 raise UserError(
                     f"there is no memory for the caches of {settings.max_batch_size} sequences; lower --max-batch-size"
@@ -292,27 +289,33 @@ def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
 
 
 def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> None:
-    refused = None
+    if isinstance(jobs[0], LayersJob):
+        refused = _attempt(_run_layers, jobs[0], model)
+    else:
+        refused = _attempt(_run_passes, jobs, model)
+    if refused is None:
+        return
+    if len(jobs) == 1:
+        jobs[0].reply.put(refused)
+        return
+    for job in jobs:  # the fault of one is not that of the others
+        _answer([job], model)
+
+
+def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
+    """What ``work`` returns; if memory runs out, what to answer."""
     try:
-        if isinstance(jobs[0], LayersJob):
-            _run_layers(jobs[0], model)
-        else:
-            _run_passes(jobs, model)
+        return work(*arguments)
     except UserError as error:  # of too little memory, for the shortest pieces
         refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
-    if refused is None:
-        return
+    # here, where the error that holds what was computed is gone
     gc.collect()
     torch.cuda.empty_cache()
-    if len(jobs) == 1:
-        jobs[0].reply.put(refused)
-        return
-    for job in jobs:  # the fault of one is not that of the others
-        _answer([job], model)
+    return refused
 
 
 def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
@@ -331,7 +334,7 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
             job.rows[place] = {name: _own(values[row], lengths[index], job.output) for name, values in result.items()}
     for job in jobs:
         finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
-        job.reply.put(Vectors(job.rows) if finite else Refused(500, _NOT_FINITE))
+        job.reply.put(Vectors(job.rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
 
 
 def _own(values: Tensor, length: int, output: Output) -> np.ndarray:

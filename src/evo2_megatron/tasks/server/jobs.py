@@ -7,7 +7,6 @@ Shape legend: L tokens of a sequence, V vocabulary, H channels of a layer's outp
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ class Generated(NamedTuple):
     """Of each new token, if asked for."""
 
     step_ms: list[float]
-    """Milliseconds until each new token, since the one before; of the first, since its batch began."""
+    """Milliseconds until each new token, since the one before; of the first, since the prompt began to be read."""
 
 
 class Vectors(NamedTuple):
@@ -76,17 +75,12 @@ class GenerateJob:
     settings: GenerationSettings
     wants_pieces: bool = False
     wants_logits: bool = False
-    num_sent: int = 0
-    """Tokens that the reply has had in pieces."""
-
     reply: Reply = field(default_factory=Reply)
 
     @property
-    def shared_settings(self) -> GenerationSettings:
-        """What sequences of one batch must have in common; the rest belongs to each."""
-        return dataclasses.replace(
-            self.settings, max_new_tokens=1, stop_strings=(), include_stop_string=False, return_log_probs=False
-        )
+    def most_tokens(self) -> int:
+        """Of prompt and completion."""
+        return len(self.ids) + self.settings.max_new_tokens
 
 
 @dataclass(kw_only=True, eq=False, slots=True)

@@ -24,6 +24,7 @@ from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt
 from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import schemas
 from evo2_megatron.tasks.server.engine import RETRY_SECONDS, Engine, ModelInfo
@@ -226,8 +227,8 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def _generate_job(body: schemas.GenerateRequest, info: ModelInfo, *, wants_logits: bool = False) -> GenerateJob:
-    text = body.prompt.encode("utf-8", "surrogatepass")
-    ids = list(_encode(text if body.keep_prompt_case else text.upper(), "prompt"))
+    _encode(body.prompt, "prompt")  # which refuses more than a tokenizer does
+    ids = encode_prompt(Prompt("prompt", body.prompt), info.vocab_size, keep_case=body.keep_prompt_case)
     if len(ids) + body.max_new_tokens > info.max_seq_length:
         raise Refused(
             413,
@@ -252,8 +253,8 @@ def _generate_job(body: schemas.GenerateRequest, info: ModelInfo, *, wants_logit
 def _items(sequences: list[str], info: ModelInfo, *, prepend_bos: bool = False, mask_tags: bool = False) -> list[Item]:
     items = []
     for number, sequence in enumerate(sequences):
-        name, text = f"sequence {number}", sequence.encode("utf-8", "surrogatepass")
-        ids = _encode(text.upper(), name)
+        name = f"sequence {number}"
+        ids = _encode(sequence, name).upper()
         if len(ids) + prepend_bos > info.max_seq_length:
             raise Refused(
                 413,
@@ -264,7 +265,8 @@ def _items(sequences: list[str], info: ModelInfo, *, prepend_bos: bool = False, 
     return items
 
 
-def _encode(text: bytes, name: str) -> bytes:
+def _encode(sequence: str, name: str) -> bytes:
+    text = sequence.encode("utf-8", "surrogatepass")
     tokens = text.translate(SEQUENCE_TOKENS)
     if INVALID in tokens:
         at = tokens.index(INVALID)
