@@ -342,15 +342,24 @@ def test_what_cannot_be_predicted(runs, tmp_path):
 def test_language_model_commands_refuse_a_head(runs, tmp_path):
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks.generation_model import find_checkpoint
     from evo2_megatron.tasks.merge_lora import merge_lora
+    from evo2_megatron.tasks.predict import predict
+    from evo2_megatron.tasks.prediction_settings import Files, Output
 
     with (
         process_groups(ParallelConfig()),
         pytest.raises(UserError, match="holds a prediction head.*evo2_predict_head"),
     ):
         load_model(runs[0] / "whole", parallel=ParallelConfig())
-    with pytest.raises(UserError, match="holds a prediction head"):
-        merge_lora(runs[0] / "whole", tmp_path / "merged")
+    # and before they look at anything else
+    for refusing in (
+        lambda head: merge_lora(head, tmp_path / "merged"),
+        lambda head: predict(tmp_path / "none.fa", head, output=Output(), files=Files(output_dir=tmp_path / "out")),
+        find_checkpoint,
+    ):
+        with pytest.raises(UserError, match="holds a prediction head"):
+            refusing(runs[0] / "whole")
 
 
 def test_a_damaged_description(runs, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, find_tokenizer
+from evo2_megatron.checkpoint.load import LoadedModel, check_kind, find_tokenizer
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
@@ -53,6 +53,7 @@ def find_checkpoint(ckpt_dir: Path, base_ckpt_dir: Path | None = None) -> Genera
     """
     path = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(path)
+    check_kind(run_config, head=False)
     base = base_checkpoint(path, run_config, base_ckpt_dir)
     vocab_size = tokenizer.read_vocab_size(find_tokenizer(path, base))
     return GenerationCheckpoint(path, base, vocab_size, run_config.seq_length)

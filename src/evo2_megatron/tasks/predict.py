@@ -15,7 +15,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel
+from evo2_megatron.checkpoint.load import LoadedModel, check_kind
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset
@@ -77,6 +77,7 @@ def predict(
     sequences.check_can_make(output)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
+    check_kind(run_config, head=False)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))

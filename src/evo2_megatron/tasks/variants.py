@@ -13,7 +13,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel
+from evo2_megatron.checkpoint.load import LoadedModel, check_kind
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.genome import Genome
@@ -125,6 +125,7 @@ def score_variants(
         raise UserError(f"no such VCF file: {vcf}" + "; it is read twice, so not from a pipe" * vcf.exists())
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
+    check_kind(run_config, head=False)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     windows = settings.windows(position_range(run_config, changes))
     with Genome(fasta) as genome:
