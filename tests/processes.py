@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 _TESTS = Path(__file__).parent
+_SOURCES = _TESTS.parent / "src"
 
 
 def environment() -> dict[str, str]:
     """Of an interpreter that runs a script which calls ``fork``."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS)}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{_TESTS}{os.pathsep}{_SOURCES}"}
 
 
 def launch(script: Path, *arguments: object, timeout: float = 600) -> None:
