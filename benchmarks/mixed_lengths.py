@@ -23,8 +23,7 @@ import torch
 
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
-from evo2_megatron.tasks.batching import plan_batches
-from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU
+from evo2_megatron.tasks.batching import BATCH_TOKENS_CPU, plan_batches
 
 ROUNDS = 3
 TOLERANCE = 1e-5

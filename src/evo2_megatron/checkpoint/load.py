@@ -134,6 +134,13 @@ def check_kind(run_config: RunConfig, *, head: bool) -> None:
         raise UserError(f"{run_config.path.parent} has no prediction head; train one with evo2_train_head")
 
 
+def language_model_config(checkpoint: Path) -> RunConfig:
+    """``read_run_config`` of a checkpoint that must not be one of a prediction head."""
+    run_config = read_run_config(checkpoint)
+    check_kind(run_config, head=False)
+    return run_config
+
+
 def _add_adapters(model: MegatronModule, checkpoint: Path, run_config: RunConfig, dropped: range) -> None:
     adapters = read_adapters(run_config)
     adapters(model, training=False)

@@ -14,8 +14,7 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, check_kind, find_tokenizer
-from evo2_megatron.checkpoint.run_config import read_run_config
+from evo2_megatron.checkpoint.load import LoadedModel, find_tokenizer, language_model_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import distributed
@@ -52,8 +51,7 @@ def find_checkpoint(ckpt_dir: Path, base_ckpt_dir: Path | None = None) -> Genera
         UserError: There is none, or it is damaged.
     """
     path = resolve_checkpoint_path(ckpt_dir)
-    run_config = read_run_config(path)
-    check_kind(run_config, head=False)
+    run_config = language_model_config(path)
     base = base_checkpoint(path, run_config, base_ckpt_dir)
     vocab_size = tokenizer.read_vocab_size(find_tokenizer(path, base))
     return GenerationCheckpoint(path, base, vocab_size, run_config.seq_length)

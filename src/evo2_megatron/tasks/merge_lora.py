@@ -12,8 +12,8 @@ from torch import Tensor
 from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.adapter import base_checkpoint, merged_tensors
-from evo2_megatron.checkpoint.load import check_kind, find_tokenizer, load_model
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.load import find_tokenizer, language_model_config, load_model
+from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.checkpoint.write import describe_as, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.runtime import megatron
@@ -59,8 +59,7 @@ def merge_lora(
         UserError: No such checkpoint, no adapters in it, tensors that do not fit, or something is in the way.
     """
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
-    run_config = read_run_config(checkpoint)
-    check_kind(run_config, head=False)
+    run_config = language_model_config(checkpoint)
     if not run_config.is_lora:
         raise UserError(f"{checkpoint} is a whole model and not one of LoRA adapters; there is nothing to merge")
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)

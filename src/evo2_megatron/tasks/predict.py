@@ -15,14 +15,14 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, check_kind
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.load import LoadedModel, language_model_config
+from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test
 from evo2_megatron.tasks.batch_progress import Words
-from evo2_megatron.tasks.batching import Backoff, plan_batches
+from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
 from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Batch, Parts
@@ -33,11 +33,6 @@ from evo2_megatron.tasks.prediction_tracks import check_num_contigs
 from evo2_megatron.tasks.shared_batches import SharedBatches
 
 logger = logging.getLogger(__name__)
-
-BATCH_TOKENS_CUDA = 65_536
-BATCH_TOKENS_CPU = 2_048
-"""Tokens of a batch unless told otherwise: enough to keep the device busy, few enough for a small one's memory. A CPU
-is busy with 2,048, and more leave its caches: sequences of some thousand bases took 1.6 times as long by 16,384."""
 
 
 def predict(
@@ -76,8 +71,7 @@ def predict(
     files.check_can_hold(output, sequences)
     sequences.check_can_make(output)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
-    run_config = read_run_config(checkpoint)
-    check_kind(run_config, head=False)
+    run_config = language_model_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
     pattern = changes.pattern(run_config)
     layers = output.layers_of(len(pattern))
@@ -227,7 +221,7 @@ class _Prediction:
         return SharedBatches(batches, Words("Predicting", "Predicted", unit))
 
     def _batches(self) -> list[list[int]]:
-        tokens = self.sequences.max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+        tokens = self.sequences.max_batch_tokens or batch_tokens()
         strands = 1 + self.sequences.both_strands
         return plan_batches(
             [max(length, self.sequences.min_length) for length in self.dataset.lengths],

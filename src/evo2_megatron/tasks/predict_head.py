@@ -28,7 +28,7 @@ from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import head_tables
 from evo2_megatron.tasks.batch_progress import Words
-from evo2_megatron.tasks.batching import Backoff, Batch, Item, plan_batches
+from evo2_megatron.tasks.batching import Backoff, Batch, Item, batch_tokens, plan_batches
 from evo2_megatron.tasks.head_metrics import log_metrics, metrics_of
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, manifest
 from evo2_megatron.tasks.prediction_runner import collate
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH_TOKENS_CUDA, BATCH_TOKENS_CPU = 65_536, 2_048
 _WORDS = Words("Predicting", "Predicted", "sequences")
 
 
@@ -154,8 +153,7 @@ def run_head(
     cut = [sequence[: loaded.provider.seq_length] for sequence in ids]
     strands = [cut, [reverse_complement(sequence) for sequence in cut]] if both_strands else [cut]
     sequences = [sequence for strand in strands for sequence in strand]
-    suits = BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU
-    batches = plan_batches([len(sequence) for sequence in sequences], max_tokens=max_batch_tokens or suits)
+    batches = plan_batches([len(sequence) for sequence in sequences], max_tokens=max_batch_tokens or batch_tokens())
     run = Backoff(_HeadRunner(loaded), can_split=True)
     shared = SharedBatches(batches, _WORDS)
 

@@ -13,16 +13,15 @@ import torch
 
 from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import LoadedModel, check_kind
-from evo2_megatron.checkpoint.run_config import read_run_config
+from evo2_megatron.checkpoint.load import LoadedModel, language_model_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test, variant_files
 from evo2_megatron.tasks.allele_scoring import Batch, SharedContext, WholeWindows, make_item
 from evo2_megatron.tasks.batch_progress import Words
-from evo2_megatron.tasks.batching import Backoff
-from evo2_megatron.tasks.predict import BATCH_TOKENS_CUDA, position_range
+from evo2_megatron.tasks.batching import BATCH_TOKENS_CUDA, Backoff
+from evo2_megatron.tasks.predict import position_range
 from evo2_megatron.tasks.prediction_files import write_manifest
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Parts
@@ -124,8 +123,7 @@ def score_variants(
     if not vcf.is_file():
         raise UserError(f"no such VCF file: {vcf}" + "; it is read twice, so not from a pipe" * vcf.exists())
     checkpoint = resolve_checkpoint_path(ckpt_dir)
-    run_config = read_run_config(checkpoint)
-    check_kind(run_config, head=False)
+    run_config = language_model_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     windows = settings.windows(position_range(run_config, changes))
     with Genome(fasta) as genome:

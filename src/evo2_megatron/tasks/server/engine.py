@@ -22,11 +22,10 @@ from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
-from evo2_megatron.tasks.batching import Backoff, plan_batches
+from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
 from evo2_megatron.tasks.cache_memory import memory_limit, tokens_like_weights
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
-from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, make_room
@@ -277,15 +276,11 @@ class _Model:
         return Runner(self.loaded.model, output, precision=self.loaded.precision, layers=layers)
 
 
-def _batch_tokens() -> int:
-    return BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU
-
-
 def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
     """Whether a job joins those taken; not more than a batch at a time, so that generations go on meanwhile."""
     if not (isinstance(first, PassJob) and isinstance(job, PassJob)):
         return False
-    return job.output == first.output and num_tokens + job.num_tokens <= _batch_tokens()
+    return job.output == first.output and num_tokens + job.num_tokens <= batch_tokens()
 
 
 def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> None:
@@ -324,7 +319,7 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
     lengths = [len(job.items[place]["tokens"]) for job, place in sequences]
     for job in jobs:
         job.rows = [{} for _ in job.items]
-    for batch in plan_batches(lengths, max_tokens=_batch_tokens()):
+    for batch in plan_batches(lengths, max_tokens=batch_tokens()):
         mine = [index for index in batch if not sequences[index][0].reply.cancelled]
         if not mine:
             continue
