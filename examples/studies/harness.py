@@ -76,11 +76,10 @@ class Model:
 
     def __init__(self, loaded: LoadedModel, layer: int | None, max_batch_tokens: int | None) -> None:
         """``layer``: counted from 0, the last of ``loaded``; None: for scores."""
-        from evo2_megatron.runtime import megatron
-        from evo2_megatron.tasks.predict import BATCH_TOKENS_CPU, BATCH_TOKENS_CUDA
+        from evo2_megatron.tasks.batching import batch_tokens
 
         self._loaded, self._layer = loaded, layer
-        self._max_tokens = max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+        self._max_tokens = max_batch_tokens or batch_tokens()
 
     def log_probs(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
         """``LogProbs``."""

@@ -16,7 +16,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
-SCRIPTS = ("mutational_scan", "essentiality", "needle", "exon_classifier", "sparse_autoencoder")
+SCRIPTS = ("mutational_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "sparse_autoencoder")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,14 @@ def test_needle(study, measure):
     files = study("needle", *flags)
     assert list(files) == ["needle.png", "needle.tsv"] and len(files["needle.tsv"]) == 5
     assert all(np.isfinite([float(cell) for cell in row]).all() for row in files["needle.tsv"][1:])
+
+
+def test_dependency_map(study):
+    flags = ("--fasta", "g.fa", "--contig", "c1", "--start", 3, "--end", 73, "--context", 20)
+    files = study("dependency_map", *flags)
+    assert list(files) == ["dependency_map.png", "dependency_map.tsv"]
+    rows = files["dependency_map.tsv"][1:]
+    assert len(rows) == 70 * 69 and all(float(row[-1]) > 0 for row in rows)
 
 
 def test_exon_classifier(study, capsys):
@@ -140,6 +148,12 @@ def test_numbers_are_those_of_predict(study, checkpoint, tmp_path):
         ("needle", ("--lengths", 300), "sequences of 300 bases are longer than the 256 positions"),
         ("needle", ("--lengths", 30), "--lengths 30 has no room for two needles of 100"),
         ("needle", ("--depths", 2), "--depths 2.0: give numbers from 0"),
+        ("dependency_map", ("--fasta", "g.fa", "--contig", "c0", "--start", 5, "--end", 6), "give two bases or more"),
+        (
+            "dependency_map",
+            ("--fasta", "g.fa", "--contig", "c0", "--start", 5, "--end", 50, "--context", 250),
+            "sequences of 295 bases are longer than the 256 positions",
+        ),
         ("essentiality", ("--fasta", "g.fa", "--genes", "g.gtf", "--insert", "TAX"), "--insert TAX: give bases"),
         ("essentiality", ("--fasta", "no.fa", "--genes", "g.bed"), "no such FASTA file: no.fa"),
         (
