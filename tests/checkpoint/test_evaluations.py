@@ -80,7 +80,9 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert run_checkpoints.best(tmp_path).name == "iter_0000002"
     run_checkpoints.keep_newest(tmp_path, 1)
     assert kept() == [2, 4]
-    write_evaluations(tmp_path, of(9, 2, 1, 3))  # whose checkpoint is gone
-    assert run_checkpoints.best(tmp_path) is None
+    write_evaluations(tmp_path, of(9, 3, 1, 2))  # the checkpoint of the lowest is gone
+    assert run_checkpoints.best(tmp_path).name == "iter_0000004"
     run_checkpoints.keep_newest(tmp_path, 1)
     assert kept() == [4]
+    write_evaluations(tmp_path, of(9, 3))
+    assert run_checkpoints.best(tmp_path) is None

@@ -78,11 +78,12 @@ def test_fasta_is_no_table():
         ([10, 9, 1], ("1", "9", "10")),
         ([1.0, None, 2.0], ("1", "2")),
         (["x", "2", "10"], ("2", "10", "x")),
+        (["10", "-1", "1.5", "a"], ("-1", "1.5", "10", "a")),
         ([True, False], ("False", "True")),
     ],
 )
 def test_classes_of_the_data(tmp_path, values, classes):
-    for suffix in (".parquet", ".jsonl") if "x" not in values else (".csv",):
+    for suffix in (".csv",) if isinstance(values[0], str) else (".parquet", ".jsonl"):
         rows = [{"sequence": "A", "label": value} for value in values]
         path = write(tmp_path, suffix, rows)
         assert find_classes(path, "label") == classes
@@ -90,6 +91,23 @@ def test_classes_of_the_data(tmp_path, values, classes):
         assert [classes[int(t)] for t in targets] == [
             str(int(v) if isinstance(v, float) else v) for v in values if v is not None
         ]
+
+
+def test_a_class_may_be_called_none_if_it_is_named(tmp_path):
+    rows = [{"sequence": "A", "label": name} for name in ("none", "NA", "cat", "")]
+    path = write(tmp_path, ".csv", rows)
+    named = read_labelled(path, Labels(classes=("cat", "none")), sequence_column="sequence")
+    assert named.targets.tolist() == [[1], [0]] and named.num_left_out == 2
+    with pytest.raises(UserError, match="has 1 class"):
+        find_classes(path, "label")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".csv.gz", ".jsonl.gz"])
+def test_rows_of_any_length(tmp_path, suffix):
+    lengths = [5, 3_000_000, 7, 1_500_000]
+    rows = [{"sequence": "ACGTTGCAAC" * (length // 10) + "A" * (length % 10), "label": "cat"} for length in lengths]
+    read = read_labelled(write(tmp_path, suffix, rows), CLASSES, sequence_column="sequence")
+    assert [len(ids) for ids in read.ids] == lengths
 
 
 def test_one_class_is_too_few(tmp_path):

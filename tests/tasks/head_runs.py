@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+LENGTH = 24
+NUM_VALIDATION = 13  # no multiple of the batch
 
 _TRAIN = """
 import json, sys
@@ -43,3 +48,34 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
     events.Reload()
     first = {event.step: event.value for event in reversed(events.Scalars(tag))}
     return dict(sorted(first.items()))
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["name", *rows[0]])
+        writer.writeheader()
+        writer.writerows({"name": f"s{number}", **row} for number, row in enumerate(rows))
+    return str(path)
+
+
+def make_rows(count):
+    """Unequal lengths, and classes that differ in what they are made of."""
+    rng, rows = random.Random(0), []
+    for number in range(count):
+        label = int(number % 3 > 0)
+        weights = ([5, 1, 1, 5], [1, 5, 5, 1])[label]
+        bases = "".join(rng.choices("ACGT", weights=weights, k=rng.randint(9, LENGTH)))
+        gc = sum(map(bases.count, "GC")) / len(bases)
+        row = {"sequence": bases, "label": ("AT", "GC")[label], "gc": 100 * gc, "starts": int(bases[0] in "AC")}
+        rows.append(row | {"rich": "" if number % 4 == 0 else int(gc > 0.5)})
+    return rows
+
+
+def predicted(runs, name, tmp_path, **options):
+    from evo2_megatron.tasks.predict_head import predict_head
+
+    source = options.pop("source", runs[0] / "val.csv")
+    target = tmp_path / "predictions.tsv"
+    metrics = predict_head(source, runs[0] / name, target, **options)
+    with target.open() as file:
+        return list(csv.DictReader(file, delimiter="\t")), metrics

@@ -55,6 +55,11 @@ def test_the_stop_string_wins_over_the_length():
     assert fill("TAG", stop_strings=("TAG",), max_new_tokens=3)[1].finish_reason == "stop"
 
 
+def test_a_stop_string_that_is_longer_than_what_may_come_holds_nothing_back():
+    pieces, completion = fill("TAG", stop_strings=("TAGA", "GG"), max_new_tokens=3)
+    assert pieces == ["T", "A", "G"] and completion.finish_reason == "length"
+
+
 def test_of_two_stop_strings_the_longer_began_first():
     assert fill("CTAG", stop_strings=("AG", "TAG"))[1].generation(log_probs=False).text == "C"
 

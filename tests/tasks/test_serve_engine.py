@@ -14,6 +14,7 @@ import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.model.inference_state import KeyValueState
 from evo2_megatron.model.shared_caches import SharedCaches
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
@@ -236,3 +237,55 @@ def test_who_comes_when_memory_has_run_out_may_come_again(checkpoint, monkeypatc
     with running(checkpoint) as engine:
         there, again = asyncio.run(answers())
     assert there == again and len(there) == 150
+
+
+def test_who_was_there_when_a_step_failed_is_told_so(checkpoint, monkeypatch):
+    """The caches of some layers have that step and those of others have not: going on would give other bases."""
+    append, assign, failing = KeyValueState.append, engine_module.assign, threading.Event()
+
+    def limited(self, *arguments):
+        if failing.is_set():
+            failing.clear()
+            raise torch.OutOfMemoryError("no memory for a step")
+        return append(self, *arguments)
+
+    def before_they_join(jobs, running, *arguments, **more):
+        if running:
+            failing.set()
+        return assign(jobs, running, *arguments, **more)
+
+    async def answers():
+        settings = GenerationSettings(max_new_tokens=200, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(there := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        await there.reply.get()
+        engine.submit(new := GenerateJob(ids=[65, 65], seed=1, settings=settings))
+        texts = [await text_of(there), await text_of(new)]
+        engine.submit(again := GenerateJob(ids=[65], seed=1, settings=settings))
+        return texts, await text_of(again)
+
+    monkeypatch.setattr(KeyValueState, "append", limited)
+    monkeypatch.setattr(engine_module, "assign", before_they_join)
+    with running(checkpoint) as engine:
+        (there, _), again = asyncio.run(answers())
+    assert there == (503, engine_module._NO_MEMORY) and len(again) == 200
+
+
+def test_bases_come_between_the_batches_of_a_large_request(checkpoint, monkeypatch):
+    monkeypatch.setattr(engine_module, "batch_tokens", lambda: 60)
+
+    async def count():
+        settings = GenerationSettings(max_new_tokens=400, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(stream := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        await stream.reply.get()
+        items = [make_sample(b"ACGT" * 15, number) for number in range(20)]
+        engine.submit(large := PassJob(items=items, output=Output(log_probs="sum")))
+        scored, pieces = asyncio.ensure_future(large.reply.get()), 0
+        while not scored.done():
+            await asyncio.wait_for(stream.reply.get(), 60)
+            pieces += 1
+        stream.reply.cancelled = True
+        return pieces, len(scored.result().rows)
+
+    with running(checkpoint) as engine:
+        pieces, scored = asyncio.run(count())
+    assert scored == 20 and 19 <= pieces < 60

@@ -3,45 +3,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import random
-import shutil
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
-from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.nucleotides import reverse_complement
-from tasks.head_runs import scalars, train_all
-
-LENGTH = 24
-NUM_VALIDATION = 13  # no multiple of the batch
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["name", *rows[0]])
-        writer.writeheader()
-        writer.writerows({"name": f"s{number}", **row} for number, row in enumerate(rows))
-    return str(path)
-
-
-def make_rows(count):
-    """Unequal lengths, and classes that differ in what they are made of."""
-    rng, rows = random.Random(0), []
-    for number in range(count):
-        label = int(number % 3 > 0)
-        weights = ([5, 1, 1, 5], [1, 5, 5, 1])[label]
-        bases = "".join(rng.choices("ACGT", weights=weights, k=rng.randint(9, LENGTH)))
-        gc = sum(map(bases.count, "GC")) / len(bases)
-        row = {"sequence": bases, "label": ("AT", "GC")[label], "gc": 100 * gc, "starts": int(bases[0] in "AC")}
-        rows.append(row | {"rich": "" if number % 4 == 0 else int(gc > 0.5)})
-    return rows
+from tasks.head_runs import NUM_VALIDATION, make_rows, predicted, scalars, train_all, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +34,19 @@ def runs(megatron, tmp_path_factory):
         "lr": 5e-3,
         "head_hidden_size": 16,
     }
+    test = {"test_data": write_csv(root / "test.csv", make_rows(90)[61:])}  # more than for validation
     lora = common | {"lora_finetune": True, "lora_dim": 4, "lora_alpha": 8}
     halves = lora | {"experiment_name": "halves", "decay_steps": 4}
     numbers = {"task": "regression", "label_columns": ["gc", "rich"]}
     long = {"max_steps": 60, "eval_interval": 20}
     errors = train_all(
         [
-            lora | {"experiment_name": "whole"},
+            lora | test | {"experiment_name": "whole"},
             halves | {"max_steps": 2},
             halves,
             halves | {"max_steps": 6, "decay_steps": 6, "pooling": "last"},
             halves | {"max_steps": 6, "decay_steps": 6, "embedding_layer": 1},
+            halves | {"max_steps": 6, "decay_steps": 6, "global_batch_size": 12},
             lora | {"experiment_name": "other", "lora_target_modules": ["dense", "linear_qvk"]},
             lora | {"experiment_name": "other", "seq_length": 65},
             lora | {"experiment_name": "other", "micro_batch_size": 50, "global_batch_size": 50},
@@ -87,21 +60,15 @@ def runs(megatron, tmp_path_factory):
             | {"experiment_name": "labels", "task": "multilabel", "label_columns": ["starts", "rich"]}
             | {"class_weights": "balanced", "head_hidden_size": 0, "pooling": "last"},
             # the learning rate is far too high: the first validation stays the best
-            lora | {"experiment_name": "stalls", "max_steps": 40, "lr": 1.0, "patience": 2, "warmup_steps": 4},
-            lora | {"experiment_name": "stalls", "max_steps": 40, "lr": 1.0, "patience": 2, "warmup_steps": 4},
+            *[
+                lora
+                | test
+                | {"experiment_name": "stalls", "max_steps": 40, "lr": 1.0, "patience": 2, "warmup_steps": 4}
+            ]
+            * 2,
         ]
     )
     return root, errors, rows[:NUM_VALIDATION]
-
-
-def predicted(runs, name, tmp_path, **options):
-    from evo2_megatron.tasks.predict_head import predict_head
-
-    source = options.pop("source", runs[0] / "val.csv")
-    target = tmp_path / "predictions.tsv"
-    metrics = predict_head(source, runs[0] / name, target, **options)
-    with target.open() as file:
-        return list(csv.DictReader(file, delimiter="\t")), metrics
 
 
 def model_section(runs, name):
@@ -210,82 +177,50 @@ def test_a_run_that_gets_no_better_ends_and_keeps_its_best(runs):
     assert sorted(int(path.name[5:]) for path in folder.glob("iter_*")) == [best, last]
 
 
+@pytest.mark.parametrize("name", ["whole", "stalls"])
+def test_the_test_set_is_gone_through_once_at_the_end(runs, tmp_path, name):
+    """All of it, though there are fewer validation data; also when the run ends early."""
+    newest = max((runs[0] / name / "checkpoints").glob("iter_*"))
+    folder = newest.relative_to(runs[0])
+    _, metrics = predicted(runs, folder, tmp_path, source=runs[0] / "test.csv")
+    ((step, accuracy),) = scalars(runs[0] / name, "accuracy test").items()
+    assert metrics["num_sequences"] == 29 and step == int(newest.name[5:])
+    assert metrics["accuracy"] == pytest.approx(accuracy)
+
+
+def test_every_row_is_trained_on(runs):
+    """Bridge leaves out what does not fill a micro-batch of all processes, the same rows in every pass."""
+    from megatron.bridge.training.config import DatasetBuildContext
+
+    from evo2_megatron.data.providers import LabelledSequencesProvider
+
+    values = {"seq_length": 24, "task": "classification", "label_columns": ["label"], "classes": ["AT", "GC"]}
+    provider = LabelledSequencesProvider(
+        train_data=str(runs[0] / "test.csv"), sequence_column="sequence", samples_at_once=8, **values
+    )
+    train, _, _ = provider.build_datasets(DatasetBuildContext(0, 0, 0, None))
+    known = [not train[place]["targets"].isnan().item() for place in range(len(train))]
+    assert known == [True] * 29 + [False] * 3
+
+
 @pytest.mark.parametrize(
     "number, message",
     [
         (0, "was trained with head_pooling mean, not last; choose another --result-dir"),
         (1, "was trained with num_layers 4, not 2; choose another --result-dir"),
-        (2, "'linear_qvk' matches no module with weights"),
-        (3, "--seq-length 65 is more than the backbone's 64"),
-        (4, "train.csv holds 48 samples, fewer than --micro-batch-size 50"),
-        (5, "--embedding-layer 4: the model has 4 layers; choose -4 to 3"),
-        (6, "label is 'GC'; it must be one of AT, CG"),
-        (7, "has no row of class 'N'"),
+        (2, "was trained with global_batch_size 6, not 12; choose another --result-dir"),
+        (3, "'linear_qvk' matches no module with weights"),
+        (4, "--seq-length 65 is more than the backbone's 64"),
+        (5, "train.csv holds 48 samples, fewer than --micro-batch-size 50"),
+        (6, "--embedding-layer 4: the model has 4 layers; choose -4 to 3"),
+        (7, "label is 'GC'; it must be one of AT, CG"),
+        (8, "has no row of class 'N'"),
     ],
 )
 def test_runs_that_cannot_begin(runs, number, message):
     root, errors, _ = runs
-    assert len(errors) == 8 and message in errors[number]
+    assert len(errors) == 9 and message in errors[number]
     assert not (root / "other").exists()
-
-
-# prediction
-
-
-def test_a_prediction_does_not_depend_on_its_batch(runs, tmp_path):
-    alone, _ = predicted(runs, "whole", tmp_path, max_batch_tokens=1)
-    together, _ = predicted(runs, "whole", tmp_path)
-    for line, other in zip(alone, together, strict=True):
-        assert float(line["probability_AT"]) == pytest.approx(float(other["probability_AT"]), rel=1e-5)
-
-
-def test_adapters_have_a_say(runs, tmp_path):
-    """With another backbone, to which they do not belong, the scores are others."""
-    other = write_tiny_checkpoint(tmp_path / "other", seq_length=64, seed=2)
-    own, _ = predicted(runs, "whole", tmp_path)
-    foreign, _ = predicted(runs, "whole", tmp_path, base_ckpt_dir=other)
-    assert abs(float(own[0]["probability_AT"]) - float(foreign[0]["probability_AT"])) > 1e-4
-
-
-def test_fasta_and_its_manifest(runs, tmp_path):
-    table, _ = predicted(runs, "whole", tmp_path, id_column="name")
-    fasta = tmp_path / "val.fa"
-    fasta.write_text("".join(f">{name} x\n{row['sequence'].lower()}\n" for name, row in zip("abcdefghijklm", runs[2])))
-    lines, metrics = predicted(runs, "whole", tmp_path, source=fasta)
-    assert metrics == {} and list(lines[0]) == ["id", "length", "prediction", "probability_AT", "probability_GC"]
-    assert [line["id"] for line in lines] == list("abcdefghijklm") and table[3]["id"] == "s3"
-    assert [line["probability_AT"] for line in lines] == [line["probability_AT"] for line in table]
-    manifest = json.loads((tmp_path / "predictions.manifest.json").read_text())
-    assert manifest["metrics"] == {} and manifest["precision"] == "fp32"
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_long_sequences_are_cut_as_in_training(runs, tmp_path, caplog):
-    bases = runs[2][0]["sequence"]
-    fasta = tmp_path / "long.fa"
-    fasta.write_text(f">short\n{bases:A<24}\n>long\n{bases:A<24}CCCC\n")
-    with caplog.at_level("WARNING"):
-        lines, _ = predicted(runs, "whole", tmp_path, source=fasta)
-    assert "1 sequences are cut to the 24 bases" in caplog.text
-    assert lines[0]["length"] == "24" and lines[1]["length"] == "28"
-    assert float(lines[0]["probability_AT"]) == pytest.approx(float(lines[1]["probability_AT"]), rel=1e-5)
-
-
-def test_parquet_and_csv_hold_the_same(runs, tmp_path):
-    from pyarrow import parquet
-
-    from evo2_megatron.tasks.predict_head import predict_head
-
-    for suffix in (".parquet", ".csv"):
-        predict_head(runs[0] / "val.csv", runs[0] / "labels", tmp_path / f"p{suffix}")
-    table = parquet.read_table(tmp_path / "p.parquet").to_pylist()
-    with (tmp_path / "p.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert list(lines[0]) == list(table[0])
-    for line, row in zip(lines, table, strict=True):
-        for name, value in row.items():
-            got = line[name]
-            assert got == ("" if value is None else str(value)) or np.float32(got) == np.float32(value), name
 
 
 def test_a_named_iteration_wins_over_the_best(runs):
@@ -295,79 +230,3 @@ def test_a_named_iteration_wins_over_the_best(runs):
     newest = max(folder.glob("iter_*"))
     assert int(find_checkpoint(runs[0] / "stalls").name[5:]) == best == int(find_checkpoint(folder).name[5:])
     assert find_checkpoint(newest) == newest
-
-
-def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
-    """A batch that does not fit is run in halves, and the results are the same."""
-    from evo2_megatron.tasks import predict_head
-
-    before, _ = predicted(runs, "whole", tmp_path)
-    run = predict_head._HeadRunner.__call__
-
-    def short(self, items):
-        if len(items) > 3:
-            raise torch.OutOfMemoryError
-        return run(self, items)
-
-    monkeypatch.setattr(predict_head._HeadRunner, "__call__", short)
-    after, _ = predicted(runs, "whole", tmp_path)
-    assert "going on with batches half as large" in caplog.text
-    for line, other in zip(before, after, strict=True):
-        assert float(line["probability_AT"]) == pytest.approx(float(other["probability_AT"]), rel=1e-5)
-
-    def never(self, items):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(predict_head._HeadRunner, "__call__", never)
-    with pytest.raises(UserError, match=r"not enough memory for 1 sequence\(s\) of up to \d+ tokens; give shorter"):
-        predicted(runs, "whole", tmp_path)
-
-
-def test_what_cannot_be_predicted(runs, tmp_path):
-    from evo2_megatron.tasks.predict_head import predict_head
-
-    with pytest.raises(UserError, match="has no prediction head; train one with evo2_train_head"):
-        predict_head(runs[0] / "val.csv", runs[0] / "base", tmp_path / "p.tsv")
-    with pytest.raises(UserError, match="the suffix says what is written; give one of .tsv, .csv, .parquet"):
-        predict_head(runs[0] / "val.csv", runs[0] / "whole", tmp_path / "p.txt")
-    fasta = tmp_path / "a.fa"
-    fasta.write_text(">a\nACGT\n")
-    with pytest.raises(UserError, match="--id-column is about tables"):
-        predict_head(fasta, runs[0] / "whole", tmp_path / "p.tsv", id_column="name")
-    with pytest.raises(UserError, match="has no column 'bases'"):
-        predict_head(runs[0] / "val.csv", runs[0] / "whole", tmp_path / "p.tsv", sequence_column="bases")
-    assert not (tmp_path / "p.tsv").exists()
-
-
-def test_language_model_commands_refuse_a_head(runs, tmp_path):
-    from evo2_megatron.checkpoint.load import load_model
-    from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.generation_model import find_checkpoint
-    from evo2_megatron.tasks.merge_lora import merge_lora
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output
-
-    with (
-        process_groups(ParallelConfig()),
-        pytest.raises(UserError, match="holds a prediction head.*evo2_predict_head"),
-    ):
-        load_model(runs[0] / "whole", parallel=ParallelConfig())
-    # and before they look at anything else
-    for refusing in (
-        lambda head: merge_lora(head, tmp_path / "merged"),
-        lambda head: predict(tmp_path / "none.fa", head, output=Output(), files=Files(output_dir=tmp_path / "out")),
-        find_checkpoint,
-    ):
-        with pytest.raises(UserError, match="holds a prediction head"):
-            refusing(runs[0] / "whole")
-
-
-def test_a_damaged_description(runs, tmp_path):
-    from evo2_megatron.tasks.predict_head import predict_head
-
-    folder = shutil.copytree(max((runs[0] / "whole" / "checkpoints").glob("iter_*")), tmp_path / "iter_0000004")
-    sections = yaml.safe_load((folder / "run_config.yaml").read_text())
-    del sections["dataset"]["classes"]
-    (folder / "run_config.yaml").write_text(yaml.safe_dump(sections))
-    with pytest.raises(UserError, match="section 'dataset' does not say what was learnt; it is damaged"):
-        predict_head(runs[0] / "val.csv", folder, tmp_path / "p.tsv")

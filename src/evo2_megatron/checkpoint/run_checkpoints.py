@@ -83,10 +83,11 @@ def tidy(folder: Path, newest: Path | None) -> None:
 
 
 def best(folder: Path) -> Path | None:
-    """The complete checkpoint that validations found best; None: there were none, or it is gone."""
-    lowest = evaluations.best(evaluations.read_evaluations(folder))
-    found = [part for part in _complete(folder) if lowest is not None and layout.iteration_of(part) == lowest.step]
-    return found[0] if found else None
+    """Of the complete checkpoints the one that validations found best; None: they have seen none of them."""
+    complete = {layout.iteration_of(part): part for part in _complete(folder)}
+    seen = [evaluation for evaluation in evaluations.read_evaluations(folder) if evaluation.step in complete]
+    lowest = evaluations.best(seen)
+    return None if lowest is None else complete[lowest.step]
 
 
 def keep_newest(folder: Path, count: int) -> None:

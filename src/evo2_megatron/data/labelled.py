@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ Task = Literal["classification", "multilabel", "regression"]
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Text may also be compressed: ``.csv.gz``."""
 
+_LEAST_BLOCK, _LARGEST_BLOCK = 1 << 20, 1 << 30
 _MISSING = ("", "na", "nan", "null", "none")
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -65,6 +68,9 @@ class Labelled(NamedTuple):
     targets: np.ndarray
     """float32 [rows, columns]: number of the class, 0 or 1, or a number; NaN: not known."""
 
+    num_left_out: int = 0
+    """Rows of the table that had no label."""
+
 
 def is_table(path: Path) -> bool:
     """Whether a name is that of a table, and not of a FASTA file."""
@@ -100,7 +106,8 @@ def read_labelled(
         raise UserError(f"{path}: no row has a label in {', '.join(columns)}")
     rows = np.flatnonzero(known) if needs_labels else np.arange(table.num_rows)
     names = _names(table, path, id_column)
-    return Labelled([names[row] for row in rows], _sequences(table, path, sequence_column, rows), targets[rows])
+    sequences = _sequences(table, path, sequence_column, rows)
+    return Labelled([names[row] for row in rows], sequences, targets[rows], table.num_rows - len(rows))
 
 
 def find_classes(path: Path, column: str) -> tuple[str, ...]:
@@ -113,11 +120,12 @@ def find_classes(path: Path, column: str) -> tuple[str, ...]:
     found = {name for name in map(_text, values) if name.lower() not in _MISSING}
     if len(found) < 2:
         raise UserError(f"{path}: column {column!r} has {len(found)} class(es), and telling classes apart takes two")
-    return tuple(sorted(found, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+    numbers = {name: _number(name) for name in found}
+    return tuple(sorted(found, key=lambda name: (numbers[name] is None, numbers[name] or 0, name)))
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def _read_table(
@@ -126,20 +134,24 @@ def _read_table(
     """Only these columns, of CSV and TSV as text; of those wanted the ones there are, unless all must be."""
     suffix, named = _suffix(path), list(dict.fromkeys([*needed, *wanted]))
     try:
+        source, size = _open(path)
+        # a row must fit into a block, and a row may be a chromosome
+        block = min(max(size, _LEAST_BLOCK), _LARGEST_BLOCK)
         if suffix in (".csv", ".tsv"):
             table = csv.read_csv(
-                path,
+                source,
+                read_options=csv.ReadOptions(block_size=block),
                 parse_options=csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t"),
                 convert_options=csv.ConvertOptions(column_types=dict.fromkeys(named, pyarrow.string())),
             )
         elif suffix == ".jsonl":
-            table = json.read_json(path)
+            table = json.read_json(source, read_options=json.ReadOptions(block_size=block))
         elif suffix == ".parquet":
-            table = parquet.read_table(path)
+            table = parquet.read_table(source)
         else:
             raise UserError(f"{path}: the suffix says no kind of table; give one of {', '.join(TABLE_SUFFIXES)}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     for name in named:
@@ -150,6 +162,14 @@ def _read_table(
     if table.num_rows == 0:
         raise UserError(f"{path} holds no rows")
     return table.select([name for name in named if name in table.column_names])
+
+
+def _open(path: Path) -> tuple[Path | pyarrow.BufferReader, int]:
+    """What Arrow reads, and its bytes; what is compressed is in memory, since only its end tells how long it is."""
+    if path.suffix != ".gz":
+        return path, path.stat().st_size
+    data = gzip.decompress(path.read_bytes())
+    return pyarrow.BufferReader(data), len(data)
 
 
 def _names(table: pyarrow.Table, path: Path, id_column: str | None) -> list[str]:
@@ -188,7 +208,7 @@ def _targets(values: list[Any], path: Path, column: str, labels: Labels) -> np.n
     targets = np.full(len(values), np.nan, np.float32)
     for row, value in enumerate(values):
         text = _text(value)
-        if text.lower() in _MISSING:
+        if text.lower() in _MISSING and text not in number_of:
             continue
         if labels.task == "classification":
             target, wanted = number_of.get(text), f"one of {', '.join(labels.classes)}"

@@ -199,8 +199,15 @@ class LabelledSequencesProvider(DatasetProvider):
     both_strands: bool = False
     """Every sequence is two samples, itself and its reverse complement."""
 
+    samples_at_once: int = 1
+    """Of all processes together. To a multiple of this, training data are filled up with what does not count: Bridge
+    would leave the last ones out in every pass."""
+
     global_batch_size: int = 1
-    """To a multiple of this, validation and test data are filled up with what does not count: each is seen once."""
+    """To a multiple of this, validation and test data are filled up likewise: each sample is seen once."""
+
+    num_samples: list[int] | None = None
+    """Of the three, before they are filled up: for who goes on with a run."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "cyclic"
     """In another order in every pass."""
@@ -219,7 +226,7 @@ class LabelledSequencesProvider(DatasetProvider):
                 multiple=multiple,
             )
             for path, multiple in (
-                (self.train_data, 1),
+                (self.train_data, self.samples_at_once),
                 (self.val_data, self.global_batch_size),
                 (self.test_data, self.global_batch_size),
             )

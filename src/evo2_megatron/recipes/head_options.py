@@ -152,6 +152,12 @@ def check(options: HeadOptions) -> None:
         (options.wandb_entity, options.wandb_run_name, options.wandb_offline, options.wandb_save_dir)
     ):
         raise UserError("flags of Weights & Biases go with --wandb-project; add it, or leave them out")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; it must be from 0 to {2**32 - 1}")
+    if not options.lora_finetune:
+        unused = (options.lora_dim, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
+        if unused != (16, 32, 0.1, LORA_TARGETS) or options.recompute:
+            raise UserError("--lora-... and --recompute go with --lora-finetune; add that, or leave them out")
     if options.patience is not None and options.val_data is None:
         raise UserError("--patience counts validations; give --val-data")
     if options.decay_steps is not None and options.decay_steps <= (options.warmup_steps or 0):

@@ -50,7 +50,9 @@ class Completion:
         self._max_new_tokens = max_new_tokens
         self._stop_ids = stop_ids
         # a token is a character; of two that end at the same place, the longer began first
-        self._stops = {s: [ord(c) for c in s] for s in sorted(stop_strings, key=len, reverse=True)}
+        self._matches = [
+            _Match(text) for text in sorted(stop_strings, key=len, reverse=True) if len(text) <= max_new_tokens
+        ]
         self._include_stop_string = include_stop_string
         self._num_released = 0
 
@@ -63,11 +65,13 @@ class Completion:
         self.token_ids.append(token)
         if log_prob is not None:
             self.log_probs.append(log_prob)
-        for text, ids in self._stops.items():
-            if self.token_ids[-len(ids) :] == ids:
-                self.finish_reason, self.stop_string = "stop", text
+        for match in self._matches:
+            match.add(token)
+        for match in self._matches:
+            if match.is_whole:
+                self.finish_reason, self.stop_string = "stop", match.text
                 if not self._include_stop_string:
-                    del self.token_ids[-len(ids) :], self.log_probs[-len(ids) :]
+                    del self.token_ids[-match.length :], self.log_probs[-match.length :]
                 return
         if len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
@@ -81,14 +85,34 @@ class Completion:
 
     def _num_uncertain(self) -> int:
         """Length of the longest end that begins a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self.token_ids)), 0, -1):
-            end = self.token_ids[-length:]
-            if any(ids[:length] == end for ids in self._stops.values()):
-                return length
-        return 0
+        return max((match.length for match in self._matches), default=0)
 
     def generation(self, *, log_probs: bool) -> Generation:
         """What a finished sequence gave."""
         assert self.finish_reason is not None
         return Generation(self.token_ids, self.finish_reason, self.log_probs if log_probs else None, self.stop_string)
+
+
+class _Match:
+    """How much of a text, from its start, the newest tokens are; by Knuth, Morris and Pratt, so that a token takes the
+    same time however long the text is."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.length = text, 0
+        self._ids = [ord(character) for character in text]  # a token is a character
+        self._shorter = [0] * len(text)  # of each start, the next shorter one that is also its end
+        for place in range(1, len(text)):
+            self._shorter[place] = self._longer(self._shorter[place - 1], self._ids[place])
+
+    @property
+    def is_whole(self) -> bool:
+        return self.length == len(self._ids)
+
+    def add(self, token: int) -> None:
+        """Take the next token."""
+        self.length = self._longer(self.length, token)
+
+    def _longer(self, length: int, token: int) -> int:
+        while length and (length == len(self._ids) or self._ids[length] != token):
+            length = self._shorter[length - 1]
+        return length + (self._ids[length] == token)

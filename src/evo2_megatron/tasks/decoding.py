@@ -200,12 +200,12 @@ class Decoding:
     def join(self, rows: Sequence[Row]) -> None:
         """Read the prompts of more sequences, which are present from then on.
 
-        If that fails, those present go on as if nothing had been. Prompts of equal length go through together, equal
-        ones once.
+        If that fails after ``feed``, those present go on as if nothing had been. Prompts of equal length go through
+        together, equal ones once.
         """
         assert not (self._cuda_graphs and self._present), "the step that was recorded has one size"
         self._drop_ended()
-        self._feed()
+        self.feed()
         rows = sorted(rows, key=_read_together)
         blocked_BV = torch.stack([row.settings.blocked(self._model.vocab_size, self._device) for row in rows])
         self._caches.reserve(len(rows), max(row.most_tokens for row in rows))
@@ -248,7 +248,7 @@ class Decoding:
         self._drop_ended()
         if all(row.ended for row in self._present):
             return False
-        self._feed()
+        self.feed()
         logits_BV, wanted = self._logits_BV, any(row.settings.return_log_probs for row in self._present)
         drawn_B = self._sampling.draw(logits_BV, self._uniform_BN[:, 0])
         self._uniform_BN = self._uniform_BN[:, 1:]
@@ -257,13 +257,14 @@ class Decoding:
         # what is no token must not reach the embedding before the host has seen it
         self._drawn_B = drawn_B.clamp(min=0)
         if self._runs_ahead and any(_has_more_after_next(row) for row in self._present):
-            self._feed()
+            self.feed()
         self._take(_pairs(arriving))
         self._drop_ended()
         return True
 
-    def _feed(self) -> None:
-        """Have the model read what was drawn, unless it has."""
+    @torch.inference_mode()
+    def feed(self) -> None:
+        """Have the model read what was drawn, unless it has; if that fails, those present cannot go on."""
         if self._drawn_B is not None:
             self._logits_BV, self._drawn_B = self._forward(self._drawn_B), None
             self.num_steps += 1

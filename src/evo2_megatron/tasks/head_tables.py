@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,24 @@ from evo2_megatron.data.labelled import Labelled, Labels
 SUFFIXES = (".tsv", ".csv", ".parquet")
 
 
-def check_suffix(target: Path) -> None:
-    """Raise UserError for a name that does not say what to write."""
+def check_target(target: Path, beside: Path, source: Path) -> None:
+    """Raise UserError for a file that cannot be written: of no kind, in no folder, or what is read.
+
+    Args:
+        target: The table.
+        beside: Its manifest.
+        source: The sequences.
+    """
     if target.suffix not in SUFFIXES:
         raise UserError(f"{target}: the suffix says what is written; give one of {', '.join(SUFFIXES)}")
+    for path in (target, beside):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file")
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{path} is what is to be read; give another --output-file")
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to")
 
 
 def write(path: Path, suffix: str, labels: Labels, rows: Labelled, values_NC: np.ndarray) -> None:

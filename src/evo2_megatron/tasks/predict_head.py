@@ -29,6 +29,7 @@ from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import head_tables
 from evo2_megatron.tasks.batch_progress import Words
 from evo2_megatron.tasks.batching import Backoff, Batch, Item, batch_tokens, plan_batches
+from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.head_metrics import log_metrics, metrics_of
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, manifest
 from evo2_megatron.tasks.prediction_runner import collate
@@ -75,7 +76,8 @@ def predict_head(
     Raises:
         UserError: No such checkpoint or file, a file that is damaged, or too little memory for a sequence.
     """
-    head_tables.check_suffix(target)
+    beside = target.with_name(f"{target.stem}.manifest.json")
+    head_tables.check_target(target, beside, source)
     checkpoint = find_checkpoint(ckpt_dir)
     run_config = read_run_config(checkpoint)
     labels, trained_with = labels_of(run_config), run_config.sections["dataset"]
@@ -89,13 +91,13 @@ def predict_head(
         )
         _log_cut(rows.ids, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)
+        _check_finite(rows.names, outputs_NC)
         if not first:
             return None
         values_NC = to_values(outputs_NC, loaded.provider)
         metrics = metrics_of(labels, rows.targets, values_NC)
         settings = {"source": str(source.absolute()), "both_strands": both_strands}
         facts = {"metrics": metrics} | manifest(loaded, digest.result(), settings)
-        beside = target.with_name(f"{target.stem}.manifest.json")
         with disk_errors(), new_files([target, beside]) as (table, sidecar):
             head_tables.write(table, target.suffix, labels, rows, values_NC)
             sidecar.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
@@ -128,9 +130,17 @@ def _read(source: Path, labels: Labels, sequence_column: str, id_column: str | N
         raise UserError(f"--id-column is about tables, and {source} is read as FASTA")
     names, ids = [], []
     for record in read_fasta(source, unique_ids=True):
+        if not record.sequence:
+            raise UserError(f"record '{record.id}' of {source} has no bases; remove it")
         names.append(record.id)
         ids.append(encode_sequence(record.sequence.upper(), name=record.id))
     return Labelled(names, ids, np.full((len(ids), len(labels.columns)), np.nan, np.float32))
+
+
+def _check_finite(names: Sequence[str], outputs_NC: np.ndarray) -> None:
+    finite_N = np.isfinite(outputs_NC).all(1)
+    if not finite_N.all():
+        raise UserError(f"sequence {names[int(finite_N.argmin())]!r}: {OUTPUT_NOT_FINITE}")
 
 
 def _log_cut(ids: Sequence[bytes], longest: int) -> None:

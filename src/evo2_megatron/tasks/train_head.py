@@ -72,13 +72,13 @@ def train_head(options: HeadOptions) -> None:
 
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
-        _check_same_head(read_run_config(start.checkpoint), config.model)
+        _check_same_run(read_run_config(start.checkpoint), config)
     _begin_with(start, config)
     _log_plan(options, of_training, start, data)
-    callbacks = []
-    if options.val_data is not None:
-        from evo2_megatron.tasks.best_checkpoint import BestCheckpoint
+    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, WholeTestSet
 
+    callbacks = [WholeTestSet()] if options.test_data is not None and options.eval_iters is None else []
+    if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
     training.run(config, of_training, start, forward_step, callbacks)
 
@@ -97,6 +97,8 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
             continue
         rows[split] = read_labelled(path, labels, sequence_column=options.sequence_column)
         num_samples[split] = len(rows[split].ids) * num_strands
+        if rows[split].num_left_out:
+            logger.warning("%s: %d rows without a label are left out", path, rows[split].num_left_out)
     _check_enough(options, num_samples["train"])
     longest = options.backbone_seq_length or base.seq_length
     seq_length = options.seq_length or min(longest, max(map(len, rows["train"].ids)))
@@ -177,7 +179,9 @@ def _config(
         classes=list(data.labels.classes),
         sequence_column=options.sequence_column,
         both_strands=options.both_strands,
+        samples_at_once=options.micro_batch_size * distributed.world_size(),
         global_batch_size=options.global_batch_size,
+        num_samples=list(data.num_samples.values()),
         num_workers=0,  # samples are in memory
         pin_memory=megatron.on_cuda(),
     )
@@ -218,12 +222,18 @@ def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_
     )
 
 
-def _check_same_head(own: RunConfig, model: HeadProvider) -> None:
-    """Raise UserError where a run that is to go on had another head."""
+def _check_same_run(own: RunConfig, config: ConfigContainer) -> None:
+    """Raise UserError where a run that is to go on had another head, other data, or other batches.
+
+    Which samples come next, Bridge finds by counting those that came before.
+    """
     from evo2_megatron.model.head import HEAD_FIELDS
 
-    for name in (*HEAD_FIELDS, "num_layers"):
-        before, now = own.model.get(name), getattr(model, name)
+    dataset = own.sections.get("dataset") or {}
+    compared = [(name, own.model.get(name), getattr(config.model, name)) for name in (*HEAD_FIELDS, "num_layers")]
+    for name in ("num_samples", "both_strands", "global_batch_size", "samples_at_once"):
+        compared.append((name, dataset.get(name), getattr(config.dataset, name)))
+    for name, before, now in compared:
         if before != now:
             raise UserError(
                 f"{own.path.parent} was trained with {name} {before}, not {now}; choose another --result-dir or "

@@ -81,8 +81,12 @@ class RunningBatch:
         self._decoding = Decoding(model)
         self._running: list[_Running] = []
 
+    def feed(self) -> None:
+        """Have the model read what was drawn, which comes before ``join``; if that fails, nobody can go on."""
+        self._decoding.feed()
+
     def join(self, jobs: Sequence[GenerateJob]) -> None:
-        """Read the prompts of more jobs; if that fails, the others can go on."""
+        """Read the prompts of more jobs, after ``feed``; if that fails, the others can go on."""
         start = time.perf_counter()
         new = [
             _Running(job=job, row=Row(prompt=job.ids, seed=job.seed, settings=job.settings), last=start)

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -42,6 +42,7 @@ RETRY_SECONDS = 5
 """When to ask again while the model is loaded, or when memory ran out."""
 
 _NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
+_DONE = object()
 _MOST_RETRY_SECONDS = 60
 _REMEMBERED = 32  # finished jobs whose times tell how fast the queue moves
 
@@ -100,6 +101,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._stopped = False
         self._running: list[RunningBatch] = []
+        self._answering: Sequence[Job] = []
+        self._passes: Iterator[None] = iter(())  # through which they go, a batch at each item
         self._finished: deque[float] = deque(maxlen=_REMEMBERED)
 
     @property
@@ -159,13 +162,13 @@ class Engine:
             refused = Refused(503, "the server has stopped")
             for batch in self._running:
                 batch.fail(refused)
-            for job in self._waiting:
+            for job in (*self._answering, *self._waiting):
                 job.reply.put(refused)
 
     def _turn(self, model: _Model) -> bool:
         """Take what waits, advance what runs; False at the end."""
         with self._condition:
-            while not (self._waiting or self._running or self._stopped):
+            while not (self._waiting or self._running or self._answering or self._stopped):
                 self._condition.wait()
             if self._stopped:
                 return False
@@ -175,12 +178,15 @@ class Engine:
         for batch in list(self._running):
             self._advance(batch)
         if other:
-            _answer(other, model)
-            self._finished += [time.monotonic()] * len(other)
+            self._answering, self._passes = other, _answer(other, model)
+        if self._answering and next(self._passes, _DONE) is _DONE:
+            self._finished += [time.monotonic()] * len(self._answering)
+            self._answering = []
         return True
 
     def _take(self) -> tuple[list[GenerateJob], list[PassJob] | list[LayersJob]]:
-        """Generations for which there is room; and of the rest the oldest job, with others that go with it."""
+        """Generations for which there is room; and of the rest the oldest job, with others that go with it, unless
+        there are some already."""
         room = self.settings.max_batch_size - self.num_generating
         generate: list[GenerateJob] = []
         other: list[Any] = []
@@ -191,6 +197,8 @@ class Engine:
                 continue
             if isinstance(job, GenerateJob) and len(generate) < room:
                 generate.append(job)
+            elif self._answering:
+                stay.append(job)
             elif not isinstance(job, GenerateJob) and (not other or _go_together(other[0], job, num_tokens)):
                 other.append(job)
                 num_tokens += job.num_tokens if isinstance(job, PassJob) else 0
@@ -206,12 +214,16 @@ class Engine:
         for batch, new in joining.items():
             if not new:
                 continue
-            no_room = refused or _attempt(batch.join, new)
+            not_read = _attempt(batch.feed)
+            if isinstance(not_read, Refused):
+                batch.fail(not_read)
+            no_room = refused or not_read or _attempt(batch.join, new)
             if isinstance(no_room, Refused):
                 for job in new:
                     job.reply.put(no_room)
             elif batch not in self._running:
                 self._running.append(batch)
+        self._running = [batch for batch in self._running if batch.num_sequences]
 
     def _advance(self, batch: RunningBatch) -> None:
         answered = _attempt(batch.advance)
@@ -283,18 +295,18 @@ def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
     return job.output == first.output and num_tokens + job.num_tokens <= batch_tokens()
 
 
-def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> None:
-    if isinstance(jobs[0], LayersJob):
-        refused = _attempt(_run_layers, jobs[0], model)
-    else:
-        refused = _attempt(_run_passes, jobs, model)
-    if refused is None:
+def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Iterator[None]:
+    """Run one batch at each item, so that generations go on between them; answer when all is done."""
+    work = _run_layers(jobs[0], model) if isinstance(jobs[0], LayersJob) else _run_passes(jobs, model)
+    while (refused := _attempt(next, work, _DONE)) is None:
+        yield
+    if refused is _DONE:
         return
     if len(jobs) == 1:
         jobs[0].reply.put(refused)
         return
     for job in jobs:  # the fault of one is not that of the others
-        _answer([job], model)
+        yield from _answer([job], model)
 
 
 def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
@@ -313,7 +325,7 @@ def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
     return refused
 
 
-def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
+def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
     run = Backoff(model.runner(jobs[0].output), can_split=True)
     sequences = [(job, place) for job in jobs for place in range(len(job.items))]
     lengths = [len(job.items[place]["tokens"]) for job, place in sequences]
@@ -327,6 +339,7 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> None:
         for row, index in enumerate(mine):
             job, place = sequences[index]
             job.rows[place] = {name: _own(values[row], lengths[index], job.output) for name, values in result.items()}
+        yield
     for job in jobs:
         finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
         job.reply.put(Vectors(job.rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
@@ -338,11 +351,12 @@ def _own(values: Tensor, length: int, output: Output) -> np.ndarray:
     return (values[:length] if per_token else values).numpy().copy()
 
 
-def _run_layers(job: LayersJob, model: _Model) -> None:
+def _run_layers(job: LayersJob, model: _Model) -> Iterator[None]:
     try:
         job.reply.put(Vectors([layer_outputs(model.runner(Output()), model.decoder, job.item, job.modules)]))
     except UserError as error:
         job.reply.put(Refused(422, str(error)))
+    yield
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

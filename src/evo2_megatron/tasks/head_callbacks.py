@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes what validations find, so that the best checkpoint is kept, and ends a run that gets no better."""
+"""What a run of a head does about its evaluations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,20 @@ from evo2_megatron.runtime import distributed
 logger = logging.getLogger(__name__)
 
 
+class WholeTestSet(Callback):
+    """Has the test go through all of its data, however many there are for validation."""
+
+    def on_test_start(self, context: CallbackContext) -> None:
+        """Called by Bridge before it looks how many batches that is."""
+        config = context.state.cfg
+        num_samples = config.dataset.num_samples[-1]
+        config.train.eval_iters = math.ceil(num_samples / config.train.global_batch_size)
+
+
 class BestCheckpoint(Callback):
-    """Needs a checkpoint after every validation; the lowest loss is the best."""
+    """Keeps what validations find, so that the best checkpoint is known, and ends a run that gets no better.
+
+    Needs a checkpoint after every validation; the lowest loss is the best."""
 
     def __init__(self, folder: Path, evaluations: Sequence[Evaluation], *, patience: int | None) -> None:
         """Use it on all processes alike.
@@ -43,5 +55,5 @@ class BestCheckpoint(Callback):
             logger.info(
                 "The last %d validations were no better than that of step %d (%.4f): ending", self._patience, *lowest
             )
-            # how Bridge is told to save and end; it looks after every step whether this divides the step's number
-            context.state.cfg.train.exit_interval = step
+            # Bridge asks before every step, and then saves and tests as at any end
+            context.state.cfg.train.train_iters = step
