@@ -40,11 +40,7 @@ def dependencies(distributions: harness.Distributions, window: bytes, num_bases:
     changes = np.zeros((num_bases, num_bases))
     for start in range(0, num_bases, _AT_ONCE):
         positions = range(start, min(start + _AT_ONCE, num_bases))
-        mutants = []
-        for position in positions:
-            at = first + position
-            others = [base for base in harness.BASES.encode() if base != window[at]]
-            mutants += [window[:at] + bytes([base]) + window[at + 1 :] for base in others]
+        mutants = [mutant for position in positions for mutant in harness.replaced(window, first + position)]
         after = np.stack([log2_odds(rows[first:]) for rows in distributions(mutants)])
         largest = np.abs(after - before).reshape(len(positions), 3, num_bases, 4).max(axis=(1, 3))
         changes[positions.start : positions.stop] = largest

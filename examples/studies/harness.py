@@ -192,6 +192,12 @@ def read_genome(path: Path) -> dict[str, bytes]:
     return {record.id: record.sequence.upper() for record in read_fasta(path, unique_ids=True)}
 
 
+def replaced(window: bytes, at: int) -> list[bytes]:
+    """The window with each of the three other bases at one place."""
+    others = [base for base in BASES.encode() if base != window[at]]
+    return [window[:at] + bytes([base]) + window[at + 1 :] for base in others]
+
+
 def contig_of(genome: dict[str, bytes], name: str, where: str) -> bytes:
     """Bases of a contig; UserError, which names ``where`` it is asked for, if there is none."""
     if name not in genome:

@@ -94,11 +94,7 @@ def recall_by_jacobian(
     """
     half = stack.needle_length // 2
     chosen = rng.choice(np.arange(half, stack.needle_length), min(num_positions, half), replace=False)
-    mutants = []
-    for place in chosen:
-        at = stack.needle_at + int(place)
-        others = [base for base in harness.BASES.encode() if base != stack.sequence[at]]
-        mutants += [stack.sequence[:at] + bytes([base]) + stack.sequence[at + 1 :] for base in others]
+    mutants = [mutant for place in chosen for mutant in harness.replaced(stack.sequence, stack.needle_at + int(place))]
     before, *after = (rows[stack.query_at :].astype(np.float64) for rows in distributions([stack.sequence, *mutants]))
     centred = [rows - rows.mean(axis=-1, keepdims=True) for rows in (before, *after)]
     changes = np.stack(centred[1:]).reshape(len(chosen), 3, stack.needle_length, 4) - centred[0]

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from evo2_megatron.checkpoint.layout import replace_text
 from evo2_megatron.config import UserError
 
 FILE = "evaluations.json"
@@ -44,9 +44,7 @@ def read_evaluations(folder: Path, *, until: int | None = None) -> list[Evaluati
 def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> None:
     """Replace the file, at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps(evaluations))
-    os.replace(partial, folder / FILE)
+    replace_text(folder / FILE, json.dumps(evaluations))
 
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:

@@ -57,6 +57,13 @@ def iteration_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file of a run, at once: whoever reads it finds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     """Find the one checkpoint that a path means.
 

@@ -76,10 +76,7 @@ def tidy(folder: Path, newest: Path | None) -> None:
             logger.info("Removing %s, the writing of which was interrupted", part)
             shutil.rmtree(part)
     if newest is not None:
-        tracker = folder / layout.TRACKER
-        partial = tracker.with_name(f".{tracker.name}.partial")
-        partial.write_text(f"{layout.iteration_of(newest)}")
-        os.replace(partial, tracker)
+        layout.replace_text(folder / layout.TRACKER, f"{layout.iteration_of(newest)}")
 
 
 def best(folder: Path) -> Path | None:

@@ -214,24 +214,22 @@ class LabelledSequencesProvider(DatasetProvider):
 
     def build_datasets(self, context: DatasetBuildContext) -> Datasets:
         """Read the tables; every process must call this."""
-        labels = Labels(task=self.task, columns=tuple(self.label_columns), classes=tuple(self.classes))
-        train, valid, test = (
-            path
-            and LabelledSequences(
-                Path(path),
-                labels,
-                sequence_column=self.sequence_column,
-                seq_length=self.seq_length,
-                both_strands=self.both_strands,
-                multiple=multiple,
-            )
-            for path, multiple in (
-                (self.train_data, self.samples_at_once),
-                (self.val_data, self.global_batch_size),
-                (self.test_data, self.global_batch_size),
-            )
+        valid, test = (path and self._read(path, self.global_batch_size) for path in (self.val_data, self.test_data))
+        return self.training_data(), valid, test
+
+    def training_data(self) -> LabelledSequences:
+        """Read the table of training alone."""
+        return self._read(self.train_data, self.samples_at_once)
+
+    def _read(self, path: str, multiple: int) -> LabelledSequences:
+        return LabelledSequences(
+            Path(path),
+            Labels(task=self.task, columns=tuple(self.label_columns), classes=tuple(self.classes)),
+            sequence_column=self.sequence_column,
+            seq_length=self.seq_length,
+            both_strands=self.both_strands,
+            multiple=multiple,
         )
-        return train, valid, test
 
 
 def _num_samples(context: DatasetBuildContext) -> dict[str, int]:

@@ -69,14 +69,13 @@ def train_head(options: HeadOptions) -> None:
         return
     training.enter()
     from evo2_megatron.model.head import forward_step
+    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, WholeTestSet
 
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
         _check_same_run(read_run_config(start.checkpoint), config)
     _begin_with(start, config)
     _log_plan(options, of_training, start, data)
-    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, WholeTestSet
-
     callbacks = [WholeTestSet()] if options.test_data is not None and options.eval_iters is None else []
     if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
@@ -267,9 +266,8 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
 def _fit_norm(model: StripedHyenaWithHead, config: ConfigContainer) -> None:
     """Let the head's norm begin with what it will see, from training sequences that are the same on all processes."""
     import torch
-    from megatron.bridge.training.config import DatasetBuildContext
 
-    train, _, _ = config.dataset.build_datasets(DatasetBuildContext(0, 0, 0, None))
+    train = config.dataset.training_data()
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.rng.seed))[:_NUM_FITTED]
     was_training = model.training
     model.eval()

@@ -7,6 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
+from evo2_megatron.checkpoint.layout import replace_text
 from evo2_megatron.config import UserError
 
 _ID = "wandb_run_id"
@@ -35,9 +36,7 @@ def _run_id(run_dir: Path) -> str:
     if kept.exists() and (chosen := kept.read_text().strip()):
         return chosen
     chosen = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    partial = kept.with_name(f".{_ID}.partial")
-    partial.write_text(chosen)
-    partial.replace(kept)
+    replace_text(kept, chosen)
     return chosen
 
 
