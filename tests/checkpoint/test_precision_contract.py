@@ -102,12 +102,14 @@ def test_asked_for_by_the_caller_alone(load):
         load(precision="fp32", provider_overrides={"vortex_style_fp8": True})
 
 
-def settle(choice="as_asked", asked=True, fp8=None, hidden_size=128):
+def settle(choice="as_asked", asked=True, fp8=None, hidden_size=128, int8_weights=False):
     from types import SimpleNamespace
 
     from evo2_megatron.checkpoint import precision_contract
 
-    provider = SimpleNamespace(vortex_style_fp8=asked, fp8_emulation=False, hidden_size=hidden_size)
+    provider = SimpleNamespace(
+        vortex_style_fp8=asked, fp8_emulation=False, hidden_size=hidden_size, int8_weights=int8_weights
+    )
     settings = SimpleNamespace(fp8=fp8, fp4=None)
     name = "bf16_with_fp8_current_scaling_mixed" if fp8 else "bf16_mixed"
     run_config = SimpleNamespace(path=Path("ckpt", "run_config.yaml"), fp8_was_not_said=False)
@@ -119,6 +121,9 @@ def test_a_recipe_of_8_bits_keeps_the_contract(megatron):
     assert settle(fp8="hybrid", asked=False) == "not_asked"
     with pytest.raises(UserError, match="leave it out"):
         settle("emulate", fp8="hybrid")
+    assert settle(asked=False, int8_weights=True) == "not_asked"
+    with pytest.raises(UserError, match="leave out --int8-weights"):
+        settle(asked=False, fp8="hybrid", int8_weights=True)
 
 
 def test_fp8_hardware_is_used(megatron, monkeypatch, caplog):

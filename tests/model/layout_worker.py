@@ -48,6 +48,7 @@ def build(checkpoint, layout, adapt=lambda stage: None):
     from megatron.core.distributed import finalize_model_grads
 
     from evo2_megatron.checkpoint import load
+    from evo2_megatron.checkpoint.load_weights import load_weights
     from evo2_megatron.checkpoint.run_config import read_run_config
 
     provider = read_run_config(checkpoint).provider(
@@ -68,7 +69,7 @@ def build(checkpoint, layout, adapt=lambda stage: None):
     stored = load.stored_shapes(checkpoint)
 
     def fill(stages):
-        load.load_weights(stages[0], checkpoint, stored, dropped_layers=())
+        load_weights(stages[0], checkpoint, stored, dropped_layers=())
         adapt(stages[0])
         return stages
 

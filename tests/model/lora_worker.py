@@ -22,6 +22,7 @@ def run(base, adapter_checkpoint, layout):
 
     from evo2_megatron.checkpoint import load
     from evo2_megatron.checkpoint.adapter import read_adapters
+    from evo2_megatron.checkpoint.load_weights import load_weights
     from evo2_megatron.checkpoint.run_config import read_run_config
 
     adapters = read_adapters(read_run_config(adapter_checkpoint))
@@ -35,7 +36,7 @@ def run(base, adapter_checkpoint, layout):
             if "adapter.linear_in" in name:
                 spread[global_name(name, stage)] = parameter.std().item()
         stored = load.tensor_shapes(adapter_checkpoint)
-        load.load_weights(stage, adapter_checkpoint, stored, dropped_layers=(), only=adapters.adapter_key_filter)
+        load_weights(stage, adapter_checkpoint, stored, dropped_layers=(), only=adapters.adapter_key_filter)
 
     with process_groups(layout, seed=1):
         model = build(base, layout, adapt)

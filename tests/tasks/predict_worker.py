@@ -38,7 +38,17 @@ def predictions(checkpoint, fasta, parallel):
             "embeddings_in_pieces": runner(embedding, layers=[3], chunk_length=15)(items),
             "pooled": runner(Output(embedding_layers=(3,), pooling=Window(2, 7)), layers=[3])(items),
             "padded": runner(Output(), min_length=100)(items),
-        }
+        } | {"int8": _in_8_bits(checkpoint, parallel, items)}
+
+
+def _in_8_bits(checkpoint, parallel, items):
+    """Per-base log-probabilities of the model with weights in 8 bits."""
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    loaded = load_model(checkpoint, parallel=parallel, provider_overrides={"int8_weights": True})
+    return Runner(loaded.model, Output(log_probs="per_token"), precision=loaded.precision)(items)
 
 
 def save(checkpoint, fasta, parallel, output):

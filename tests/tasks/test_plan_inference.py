@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from evo2_megatron.architectures import architecture
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.plan_inference import Inference, longest_sequence, plan_inference
 from helpers import PARAMETERS
@@ -23,6 +24,18 @@ def test_what_a_real_run_takes(megatron, monkeypatch, use, pattern, precision, c
     (stage,) = plan_inference(inference, **given, precision=precision)
     real = of_inference(inference, **given, precision=precision)
     assert stage.activation_bytes == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("use", ["score", "generate"])
+def test_weights_in_8_bits(megatron, monkeypatch, use):
+    as_on_a_cpu(monkeypatch)
+    inference = Inference(use, 1, 512, int8_weights=True)
+    (stage,), (wide,) = (plan_inference(i, **SMALL, precision="fp32") for i in (inference, Inference(use, 1, 512)))
+    assert stage.activation_bytes == pytest.approx(of_inference(inference, **SMALL, precision="fp32"), rel=0.05)
+    # each layer's four matrices in one byte instead of four, and two bytes for each of their rows
+    ffn = architecture("evo2_tiny").ffn_hidden_size
+    numbers, rows = 4 * 128**2 + 3 * ffn * 128, 4 * 128 + 2 * ffn + 128
+    assert wide.weight_bytes - stage.weight_bytes == 4 * (3 * numbers - 2 * rows)
 
 
 def test_published_models_have_their_size(megatron):
@@ -104,6 +117,7 @@ def test_command(megatron, capsys):
         (["--for", "score", "--micro-batch-size", "2"], "--micro-batch-size says nothing about --for score"),
         (["--for", "generate", "--no-activation-checkpointing"], "--no-activation-checkpointing says nothing"),
         (["--num-sequences", "2"], "--num-sequences says nothing about --for train"),
+        (["--int8-weights"], "--int8-weights says nothing about --for train"),
     ],
 )
 def test_flags_of_another_use(flags, message, capsys):

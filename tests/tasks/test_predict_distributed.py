@@ -93,7 +93,9 @@ def test_every_layout_gives_what_one_process_gives(inputs, of_layouts, layout):
     for name, values in one.items():
         assert values.keys() == split[name].keys()
         for key, value in values.items():
-            torch.testing.assert_close(split[name][key], value, rtol=1e-4, atol=1e-3, msg=f"{name} {key}")
+            # with weights in 8 bits products give bfloat16, and a sum in another order falls to the other side
+            close = {"rtol": 1e-4, "atol": 1e-3} if name != "int8" else {"rtol": 1e-2, "atol": 5e-2}
+            torch.testing.assert_close(split[name][key], value, **close, msg=f"{name} {key}")
 
 
 @pytest.mark.slow

@@ -54,6 +54,15 @@ def test_adapters_have_a_say(runs, tmp_path):
     assert abs(float(own[0]["probability_AT"]) - float(foreign[0]["probability_AT"])) > 1e-4
 
 
+def test_backbone_in_8_bits(runs, tmp_path):
+    wide, _ = predicted(runs, "whole", tmp_path)
+    narrow, _ = predicted(runs, "whole", tmp_path, int8_weights=True)
+    assert json.loads((tmp_path / "predictions.manifest.json").read_text())["int8_weights"] is True
+    for line, other in zip(narrow, wide, strict=True):
+        difference = abs(float(line["probability_AT"]) - float(other["probability_AT"]))
+        assert 0 < difference < 0.05
+
+
 def test_fasta_and_its_manifest(runs, tmp_path):
     table, _ = predicted(runs, "whole", tmp_path, id_column="name")
     fasta = tmp_path / "val.fa"

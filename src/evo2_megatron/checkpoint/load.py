@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +20,8 @@ import torch
 from evo2_megatron.checkpoint.adapter import base_checkpoint, read_adapters
 from evo2_megatron.checkpoint.distcp import read_index, tensor_entries
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path, tokenizer_dir
-from evo2_megatron.checkpoint.names import EMBEDDING, check_tensors, is_weight, unfused
+from evo2_megatron.checkpoint.load_weights import load_weights
+from evo2_megatron.checkpoint.names import EMBEDDING
 from evo2_megatron.checkpoint.precision_contract import Fp8Projections, settle
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
@@ -120,7 +120,7 @@ def load_model(
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
     if provider.fp8_emulation or provider.fp8_projections:
         fix_projections(unwrap_model(model), _fp8_scales(base))
-    logger.info("Loaded %s in precision %s", checkpoint, name)
+    logger.info("Loaded %s in precision %s%s", checkpoint, name, ", weights in 8 bits" * provider.int8_weights)
     return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
 
 
@@ -263,87 +263,3 @@ def _provider(
         logger.info("The checkpoint was trained with subquadratic-ops kernels; without a GPU the plain ones run")
         provider.use_subquadratic_ops = False
     return provider
-
-
-def load_weights(
-    wrapped: MegatronModule,
-    checkpoint: Path,
-    stored: Mapping[str, tuple[int, ...]],
-    *,
-    dropped_layers: Iterable[int],
-    only: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """Fill a model with a checkpoint's weights, on all processes together.
-
-    Args:
-        wrapped: The model, or its wrapper for 16 bits.
-        checkpoint: Folder of the iteration.
-        stored: What ``tensor_shapes`` gives for it.
-        dropped_layers: Layers that the checkpoint has and the model, by intention, has not; counted from 0.
-        only: Which of the model's tensors, by their names in this stage, the checkpoint is to have; the others stay.
-
-    Raises:
-        UserError: Tensors that are missing, not understood, or of another shape.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-    from megatron.core.utils import unwrap_model
-
-    model = unwrap_model(wrapped)
-    with _in_one_line(checkpoint):
-        content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
-    sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(content))
-    # FP8 scaling history: not part of the weights, and the only entries that would be unpickled
-    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name and only(name)}
-    for entry in sharded.values():
-        # written without Transformer Engine's fused layers
-        if isinstance(entry, ShardedTensor) and entry.key not in stored and unfused(entry.key) in stored:
-            entry.key = unfused(entry.key)
-    tensors = [entry for entry in nested_values(load_preprocess(sharded)[0]) if isinstance(entry, ShardedTensor)]
-    wanted = _of_all_processes({tensor.key: tuple(tensor.global_shape) for tensor in tensors})
-    dropped = tuple(f"decoder.layers.{i}." for i in dropped_layers)
-    check_tensors(
-        {name: shape for name, shape in stored.items() if is_weight(name) and not name.startswith(dropped or "\0")},
-        wanted,
-        source=f"the weights in {checkpoint} are not those of the model that its run_config.yaml describes",
-        remedy="check that the two files belong together",
-    )
-    with _in_one_line(checkpoint):
-        # a pipeline stage without adapters asks for nothing
-        loaded = dist_checkpointing.load({"model": sharded}, str(checkpoint)).get("model", {})
-    result = model.load_state_dict(loaded, strict=False)
-    forgotten = [name for name in result.missing_keys if "_extra_state" not in name and only(name)]
-    assert not forgotten and not result.unexpected_keys, f"{forgotten} {result.unexpected_keys}"
-
-
-@contextlib.contextmanager
-def _in_one_line(checkpoint: Path) -> Iterator[None]:
-    """Show torch's refusal of a file that holds more than tensors, and its failure to read one, as a UserError."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-        return
-    except CheckpointException as error:
-        cause: BaseException = next(iter(error.failures.values()))[0]
-    except pickle.UnpicklingError as error:
-        cause = error
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):  # of a file, and not, say, of a GPU's memory
-            raise
-        cause = error
-    if isinstance(cause, pickle.UnpicklingError):
-        raise UserError(
-            f"a file of {checkpoint} holds more than tensors and plain values; it was not run and nothing was loaded"
-        ) from cause
-    raise UserError(f"{checkpoint} cannot be read ({str(cause).splitlines()[0]}); copy it again") from cause
-
-
-def _of_all_processes(mine: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Each pipeline stage knows its own tensors only."""
-    of_each: list[dict[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_each, mine)
-    return {name: shape for of_one in of_each for name, shape in of_one.items()}

@@ -55,6 +55,7 @@ def settle(
     """
     checkpoint = run_config.path.parent
     is_asked, provider.vortex_style_fp8 = provider.vortex_style_fp8, False
+    _check_rounded_once(provider, precision, settings)
     if choice == "emulate":
         if settings.fp8 or settings.fp4:
             raise UserError(
@@ -92,6 +93,14 @@ def settle(
         f"--fp8-emulation, which rounds as they do, or --allow-precision-mismatch, which computes in {precision} and "
         "predicts worse"
     )
+
+
+def _check_rounded_once(provider: StripedHyenaProvider, precision: str, settings: MixedPrecisionConfig) -> None:
+    if provider.int8_weights and (settings.fp8 or settings.fp4):
+        raise UserError(
+            f"precision {precision} rounds weights in its own way; leave out --int8-weights, or choose "
+            "--mixed-precision-recipe bf16_mixed or fp32"
+        )
 
 
 def _tell_of_hardware(provider: StripedHyenaProvider, checkpoint: Path) -> None:

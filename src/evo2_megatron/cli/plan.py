@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         "and 2048)",
     )
     groups.add_parallel(parser)
-    groups.add_precision(parser.add_argument_group("precision"))
+    precision = parser.add_argument_group("precision")
+    groups.add_precision(precision)
+    model_groups.add_int8_weights(precision)
     groups.add_recompute(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -85,7 +87,7 @@ def _main(argv: Sequence[str] | None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that fake groups have no real backend
 
     if args.use == "train":
-        _refuse(args, "--num-sequences", "--chunk-length")
+        _refuse(args, "--num-sequences", "--chunk-length", "--int8-weights")
         _plan_training(args)
     else:
         _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE)
@@ -122,7 +124,7 @@ def _plan_training(args: argparse.Namespace) -> None:
 def _plan_inference(args: argparse.Namespace) -> None:
     from evo2_megatron.tasks.plan_inference import SHORTEST, Inference, longest_sequence, plan_inference
 
-    inference = Inference(args.use, args.num_sequences or 1, args.chunk_length)
+    inference = Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
     given = _given(args) | {"parallel": groups.parallel(args)}
     stages = plan_inference(inference, **given)
     print("stage      parameters    weights  caches+activations     total  FLOPs per batch  (GB, per GPU)")

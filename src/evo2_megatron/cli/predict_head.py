@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, model_groups
 
 _PROG = "evo2_predict_head"
 
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups.add_base_checkpoint(model)
     groups.add_precision(model)
+    model_groups.add_int8_weights(model)
     model.add_argument(
         "--max-batch-tokens",
         type=groups.positive_int,
@@ -83,6 +84,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         both_strands=args.both_strands,
         base_ckpt_dir=groups.base_checkpoint(args),
         precision=groups.precision(args),
+        int8_weights=bool(args.int8_weights),
         max_batch_tokens=args.max_batch_tokens,
     )
 

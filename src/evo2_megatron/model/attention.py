@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -29,10 +30,11 @@ class CachedSelfAttention(SelfAttention):
     """
 
     def new_state(self, batch_size: int, max_tokens: int) -> KeyValueState:
-        """An empty cache, in the dtype and on the device of the weights."""
+        """An empty cache, in the dtype of the model and on the device of the weights."""
         weight = next(self.linear_qkv.parameters())  # a layer with an adapter has no attribute ``weight``
+        options = {"dtype": self.config.params_dtype, "device": weight.device}
         shape = (batch_size, self.num_query_groups_per_partition, max_tokens, self.hidden_size_per_attention_head)
-        return KeyValueState(weight.new_zeros(shape), weight.new_zeros(shape))
+        return KeyValueState(torch.zeros(shape, **options), torch.zeros(shape, **options))
 
     def forward(
         self,
@@ -94,13 +96,14 @@ class AttentionLayer(TransformerLayer):
         self.self_attention.see(hidden_states, rotary_pos_emb, inference_context)
 
 
-def attention_layer_spec(*, output_bias: bool) -> ModuleSpec:
+def attention_layer_spec(*, output_bias: bool, int8_weights: bool = False) -> ModuleSpec:
     """An ``AttentionLayer``: causal self-attention and a gated MLP, each behind its fused norm.
 
     Args:
         output_bias: Give the attention's output projection a bias (Arc's models).
+        int8_weights: See ``layer_specs.layer_modules``.
     """
-    modules = layer_modules()
+    modules = layer_modules(int8_weights=int8_weights)
     return ModuleSpec(
         module=AttentionLayer,
         submodules=TransformerLayerSubmodules(

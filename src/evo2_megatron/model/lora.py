@@ -129,15 +129,19 @@ class Evo2LoRA(LoRA):
         )
         for parameter in inner.parameters():
             parameter.requires_grad_(False)
+        kept: set[str] = set()
         for path, name in owners:
             module = inner.get_submodule(name)
             if path in choice.adapted:
                 parent, _, own = name.rpartition(".")
                 setattr(inner.get_submodule(parent), own, self.transform(module, own, path.rpartition(".")[0]))
             elif path in choice.kept:
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+                for own, parameter in module.named_parameters(recurse=False):
+                    kept.add(f"{name}.{own}")
+                    # weights in 8 bits have been trained, and cannot be
+                    parameter.requires_grad_(parameter.is_floating_point())
         self.set_params_to_save(inner)
+        self.params_to_save |= kept
         stage.train(training)
         return model
 

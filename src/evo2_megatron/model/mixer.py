@@ -37,7 +37,7 @@ class HyenaMixer(MegatronModule):
 
     def __init__(self, config: StripedHyenaProvider, symbol: str) -> None:
         super().__init__(config=config)
-        modules = layer_modules()
+        modules = layer_modules(int8_weights=config.int8_weights)
         groups = config.process_groups()
         hidden, tp_group = config.hidden_size, groups.tp
         self._split = SplitSequence(groups.cp) if groups.cp.size() > 1 else None

@@ -91,6 +91,9 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
     fp8_projections: bool = False
     """Multiply 8 bits in these projections, for scoring and generation (see ``model.fp8_linear``)."""
 
+    int8_weights: bool = False
+    """Keep the weights of linear layers in 8 bits, for scoring and generation (see ``model.int8_linear``)."""
+
     restore_modelopt_state: bool = False
     hf_model_id: str | None = None
 

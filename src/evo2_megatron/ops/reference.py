@@ -116,3 +116,14 @@ def round_to_e4m3_ref(x: Tensor) -> Tensor:
         return math.copysign(values[nearest], number)
 
     return torch.tensor([rounded(number) for number in x.double().flatten().tolist()], dtype=x.dtype).view(x.shape)
+
+
+def int8_product_ref(x_TH: Tensor, weight_DH: Tensor) -> Tensor:
+    """``sum_h bf16(x) * s * round(weight / s)``, row by row; ``s`` is the bfloat16 nearest to the largest over 127."""
+    outputs = []
+    for row in weight_DH.double().tolist():
+        largest = torch.tensor(max(abs(number) for number in row) / 127)
+        scale = largest.bfloat16().item() or 1.0
+        levels = [max(-127, min(127, round(number / scale))) for number in row]  # round: of two, the even one
+        outputs.append(x_TH.bfloat16().double() @ torch.tensor(levels, dtype=torch.float64) * scale)
+    return torch.stack(outputs, dim=1)

@@ -34,6 +34,8 @@ class Inference(NamedTuple):
     chunk_length: int | None = None
     """Longer sequences go through in pieces of this many tokens. None: as on a GPU."""
 
+    int8_weights: bool = False
+
     @property
     def piece(self) -> int:
         """Tokens of a piece of one sequence."""
@@ -109,6 +111,7 @@ def _plan_stage(inference: Inference, options: TrainingOptions, stage: int, voca
         from evo2_megatron.tasks import plan_step
 
         provider = plan_step.step_config(options, vocab_size).model
+        provider.int8_weights = inference.int8_weights
         (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
         model.eval()
         weights = tracker.live_bytes

@@ -54,6 +54,7 @@ def predict_head(
     both_strands: bool | None = None,
     base_ckpt_dir: Path | None = None,
     precision: str | None = None,
+    int8_weights: bool = False,
     max_batch_tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Predict every sequence of a file; where it has labels, too, also tell how good that is. Call on every process.
@@ -68,6 +69,7 @@ def predict_head(
         both_strands: Mean of the outputs of a sequence and of its reverse complement; None: as in training.
         base_ckpt_dir: Where the backbone is now; None: where it was in training.
         precision: Recipe of number formats; None: the checkpoint's.
+        int8_weights: Keep the weights of the backbone's linear layers in 8 bits.
         max_batch_tokens: Most tokens of a forward pass, padding included; None: what suits the device.
 
     Returns:
@@ -86,9 +88,8 @@ def predict_head(
     with distributed.process_groups(ParallelConfig(), seed=run_config.seed):
         first = distributed.rank() == 0
         digest = CheckpointDigest(checkpoint) if first else None
-        loaded = load_model(
-            checkpoint, parallel=ParallelConfig(), precision=precision, base_ckpt_dir=base_ckpt_dir, head=True
-        )
+        how = {"precision": precision, "provider_overrides": {"int8_weights": int8_weights}}
+        loaded = load_model(checkpoint, parallel=ParallelConfig(), base_ckpt_dir=base_ckpt_dir, head=True, **how)
         _log_cut(rows.ids, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)
         _check_finite(rows.names, outputs_NC)

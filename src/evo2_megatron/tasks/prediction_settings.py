@@ -155,6 +155,7 @@ class ModelChanges:
 
     vortex_style_fp8: bool | None = None
     use_subquadratic_ops: bool | None = None
+    int8_weights: bool | None = None
     fp8: Fp8Choice = "as_asked"
     """What to do about 8-bit input projections."""
 
@@ -179,6 +180,7 @@ class ModelChanges:
             "seq_len_interpolation_factor": self.seq_len_interpolation_factor,
             "vortex_style_fp8": self.vortex_style_fp8,
             "use_subquadratic_ops": self.use_subquadratic_ops,
+            "int8_weights": self.int8_weights,
         }
         return {name: value for name, value in values.items() if value is not None}
 

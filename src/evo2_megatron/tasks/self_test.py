@@ -43,10 +43,17 @@ logger = logging.getLogger(__name__)
 DEFAULT_BYTES = 2e9
 """Weights up to this size are scored unless the user says otherwise: it takes up to a minute."""
 
-TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, "fp8_emulation": 3e-2, "fp8": 1e-1}
+TOLERANCES = {
+    "float32": 1e-3,
+    "float16": 1e-2,
+    "bfloat16": 3e-2,
+    "fp8_emulation": 3e-2,
+    "int8_weights": 5e-2,
+    "fp8": 1e-1,
+}
 """By how much a window's mean log-likelihood may differ from the stored one, in nat per base. It averages over 511
 bases, over which rounding cancels: on random models of 4 to 25 layers, a third of these at most was measured in the
-first four (docs/precision.md)."""
+first five (docs/precision.md)."""
 
 _VERSION = 1
 _SEED = 20250219
@@ -205,6 +212,8 @@ def _kind(loaded: LoadedModel) -> str:
         return "fp8"
     if loaded.fp8_projections == "emulated":
         return "fp8_emulation"
+    if loaded.provider.int8_weights:
+        return "int8_weights"
     return str(loaded.provider.params_dtype).removeprefix("torch.")
 
 

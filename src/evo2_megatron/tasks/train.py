@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evo2_megatron.checkpoint import layout, load, run_checkpoints
 from evo2_megatron.checkpoint.adapter import check_whole
+from evo2_megatron.checkpoint.load_weights import load_weights
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import PRECISION_RECIPES, UserError
 from evo2_megatron.data import tokenizer
@@ -203,13 +204,13 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
         return
     _check_same_model(start.base, config.model, options)
 
-    def load_weights(model: list[MegatronModule]) -> list[MegatronModule]:
+    def fill_in(model: list[MegatronModule]) -> list[MegatronModule]:
         (stage,) = model
-        fill = functools.partial(load.load_weights, stage, start.base, stored, dropped_layers=())
+        fill = functools.partial(load_weights, stage, start.base, stored, dropped_layers=())
         load_and_compare(stage, fill, precision_recipe(options))
         return model
 
-    config.model.register_pre_wrap_hook(load_weights)
+    config.model.register_pre_wrap_hook(fill_in)
     if config.peft is not None:
         train_lora.check_modules(config.peft, config.model)
         train_lora.add_adapters(config, distributed.rank())

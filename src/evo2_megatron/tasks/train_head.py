@@ -13,6 +13,7 @@ import numpy as np
 from evo2_megatron.checkpoint import load
 from evo2_megatron.checkpoint.adapter import check_whole
 from evo2_megatron.checkpoint.evaluations import has_stalled, read_evaluations
+from evo2_megatron.checkpoint.load_weights import load_weights
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
@@ -251,7 +252,7 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
     fits_norm = not start.resumes and not config.peft.target_modules
 
     def fill(model: list[StripedHyenaWithHead]) -> list[StripedHyenaWithHead]:
-        load.load_weights(model[0], start.base, stored, dropped_layers=dropped, only=is_backbone)
+        load_weights(model[0], start.base, stored, dropped_layers=dropped, only=is_backbone)
         if fits_norm:
             _fit_norm(model[0], config)
         return model

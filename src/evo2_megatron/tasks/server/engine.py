@@ -78,6 +78,7 @@ class ModelInfo(NamedTuple):
     pattern: str
     vocab_size: int
     precision: str
+    int8_weights: bool
     device: str
     max_seq_length: int
     module_names: frozenset[str]
@@ -277,6 +278,7 @@ class _Model:
             pattern=loaded.run_config.pattern,
             vocab_size=checkpoint.vocab_size,
             precision=loaded.precision,
+            int8_weights=loaded.provider.int8_weights,
             device=megatron.device_name(),
             max_seq_length=limit,
             module_names=frozenset(module_names(decoder)),

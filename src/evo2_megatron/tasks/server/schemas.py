@@ -195,6 +195,7 @@ class Metadata(BaseModel):
     pattern: str = Field(description="S, D, H: short, medium, long Hyena layers; *: attention")
     vocab_size: int
     precision: str
+    int8_weights: bool = Field(description="whether linear layers keep their weights in 8 bits")
     device: str
     limits: Limits
     load: Load

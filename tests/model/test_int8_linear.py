@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with weights in 8 bits: which they are, how they are loaded, and that all ways through them agree."""
+
+import pytest
+import torch
+
+from checkpoint.tiny_adapters import write_tiny_adapters
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.ops.int8 import quantize_rows
+from helpers import tiny_model
+
+ONE = ParallelConfig()
+INT8 = {"int8_weights": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def deep(megatron, tmp_path_factory):
+    """Of twelve layers."""
+    pattern = {"num_layers": 12, "hybrid_override_pattern": "SDH" * 4}
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("deep"), **pattern)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"skip_freeze_modules": ["linear_fc2"], "target_modules": ["dense", "linear_qkv"]}],
+    ids=["adapters alone", "a layer trained whole"],
+)
+def adapters(checkpoint, tmp_path_factory, request):
+    return write_tiny_adapters(tmp_path_factory.mktemp("adapters"), checkpoint, **request.param)
+
+
+@pytest.fixture
+def groups(megatron):
+    from evo2_megatron.runtime.distributed import process_groups
+
+    with process_groups(ONE):
+        yield
+
+
+@pytest.fixture
+def load(groups):
+    from evo2_megatron.checkpoint.load import load_model
+
+    def loaded(checkpoint, *, precision="fp32", fp8="as_asked", base_ckpt_dir=None, **overrides):
+        return load_model(
+            checkpoint,
+            parallel=ONE,
+            precision=precision,
+            provider_overrides=overrides,
+            fp8=fp8,
+            base_ckpt_dir=base_ckpt_dir,
+        ).model
+
+    return loaded
+
+
+def tokens(length=150, seed=0):
+    letters = torch.randint(4, (2, length), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(list(b"ACGT"))[letters]
+
+
+def logits(model, token_BL):
+    with torch.no_grad():
+        return model(token_BL).float()
+
+
+def distance(a, b):
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+def round_weights(model):
+    """The wide model whose weights are what 8 bits keep of them."""
+    with torch.no_grad():
+        for name, weight_DH in model.named_parameters():
+            if _is_matrix(name, weight_DH) and "adapter" not in name:
+                q_DH, scale_D = quantize_rows(weight_DH)
+                weight_DH.copy_(q_DH * scale_D.float()[:, None])
+    return model
+
+
+def _is_matrix(name, parameter):
+    return len(parameter.shape) == 2 and ".layers." in name and "filter" not in name and "conv" not in name
+
+
+def test_every_matrix_of_a_layer_is_in_8_bits_and_nothing_else(groups):
+    narrow, plain = tiny_model(int8_weights=True), tiny_model()
+    shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
+    assert {name: parameter.shape for name, parameter in narrow.named_parameters()} == shapes
+    for name, parameter in narrow.named_parameters():
+        assert (parameter.dtype == torch.int8) == _is_matrix(name, parameter), name
+    assert sum(p.dtype == torch.int8 for p in narrow.parameters()) == 4 * 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+def test_logits_are_those_of_the_rounded_weights(load, checkpoint, precision):
+    plain, token_BL = load(checkpoint), tokens()
+    unrounded = logits(plain, token_BL)
+    want = logits(round_weights(plain), token_BL)
+    got = logits(load(checkpoint, precision=precision, **INT8), token_BL)
+    # inputs and outputs of products are in bfloat16; in bf16_mixed all else, too
+    limit = 0.006 if precision == "fp32" else 0.02
+    assert distance(got, want) < limit
+    if precision == "fp32":
+        assert limit < distance(unrounded, want)
+
+
+def test_prompt_pieces_and_decoding_agree_with_the_whole(load, checkpoint):
+    from evo2_megatron.tasks.forward import forward_last, prefill
+
+    model, token_BL = load(checkpoint, **INT8), tokens(100)
+    whole = logits(model, token_BL)
+    with torch.inference_mode():
+        state = model.new_inference_state(2, 100, last_token_logits_only=True)
+        got = [prefill(model, token_BL[:, :90], state, chunk=13)]
+        got += [forward_last(model, token_BL[:, i : i + 1], state) for i in range(90, 100)]
+    # sums in another order, and what that makes of numbers between two of bfloat16
+    assert distance(torch.stack(got, dim=1), whole[:, 89:]) < 0.004
+    alone = logits(model, token_BL[:1])
+    assert distance(alone, whole[:1]) < 0.004
+
+
+def test_adapters_on_weights_in_8_bits(load, checkpoint, adapters):
+    """Also where a layer was trained whole: its weights come from the adapters' checkpoint."""
+    token_BL = tokens()
+    plain, base = load(adapters), logits(load(checkpoint), token_BL)
+    unrounded = logits(plain, token_BL)
+    want = logits(round_weights(plain), token_BL)
+    got = logits(load(adapters, **INT8), token_BL)
+    assert distance(got, want) < 0.008 < distance(unrounded, want) < distance(base, want)
+
+
+def test_fp8_projections_stay_as_they_are(load, checkpoint):
+    from evo2_megatron.model.fp8_linear import E4M3ColumnLinear
+
+    model = load(checkpoint, fp8="emulate", **INT8)
+    projections = [module for module in model.modules() if isinstance(module, E4M3ColumnLinear)]
+    assert len(projections) == 3 and all(module.weight.dtype == torch.float32 for module in projections)
+    assert sum(p.dtype == torch.int8 for p in model.parameters()) == 4 * 4 - 3
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_alike(load, checkpoint):
+    with pytest.raises(UserError, match="not those of the model"):
+        load(checkpoint, add_bias_output=True, share_embeddings_and_output_weights=False, **INT8)
+
+
+def test_the_wide_model_never_exists(load, deep):
+    from torch.profiler import ProfilerActivity, profile
+
+    peaks = []
+    for overrides in ({}, INT8):
+        load(deep, **overrides)  # what the first time makes and keeps
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model = load(deep, **overrides)
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        peaks.append(peak)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert peaks[1] < 0.5 * peaks[0] and peaks[1] < 1.6 * size, (peaks, size)
