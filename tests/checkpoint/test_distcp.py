@@ -63,6 +63,16 @@ def test_torch_reads_what_we_write(tmp_path, monkeypatch, piece_bytes):
     assert torch.equal(first.read_rows(2, 5), TENSORS["one.weight"][2:5])
 
 
+def test_pieces_of_a_tensor_in_memory_are_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 10**5)
+    large = torch.arange(250_000.0).reshape(2500, 100)
+    (tmp_path / "new").mkdir()
+    distcp.write_tensors({"large": tensors.in_memory(large)}, tmp_path / "new")
+    size = sum(path.stat().st_size for path in (tmp_path / "new").glob("*.distcp"))
+    assert large.nbytes < size < 1.1 * large.nbytes
+    assert_equal(load_with_torch(tmp_path / "new"), {"large": large})
+
+
 def test_we_read_what_torch_writes(tmp_path):
     dcp.save(dict(TENSORS, text="bytes"), checkpoint_id=tmp_path / "dcp", no_dist=True)
     (tmp_path / "dcp/metadata.json").write_text("{}")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from evo2_megatron.cli import groups
@@ -83,3 +86,17 @@ def test_wrong_command_line_is_reported_on_rank_0_only(capsys, monkeypatch):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         groups.run("command", lambda argv: 1 / 0)
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])  # in one go when the program ends, or long before
+def test_who_reads_what_is_printed_may_stop(num_lines):
+    code = f"""
+import sys
+from evo2_megatron.cli import groups
+sys.stdin.read()
+groups.run("evo2_doctor", lambda argv: [print("a line") for _ in range({num_lines})])
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1)
+    command.stdout.close()
+    command.stdin.close()
+    assert command.stderr.read() == b"" and command.wait() == 141

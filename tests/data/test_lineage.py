@@ -29,6 +29,13 @@ def test_dropout_of_each_rank():
     assert len(set(tags)) > 50
 
 
+@pytest.mark.parametrize("name", ["Bact|x", "Bact\nx", "\0"])
+def test_a_name_that_would_end_its_tag(name):
+    with pytest.raises(UserError, match="the lineage for 'a' has the name .*; a name has no '|'"):
+        Lineage(species=name).check_fits(1000, key="a")
+    Lineage(species="Escherichia coli; K-12 (x) \u00e4").check_fits(1000, key="a")
+
+
 def test_check_fits_counts_what_dropout_may_lengthen():
     short = Lineage(domain="X")
     assert len(Lineage().tag()) == 57

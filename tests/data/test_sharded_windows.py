@@ -56,6 +56,14 @@ def test_samples(databases):
         }
 
 
+def test_sequences_stored_as_bytes(databases):
+    want = [text(sample) for sample in dataset(databases)]
+    with sqlite3.connect(databases / "S" / "glm_dataset_S.sqlite") as database:
+        for name, sequence in CONTIGS.items():
+            database.execute("UPDATE sequences SET nt_sequence = ? WHERE contig_id = ?", (sequence.encode(), name))
+    assert [text(sample) for sample in dataset(databases)] == want
+
+
 def test_former_layout(databases):
     samples = [dataset(databases, former_layout=True)[i] for i in range(4)]
 

@@ -58,6 +58,37 @@ def test_products_of_few_tokens(one_process, num_tokens, dtype, bias):
         torch.testing.assert_close(mine, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 127, 128, 129])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_without_arithmetic_for_it_is_rounded_once(one_process, monkeypatch, num_tokens, bias):
+    from evo2_megatron.model import torch_modules
+    from evo2_megatron.ops import int8
+
+    monkeypatch.setattr(torch_modules, "_wants_float32", lambda x_TH, weight_DH: True)
+    monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 100 * 128)
+    layer = tiny_model(add_bias_output=bias).output_layer
+    weight = torch.randn(512, 128, dtype=torch.bfloat16)
+    if bias:
+        layer.bias = torch.nn.Parameter(torch.randn(512, dtype=torch.bfloat16))
+    x_LBH = torch.randn(1, num_tokens, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        got, _ = layer(x_LBH, weight)
+    want = x_LBH.double() @ weight.double().mT + (layer.bias.detach().double() if bias else 0)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+
+
+def test_who_multiplies_bfloat16_in_float32(megatron, monkeypatch):
+    from evo2_megatron.model.torch_modules import _wants_float32
+
+    narrow, wide = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2)
+    for has_arithmetic in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=has_arithmetic: known)
+        with torch.no_grad():
+            assert _wants_float32(narrow, narrow) is not has_arithmetic and not _wants_float32(wide, wide)
+        assert not _wants_float32(narrow, narrow), "gradients are those of torch's own product"
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_linear_layers_give_the_same_without_megatrons_autograd_functions(one_process, monkeypatch, batch_size):
     from evo2_megatron.model import torch_modules

@@ -139,6 +139,8 @@ def test_what_cannot_be_calibrated(inputs, tmp_path):
         calibrate_fp8(fasta, asks, target)
     assert not target.exists()
     calibrate_fp8(fasta, checkpoint, target)
+    with pytest.raises(UserError, match="--margin is 16; give 0 to 15"):
+        calibrate_fp8(checkpoint, fasta, tmp_path / "wide", margin=16)
     with pytest.raises(UserError, match="exists already"):
         calibrate_fp8(fasta, checkpoint, target)
 

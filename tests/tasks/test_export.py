@@ -86,6 +86,10 @@ def test_files_in_the_way(tiny, tmp_path):
             mbridge_to_vortex(tiny, tmp_path / "model.pt")
         assert [path.name for path in tmp_path.iterdir()] == [name]
         (tmp_path / name).unlink()
+    for name in ("a.yml", "config.json"):
+        with pytest.raises(UserError, match="is for the weights, and so is called what stands beside them"):
+            mbridge_to_vortex(tiny, tmp_path / name)
+    assert not list(tmp_path.iterdir())
     mbridge_to_vortex(tiny, tmp_path / "a.pt")
     mbridge_to_vortex(tiny, tmp_path / "b.pt")  # config.json of an earlier export is replaced
     with pytest.raises(UserError, match=r"a\.pt exists already"):

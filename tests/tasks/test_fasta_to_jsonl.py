@@ -86,5 +86,5 @@ def test_paths(tmp_path):
     (tmp_path / "a.fa").write_bytes(MESSY)
     with pytest.raises(UserError, match="no such folder"):
         fasta_to_jsonl(tmp_path / "a.fa", tmp_path / "none" / "a.jsonl")
-    with pytest.raises(UserError, match="is the input"):
+    with pytest.raises(UserError, match="is an input"):
         fasta_to_jsonl(tmp_path / "a.fa", tmp_path / "a.fa")

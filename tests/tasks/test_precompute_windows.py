@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet to window databases, from the command line."""
 
+from pathlib import Path
+
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -52,6 +54,15 @@ def test_errors(tmp_path, columns, plan, message):
     with pytest.raises(UserError, match=message):
         precompute_windows(write(tmp_path / "t.parquet", **columns), tmp_path / "w.db", plan)
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_an_output_that_is_no_new_file(tmp_path):
+    table = write(tmp_path / "t.parquet", contig_id=["a"], length=[1])
+    before = table.read_bytes()
+    for output, message in ((table, "is an input"), (tmp_path, "is a folder"), (Path("/dev/null"), "is a device")):
+        with pytest.raises(UserError, match=message):
+            precompute_windows(table, output, PLAN)
+    assert table.read_bytes() == before
 
 
 def test_no_parquet(tmp_path):

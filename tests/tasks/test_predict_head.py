@@ -162,7 +162,7 @@ def test_what_cannot_be_predicted(runs, tmp_path):
     table = Path(shutil.copy(runs[0] / "val.csv", tmp_path / "table.csv"))
     (tmp_path / "folder.tsv").mkdir()
     for target, message in (
-        (table, "table.csv is what is to be read"),
+        (table, "table.csv is an input"),
         (tmp_path / "folder.tsv", "is a folder; give the name of a file"),
         (table / "p.tsv", "is no folder that this user may write to"),
     ):

@@ -2,6 +2,8 @@
 import errno
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,36 @@ def test_record_file_of_an_interrupted_run(tmp_path):
     assert (tmp_path / "out.jsonl.part").read_text() == '{"id": "1"}\n'
 
 
+def test_what_an_earlier_run_left_is_kept(tmp_path, caplog):
+    path, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    part.write_text('{"id": "1"}\n')
+    (tmp_path / "out.jsonl.part.1").write_text("of a still earlier one\n")
+    with RecordFile(path) as file:
+        file.finish([{"id": "2"}])
+    assert (tmp_path / "out.jsonl.part.2").read_text() == '{"id": "1"}\n' and "out.jsonl.part.2" in caplog.text
+    assert path.read_text() == '{"id": "2"}\n' and not part.exists()
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with RecordFile(path) as file:
+        file.add([{"id": "1"}])
+        with pytest.raises(UserError, match="another run is writing .*out.jsonl; wait for it"):
+            RecordFile(path)
+        file.finish([{"id": "1"}])
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_record_file_behind_a_link(tmp_path):
+    target, link = tmp_path / "data" / "real.fa", tmp_path / "out.fa"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    with RecordFile(link) as file:
+        file.finish([record("a")])
+    assert link.is_symlink() and target.read_text() == write_as("fasta", [record("a")])
+
+
 def test_record_file_without_a_record_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), RecordFile(tmp_path / "out.jsonl"):
         raise KeyboardInterrupt
@@ -161,6 +193,10 @@ def test_record_file_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a folder"):
         RecordFile(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a device or a pipe"):
+            RecordFile(path)
     with pytest.raises(UserError, match="cannot be written"):
         RecordFile(tmp_path / "file" / "out.jsonl")
 

@@ -256,6 +256,12 @@ BAD = {
     "text": ("/v1/score", {"sequences": "ACGT"}, 422, "sequences: .*valid list"),
     "layer": ("/v1/embed", {"sequences": ["A"], "layers": [99]}, 422, "Invalid embedding_layer 99"),
     "no layer": ("/v1/embed", {"sequences": ["A"], "layers": []}, 422, "layers: .*at least 1 item"),
+    "too many numbers": (
+        "/v1/embed",
+        {"sequences": ["A" * 2000] * 10, "layers": [0, 1], "pooling": None},
+        413,
+        'would have 5120000 numbers, more than 4194304; ask for "encoding": "npz"',
+    ),
     "pooling": (
         "/v1/embed",
         {"sequences": ["A"], "layers": [0], "pooling": "max"},
@@ -291,6 +297,15 @@ def test_what_is_no_request(server):
 
     broken = send(b'{"sequences": [', **{"Content-Type": "application/json"})
     assert broken.status_code == 422 and broken.json()["detail"].startswith("the body is not JSON")
+    for data, cause in (
+        (b"[" * 100_000, "recursion"),
+        (b'{"sequences": [' + b"1" * 5_000 + b"]}", "limit"),
+        (b'{"sequences": ["\xff"]}', "utf-8"),
+    ):
+        response = send(data, **{"Content-Type": "application/json"})
+        assert response.status_code == 422 and cause in response.json()["detail"], response.text
+    response = send(b'{"sequences": ["ACGT"]}', **{"Content-Type": "text/plain"})
+    assert response.status_code == 422 and "'text/plain'; send JSON" in response.json()["detail"]
     limit = server.get("/v1/metadata").json()["limits"]["max_body_bytes"]
     large = b'{"sequences": ["' + b"A" * limit + b'"]}'
     for data in (large, iter([large[: limit // 2], large[limit // 2 :]])):  # with its length told beforehand, or not
@@ -351,6 +366,28 @@ def test_sigterm_finishes_what_runs(server):
     assert end["finish_reason"] == "length"
     assert server.process.wait(60) == 0
     assert server.log.read_text().endswith("Stopped\n")
+
+
+def test_sigterm_does_not_wait_for_who_stands_still(checkpoint, tmp_path):
+    """One never sends the rest of a request, the other takes a part of a long answer; a third gets all of its own."""
+    server = Server(checkpoint, tmp_path)
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"sequences": ["ACGT" * 500] * 4, "layers": [0, 1, 2, 3], "pooling": None}).encode()
+    head = b"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    half, stalled = (socket.create_connection((host, int(port))) for _ in range(2))
+    with half, stalled:
+        half.sendall(head % 1000 + b"{")
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.sendall(head % len(body) + body)
+        assert stalled.recv(12) == b"HTTP/1.1 200"
+        stream = server.events({"prompt": "ACGT", "max_new_tokens": 300, "stop_at_eod": False})
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1][0] == "done"
+        assert server.process.wait(30) == 0
+    log = server.log.read_text()
+    assert "Leaving 2 clients who neither send nor take anything" in log and "Traceback" not in log
+    assert log.endswith("Stopped\n")
 
 
 def refuses(url):

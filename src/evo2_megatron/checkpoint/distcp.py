@@ -245,7 +245,9 @@ def write_tensors(
             entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), [])
             for start, stop in tensor.pieces():
                 rows, place = tensor.read_rows(start, stop), file.tell()
-                torch.save(rows, file)
+                # of a view, torch would write all that lies behind it
+                is_view = rows.untyped_storage().nbytes() != rows.nbytes
+                torch.save(rows.clone() if is_view else rows, file)
                 offsets = torch.Size((start, *(0 for _ in tensor.shape[1:])))
                 entries[name].chunks.append(ChunkStorageMetadata(offsets, rows.shape))
                 # private, but a part of the format: every index names it

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +76,14 @@ def running(args: argparse.Namespace) -> dict[str, Any]:
 def prompts(args: argparse.Namespace) -> list[Prompt]:
     """Of ``--prompt-file``, or else ``--prompt`` alone."""
     from evo2_megatron.tasks.prompts import Prompt, read_prompts
+    from evo2_megatron.tasks.records import part_of
+    from evo2_megatron.tasks.transfer import check_no_input
 
-    return [Prompt("0", args.prompt)] if args.prompt_file is None else read_prompts(args.prompt_file)
+    if args.prompt_file is None:
+        return [Prompt("0", args.prompt)]
+    if args.output_file is not None:
+        check_no_input((args.output_file, part_of(args.output_file)), [args.prompt_file])
+    return read_prompts(args.prompt_file)
 
 
 def add_prompt_case(parser: argparse._ActionsContainer) -> None:
@@ -183,14 +186,3 @@ def given(flag: int | None, variable: str) -> int | None:
         raise UserError(f"environment variable {variable} is {text!r}; set it to a whole number, or unset it")
     logger.info("%s is set: %s", variable, text)
     return int(text)
-
-
-@contextlib.contextmanager
-def until_nobody_reads() -> Iterator[None]:
-    """End quietly, as other programs in a pipe do, when the reader of what is printed has gone."""
-    try:
-        yield
-    except BrokenPipeError:
-        # nothing may be flushed to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

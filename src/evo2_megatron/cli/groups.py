@@ -42,9 +42,14 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
     """
     try:
         main(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # who reads what is printed has seen enough; nothing may be flushed to it when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         speaker = f"{prog}: error"
         if _rank() != 0:

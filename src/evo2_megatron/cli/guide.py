@@ -55,10 +55,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     prompts = generation_groups.prompts(args)
     search = SearchSettings(beams=args.beams, samples=args.samples, chunk=args.chunk_length, score_of=args.score_of)
-    with (
-        generation_groups.until_nobody_reads(),
-        open_scorer(function=args.scorer, command=args.scorer_command, timeout=args.scorer_timeout) as score,
-    ):
+    with open_scorer(function=args.scorer, command=args.scorer_command, timeout=args.scorer_timeout) as score:
         guide(
             prompts,
             args.ckpt_dir,

@@ -62,15 +62,14 @@ def _main(argv: Sequence[str] | None) -> None:
         printer = {"on_piece": (_StreamOfOne(prompts[0].id) if one else _StreamOfMany()).show}
     elif args.output_format and args.output_file is None:
         printer = {"on_record": _Table(args.output_format, args.include_prompt).show}
-    with generation_groups.until_nobody_reads():
-        infer(
-            prompts,
-            args.ckpt_dir,
-            _settings(args),
-            num_samples=args.num_samples,
-            **generation_groups.running(args),
-            **printer,
-        )
+    infer(
+        prompts,
+        args.ckpt_dir,
+        _settings(args),
+        num_samples=args.num_samples,
+        **generation_groups.running(args),
+        **printer,
+    )
 
 
 def _settings(args: argparse.Namespace) -> GenerationSettings:

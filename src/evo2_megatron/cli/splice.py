@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -97,20 +96,15 @@ def _splice(argv: Sequence[str] | None) -> None:
         elif counts[problem.kind] == _SHOWN_PER_KIND + 1:
             _note(f"more of these ({problem.kind}) are only counted; --verbose names all")
 
-    try:
-        summary = splice(
-            args.fasta_path,
-            args.gtf_path,
-            args.output_path,
-            stitched=stitched,
-            only_longest=args.only_longest_transcript,
-            former=args.bionemo_compatible,
-            report=report,
-        )
-    except BrokenPipeError:
-        # whoever read the output has seen enough; nothing may be flushed to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    summary = splice(
+        args.fasta_path,
+        args.gtf_path,
+        args.output_path,
+        stitched=stitched,
+        only_longest=args.only_longest_transcript,
+        former=args.bionemo_compatible,
+        report=report,
+    )
     print(f"{_PROG}: {summary}", file=sys.stderr)
 
 

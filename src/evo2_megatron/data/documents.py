@@ -17,6 +17,7 @@ from evo2_megatron.data.tokenizer import EOD, PAD, encode
 
 _MEMORY_BYTES = 1 << 22  # a record that has to be read more than once goes to a temporary file beyond this
 _MAX_NAMES = 1 << 18  # names of a file among which duplicates are looked for: about 17 MB
+_PADDING_BYTES = 1 << 20  # at a time
 _EOD_BYTE = bytes([EOD])
 _IDENTITY = bytes(range(256))
 
@@ -194,7 +195,9 @@ class DocumentMaker:
                     f"record '{name}' of {path} makes {writer.document_length} tokens; enforce_sample_length is "
                     f"{wanted}; raise it, or set split_window_length"
                 )
-            writer.write_bytes(bytes([PAD]) * (wanted - writer.document_length))
+            padding = bytes([PAD]) * min(wanted - writer.document_length, _PADDING_BYTES)
+            while writer.document_length < wanted:
+                writer.write_bytes(padding[: wanted - writer.document_length])
         writer.end_document()
 
     def _tag(self, name: str) -> str | None:

@@ -35,8 +35,15 @@ class Lineage:
         return "|" + ";".join(f"{rank}__{name or _MISSING}" for rank, name in zip("dpcofgs", kept, strict=True)) + "|"
 
     def check_fits(self, period: int, *, key: str) -> None:
-        """Raise UserError unless every possible tag is shorter than the period at which it is repeated, in tokens."""
-        names = (getattr(self, field.name) for field in fields(self))
+        """Raise UserError unless every possible tag can be told from bases, and is shorter than the period at which it
+        is repeated, in tokens."""
+        names = [getattr(self, field.name) for field in fields(self)]
+        for name in names:
+            if name and ("|" in name or not name.isprintable()):
+                raise UserError(
+                    f"the lineage for '{key}' has the name {name!r}; a name has no '|', which ends the tag, and no "
+                    "control characters"
+                )
         # dropout lengthens the tag where a name is shorter than "None"
         length = len(self.tag()) + sum(max(0, len(_MISSING) - len(name)) for name in names if name)
         if length >= period:

@@ -23,6 +23,10 @@ _IDLE_KEYS = {
 }
 
 
+_MOST = 2**31 - 1
+"""Tokens of a document, as its index counts them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
     """One dataset: FASTA files in, six Megatron files out. Field names are the keys of the YAML."""
@@ -137,8 +141,8 @@ class PreprocessConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a probability between 0 and 1")
         for name in ("split_window_length", "enforce_sample_length", "prompt_spacer_length", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from 1 to {_MOST}")
         weights = self.split_weights.values()
         if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
             raise UserError(

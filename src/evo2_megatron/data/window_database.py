@@ -196,7 +196,7 @@ class SequenceDatabases:
         """
         database = self._database_of(contig)
         rows = database.rows(
-            "SELECT substr(nt_sequence, ?, ?) FROM sequences WHERE contig_id = ?", start + 1, num, contig
+            "SELECT CAST(substr(nt_sequence, ?, ?) AS TEXT) FROM sequences WHERE contig_id = ?", start + 1, num, contig
         )
         if not rows:
             raise UserError(f"{database.path} has no sequence '{contig}'; were the windows made from other data?")

@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from evo2_megatron.model.context_parallel import SplitSequence
+from evo2_megatron.ops.int8 import row_blocks
 
 _FEW_TOKENS = 8
 """Tokens up to which the product with a weight matrix takes as long as reading it."""
 
 _LARGE_WEIGHT = 150_000
 """Numbers from which on reading a weight matrix takes longer than all else around the product."""
+
+_WIDE_TOKENS = 8
+"""Tokens from which on a CPU without arithmetic for bfloat16 is faster with weights made wide for them."""
 
 _MASKED_QUERIES = 512
 """Queries that attend together where some keys came before them all, at most."""
@@ -103,6 +107,8 @@ def _product(layer: ColumnLinear | RowLinear, x_LBH: Tensor, weight: Tensor) -> 
     reads_weights = len(x_TH) <= _FEW_TOKENS and weight.numel() >= _LARGE_WEIGHT
     if reads_weights and x_TH.dtype == torch.float32 and x_TH.device.type == "cpu":
         y_TD = _product_of_few(x_TH, weight, bias)
+    elif len(x_TH) >= _WIDE_TOKENS and _wants_float32(x_TH, weight):
+        y_TD = _product_in_float32(x_TH, weight, bias)
     else:
         y_TD = F.linear(x_TH, weight, bias)
     return y_TD.unflatten(0, x_LBH.shape[:2]), layer.bias if layer.skip_bias_add else None
@@ -115,6 +121,21 @@ def _product_of_few(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> T
     # few numbers to copy; pipeline stages send only what is contiguous
     y_TD = torch.mm(weight_DH, x_HT).mT[: len(x_TH)].contiguous()
     return y_TD if bias_D is None else y_TD + bias_D
+
+
+def _wants_float32(x_TH: Tensor, weight_DH: Tensor) -> bool:
+    """Whether this CPU multiplies bfloat16 by taking every number apart; gradients go the usual way."""
+    is_plain = x_TH.device.type == "cpu" and x_TH.dtype == weight_DH.dtype == torch.bfloat16
+    return is_plain and not torch.is_grad_enabled() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _product_in_float32(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
+    """``F.linear`` of bfloat16, which is rounded once in the end, by float32 a block of rows at a time."""
+    y_TD = x_TH.new_empty(len(x_TH), len(weight_DH))
+    wide_TH = x_TH.float()
+    for rows in row_blocks(weight_DH):
+        y_TD[:, rows] = F.linear(wide_TH, weight_DH[rows].float(), None if bias_D is None else bias_D[rows].float())
+    return y_TD
 
 
 class RMSNormColumnLinear(ColumnLinear):

@@ -45,7 +45,7 @@ def quantize_rows(weight_DH: Tensor, largest_D: Tensor | None = None) -> tuple[T
     scale_D = (largest_D.float() / _LARGEST).bfloat16()
     scale_D = torch.where(scale_D == 0, torch.ones_like(scale_D), scale_D)
     q_DH = torch.empty_like(weight_DH, dtype=torch.int8)
-    for rows in _blocks(weight_DH):
+    for rows in row_blocks(weight_DH):
         part_RH = weight_DH[rows].float() / scale_D[rows, None].float()
         q_DH[rows] = part_RH.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
     return q_DH, scale_D
@@ -70,13 +70,14 @@ def int8_product(x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
     wide = torch.float32 if x_TH.device.type == "cpu" else torch.bfloat16
     wide_TH = x16_TH.to(wide)
     y_TD = x_TH.new_empty(len(x_TH), len(q_DH))
-    for rows in _blocks(q_DH):
+    for rows in row_blocks(q_DH):
         y_TR = F.linear(wide_TH, q_DH[rows].to(wide)) * scale_D[rows]
         y_TD[:, rows] = y_TR.bfloat16()
     return y_TD
 
 
-def _blocks(weight_DH: Tensor) -> list[slice]:
+def row_blocks(weight_DH: Tensor) -> list[slice]:
+    """Rows of a weight matrix that may be made wide at a time: few enough for a CPU's cache."""
     numbers = _BLOCK_NUMBERS if weight_DH.device.type == "cpu" else _BLOCK_NUMBERS_CUDA
     num_rows = max(1, numbers // weight_DH.shape[1])
     return [slice(start, start + num_rows) for start in range(0, len(weight_DH), num_rows)]

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WORDS = Words("Calibrating", "Calibrated on", "sequences")
+_LARGEST_MARGIN = 15
+"""With more, what is as large as anything seen would be rounded as the smallest numbers of e4m3 are, or to 0."""
+
 _SMALLEST = 1e-30
 """What is smaller has no scale that float32 could hold, and needs none."""
 
@@ -84,6 +87,8 @@ def calibrate_fp8(
     Raises:
         UserError: No such checkpoint, adapters alone, inputs that are not finite, or something is in the way.
     """
+    if not 0 <= margin <= _LARGEST_MARGIN:
+        raise UserError(f"--margin is {margin}; give 0 to {_LARGEST_MARGIN}")
     parallel.check_world_size(distributed.world_size())
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
     check_new(target, layout.iteration_of(checkpoint))

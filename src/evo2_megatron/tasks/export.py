@@ -59,8 +59,7 @@ def mbridge_to_vortex(
     Raises:
         UserError: No such checkpoint, Vortex cannot express it, or a file is in the way.
     """
-    files = [output, output.with_suffix(".yml"), output.parent / _CONFIG_JSON]
-    _check_free(files)
+    files = _files(output)
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir, flag="--mbridge-ckpt-dir")
     run_config = read_run_config(checkpoint)
     check_whole(run_config)
@@ -98,12 +97,19 @@ def _verify(checkpoint: Path, file: Path, model: Architecture) -> None:
     verify_checkpoint(checkpoint, written, model, names="vortex")
 
 
-def _check_free(files: list[Path]) -> None:
+def _files(output: Path) -> list[Path]:
+    """Weights, and what is written beside them."""
+    files = [output, output.parent / f"{output.stem}.yml", output.parent / _CONFIG_JSON]
+    if output in files[1:]:
+        raise UserError(
+            f"--output-path {output} is for the weights, and so is called what stands beside them; use .pt"
+        )
     for path in files:
         if path.name == _CONFIG_JSON and path.is_file() and '"hybrid_override_pattern"' in path.read_text():
             continue  # of an earlier export
         if path.exists():
             raise UserError(f"{path} exists already; choose another --output-path or remove it")
+    return files
 
 
 def _check_size(model: Architecture, model_size: str, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import read_pieces, record_id
 from evo2_megatron.tasks import fasta_blocks_to_jsonl
-from evo2_megatron.tasks.transfer import disk_errors, new_files
+from evo2_megatron.tasks.transfer import check_no_input, disk_errors, new_files
 from evo2_megatron.tasks.two_processes import worth_two
 
 _BATCH_BYTES = 1 << 16  # as for fasta.BLOCK_BYTES
@@ -37,8 +37,7 @@ def fasta_to_jsonl(
     source, target = Path(input_path), Path(output_path)
     if not target.parent.is_dir():
         raise UserError(f"no such folder: {target.parent}; make it first")
-    if source.exists() and target.exists() and source.samefile(target):
-        raise UserError(f"{target} is the input; choose another output")
+    check_no_input([target], [source])
     num_bytes = source.stat().st_size if source.is_file() else None
     pieces = read_pieces(source) if num_bytes != 0 else iter(())
     with disk_errors(), new_files([target]) as (partial,):

@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.labelled import Labelled, Labels
+from evo2_megatron.tasks.transfer import check_no_input, file_behind
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
 
@@ -28,10 +29,8 @@ def check_target(target: Path, beside: Path, source: Path) -> None:
     if target.suffix not in SUFFIXES:
         raise UserError(f"{target}: the suffix says what is written; give one of {', '.join(SUFFIXES)}")
     for path in (target, beside):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give the name of a file")
-        if path.exists() and source.exists() and path.samefile(source):
-            raise UserError(f"{path} is what is to be read; give another --output-file")
+        file_behind(path)
+    check_no_input((target, beside), [source])
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.window_database import WindowPlan, WindowTotals, write_window_database
+from evo2_megatron.tasks.transfer import check_no_input, file_behind
 
 _COLUMNS = ("contig_id", "length")
 
@@ -26,7 +27,8 @@ def precompute_windows(table_path: Path, output: Path, plan: WindowPlan, *, drop
     """
     if plan.window_size < 1 or plan.stride < 1 or plan.min_length < 0:
         raise UserError("--window-size and --stride must be 1 or more, --window-min-length-threshold 0 or more")
-    return write_window_database(output, _contigs(table_path), plan, drop_tails=drop_tails)
+    check_no_input([output], [table_path])
+    return write_window_database(file_behind(output), _contigs(table_path), plan, drop_tails=drop_tails)
 
 
 def _contigs(path: Path) -> list[tuple[str, int]]:

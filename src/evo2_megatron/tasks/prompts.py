@@ -117,8 +117,9 @@ def _of_json(line: str, number: int, path: Path) -> Prompt:
     where = f"{path} line {number + 1}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{where} is not JSON ({error.msg}); write {{"id": "...", "prompt": "..."}}') from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition(":")[0].partition(";")[0]
+        raise UserError(f'{where} is not JSON ({reason}); write {{"id": "...", "prompt": "..."}}') from error
     if not isinstance(record, dict):
         raise UserError(f'{where} is not a JSON object; write {{"id": "...", "prompt": "..."}}')
     if "prompt" not in record:
@@ -128,4 +129,12 @@ def _of_json(line: str, number: int, path: Path) -> Prompt:
     seed = record.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise UserError(f"{where}: 'seed' is {seed!r}; it must be a whole number of 0 or more")
-    return Prompt(str(record.get("id", number)), record["prompt"], seed)
+    name = record.get("id")
+    if isinstance(name, (dict, list)) or not _is_text(str(name)):
+        raise UserError(f"{where}: 'id' is {name!r}; it must be a string or a number")
+    return Prompt(str(number if name is None else name), record["prompt"], seed)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written: JSON can name halves of characters, which are none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -12,16 +12,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
+import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.prompts import FASTA_SUFFIXES, Prompt, file_suffix
+from evo2_megatron.tasks.transfer import file_behind
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """One continuation, as a line of JSON has it."""
@@ -161,6 +167,11 @@ def _sequence(record: Record, include_prompt: bool, *, also: str = "") -> str:
     return sequence
 
 
+def part_of(path: Path, number: int | None = None) -> Path:
+    """Where the finished records of a file are until all are, or those of an earlier run that did not end."""
+    return path.with_name(f"{path.name}.part" if number is None else f"{path.name}.part.{number}")
+
+
 class RecordFile:
     """A file of records that takes its name only when it is complete; a context manager.
 
@@ -173,17 +184,31 @@ class RecordFile:
 
         ``format_name``: one of FORMATS; None: by the suffix.
         """
-        self._path = Path(path)
-        self._format = format_name or format_of(self._path)
+        self._path = file_behind(Path(path))
+        self._format = format_name or format_of(Path(path))
         self._include_prompt = include_prompt
-        self._part = self._path.with_name(f"{self._path.name}.part")
-        if self._path.is_dir():
-            raise UserError(f"Output file {path} is a folder; give a file name")
+        self._part = part_of(self._path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._part.open("w", encoding="utf-8")
+            self._stream = self._begin()
         except OSError as error:
             raise UserError(f"Output file {path} cannot be written: {error.strerror}; choose another path") from error
+
+    def _begin(self) -> TextIO:
+        """The empty ``.part`` file, for this process alone; what an earlier run left in it gets another name."""
+        stream = self._part.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise UserError(f"another run is writing {self._path}; wait for it, or choose another file") from None
+        if not stream.tell():
+            return stream
+        kept = next(path for n in itertools.count(1) if not (path := part_of(self._path, n)).exists())
+        self._part.rename(kept)
+        stream.close()
+        logger.warning("What an earlier run had finished of %s is kept in %s", self._path, kept)
+        return self._begin()
 
     def add(self, records: Iterable[Record]) -> None:
         """Append finished records and hand them to the operating system; UserError if it refuses them."""
@@ -211,7 +236,7 @@ class RecordFile:
                 ordered.replace(self._path)
         finally:
             ordered.unlink(missing_ok=True)
-        self._part.unlink()
+        self._part.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.gtf import Problem, Transcript, no_garbage_collection, read_gtf, text
 from evo2_megatron.data.gtf_halves import OddPartError
 from evo2_megatron.data.nucleotides import COMPLEMENT
-from evo2_megatron.tasks.transfer import disk_errors, new_files
+from evo2_megatron.tasks.transfer import check_no_input, disk_errors, new_files
 from evo2_megatron.tasks.two_processes import Channel, Gone, PlacedWriter, second_process, worth_two
 
 JOIN = b"@"
@@ -294,8 +294,7 @@ def _output(path: Path | None, inputs: tuple[Path, Path]) -> Iterator[BinaryIO]:
         with open(sys.stdout.fileno(), "wb", buffering=_BUFFER_BYTES, closefd=False) as out:
             yield out
         return
-    if any(path.exists() and path.samefile(source) for source in inputs):
-        raise UserError(f"{path} is an input; choose another output")
+    check_no_input([path], inputs)
     if path.exists() and not path.is_file() and not path.is_dir():
         with path.open("wb", buffering=_BUFFER_BYTES) as out:
             yield out

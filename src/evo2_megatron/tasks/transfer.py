@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,45 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def file_behind(path: Path) -> Path:
+    """Where a file of this name is or will be, through symbolic links.
+
+    Raises:
+        UserError: The name is that of a folder, a device or a pipe, none of which can be replaced.
+    """
+    file = Path(os.path.realpath(path))
+    if file.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    if file.exists() and not file.is_file():
+        raise UserError(f"{path} is a device or a pipe, which a file cannot replace; give the name of a file")
+    return file
+
+
+def check_no_input(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise UserError if a file that is to be written is one that is read."""
+    sources = list(inputs)
+    for path in outputs:
+        if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
+            raise UserError(f"{path} is an input; choose another output")
+
+
 @contextlib.contextmanager
 def new_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Hidden names, beside the files' own, to write to; they become the files when the block ends without error.
 
-    The first path gets its name last: whoever waits for it finds the others.
+    The first path gets its name last: whoever waits for it finds the others. Through a symbolic link, what it points
+    to is replaced.
+
+    Raises:
+        UserError: See ``file_behind``.
     """
-    partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
-    for path in paths:
+    files = [file_behind(path) for path in paths]
+    partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files]
+    for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        for old, new in reversed(list(zip(partial, paths))):
+        for old, new in reversed(list(zip(partial, files))):
             os.replace(old, new)
     finally:
         for path in partial:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.server.engine import Engine
+from evo2_megatron.tasks.server.engine import Engine, still_loading
 from evo2_megatron.tasks.server.jobs import Refused
 from evo2_megatron.tasks.server.routes import make_router, max_body_bytes, refusal
 
@@ -33,8 +33,19 @@ def make_app(engine: Engine) -> FastAPI:
     app.add_middleware(_BodyLimit, engine=engine)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_field(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": "; ".join(_readable(part) for part in error.errors())}, 422)
+    async def wrong_field(request: Request, error: RequestValidationError) -> JSONResponse:
+        parts = error.errors()
+        kind = request.headers.get("content-type", "")
+        if any(part["loc"] == ("body",) for part in parts) and "json" not in kind:
+            detail = f"the body has the Content-Type {kind!r}; send JSON, as application/json"
+        else:
+            detail = "; ".join(_readable(part) for part in parts)
+        return JSONResponse({"detail": detail}, 422)
+
+    @app.exception_handler(400)  # FastAPI's, of a body that it cannot parse
+    async def no_json(_request: Request, error: HTTPException) -> JSONResponse:
+        cause = str(error.__cause__ or error.detail).partition(";")[0]
+        return JSONResponse({"detail": f"the body is not JSON that can be read: {cause}"}, 422)
 
     @app.exception_handler(UserError)
     async def wrong_value(_request: Request, error: UserError) -> JSONResponse:
@@ -65,8 +76,12 @@ class _BodyLimit:
         self._app, self._engine = app, engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._engine.info is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self._engine.info is None:
+            # without reading what is sent
+            await (self._app if scope["method"] in ("GET", "HEAD") else refusal(still_loading()))(scope, receive, send)
             return
         limit, num_read = max_body_bytes(self._engine.info), 0
         message = f"the body has more than {limit} bytes; send fewer or shorter sequences"

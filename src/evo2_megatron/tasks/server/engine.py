@@ -114,13 +114,18 @@ class Engine:
     def num_generating(self) -> int:
         return sum(batch.num_sequences for batch in self._running)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for a result."""
+        return not (self._waiting or self._running or self._answering)
+
     def submit(self, job: Job) -> None:
         """Put a job into the queue; ``Refused`` if it is full or nobody will look at it."""
         with self._condition:
             if self._stopped:
                 raise Refused(503, "the server has stopped")
             if self.info is None:
-                raise Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
+                raise still_loading()
             if len(self._waiting) >= self.settings.max_queue:
                 raise Refused(
                     503,
@@ -234,6 +239,11 @@ class Engine:
             self._finished += [time.monotonic()] * answered
         if not batch.num_sequences:
             self._running.remove(batch)
+
+
+def still_loading() -> Refused:
+    """Why nothing is answered yet."""
+    return Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
 
 
 class _Model:
@@ -358,6 +368,8 @@ def _run_layers(job: LayersJob, model: _Model) -> Iterator[None]:
         job.reply.put(Vectors([layer_outputs(model.runner(Output()), model.decoder, job.item, job.modules)]))
     except UserError as error:
         job.reply.put(Refused(422, str(error)))
+    except Refused as refused:
+        job.reply.put(refused)
     yield
 
 

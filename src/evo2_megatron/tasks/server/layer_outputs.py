@@ -17,6 +17,7 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.server.arrays import check_values
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -58,13 +59,18 @@ def layer_outputs(runner: Runner, model: StripedHyenaModel, item: Item, names: S
 
     Raises:
         UserError: A module was not called, or does not return a vector for each token.
+        Refused: There are more numbers than an answer may have.
     """
     pieces: dict[str, list[Any]] = {name: [] for name in names}
     modules = dict(model.named_modules())
+    num_values = 0
 
     def keep(name: str) -> Any:
         def hook(_module: torch.nn.Module, _arguments: Any, output: Any) -> None:
+            nonlocal num_values
             value = output[0] if isinstance(output, tuple) else output
+            num_values += value.numel() if isinstance(value, Tensor) else 0
+            check_values(num_values, as_json=False)
             pieces[name].append(value.detach().float().cpu() if isinstance(value, Tensor) else None)
 
         return hook

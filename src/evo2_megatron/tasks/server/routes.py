@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import math
 import secrets
@@ -27,7 +25,8 @@ from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
 from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import schemas
-from evo2_megatron.tasks.server.engine import RETRY_SECONDS, Engine, ModelInfo
+from evo2_megatron.tasks.server.arrays import MAX_JSON_VALUES, MAX_NPZ_VALUES, check_values, json_in_pieces, npz
+from evo2_megatron.tasks.server.engine import Engine, ModelInfo, still_loading
 from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Job, LayersJob, PassJob, Refused
 from evo2_megatron.tasks.server.layer_outputs import megatron_name
 
@@ -94,13 +93,16 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         layers = Output(embedding_layers=tuple(body.layers)).layers_of(info.num_layers)
         output = Output(embedding_layers=tuple(layers), pooling=body.pooling)
         job = PassJob(items=_items(body.sequences, info, prepend_bos=body.prepend_bos), output=output)
+        num_vectors = len(job.items) if body.pooling else job.num_tokens
+        check_values(num_vectors * len(layers) * info.hidden_size, as_json=body.encoding == "json")
         vectors = await _result(engine, job, request)
         embeddings = [_by_layer(row, layers, skip=_no_base(body)) for row in vectors.rows]
         answer: dict[str, Any] = {"layers": layers, "elapsed_ms": _since(start)}
-        if body.encoding == "npz":
-            named = {f"{n}.{layer}": values for n, row in enumerate(embeddings) for layer, values in row.items()}
-            return answer | {"data": _npz(named)}
-        return answer | {"embeddings": [{k: v.tolist() for k, v in row.items()} for row in embeddings]}
+        if body.encoding == "json":
+            pieces = json_in_pieces(answer, "embeddings", embeddings)
+            return StreamingResponse(pieces, media_type="application/json")
+        named = {f"{n}.{layer}": values for n, row in enumerate(embeddings) for layer, values in row.items()}
+        return JSONResponse(answer | {"data": await asyncio.to_thread(npz, named)})
 
 
 def _add_nim(router: APIRouter, engine: Engine) -> None:
@@ -149,7 +151,7 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
         (item,) = _items([body.sequence], info)
         vectors = await _result(engine, LayersJob(item=item, modules=sorted(set(modules.values()))), request)
         arrays = {f"{name}.output": vectors.rows[0][module] for name, module in modules.items()}
-        return {"data": _npz(arrays), "elapsed_ms": round(_since(start))}
+        return JSONResponse({"data": await asyncio.to_thread(npz, arrays), "elapsed_ms": round(_since(start))})
 
 
 def _add_status(router: APIRouter, engine: Engine) -> None:
@@ -179,6 +181,8 @@ def _add_status(router: APIRouter, engine: Engine) -> None:
             "max_queue": settings.max_queue,
             "max_sequences": schemas.MAX_SEQUENCES,
             "max_body_bytes": max_body_bytes(info),
+            "max_json_values": MAX_JSON_VALUES,
+            "max_npz_values": MAX_NPZ_VALUES,
         }
         load = {"waiting": engine.num_waiting, "generating": engine.num_generating}
         about = {"version": package.version("evo2-megatron"), "checkpoint": str(known.pop("checkpoint"))}
@@ -187,7 +191,7 @@ def _add_status(router: APIRouter, engine: Engine) -> None:
 
 def _info(engine: Engine) -> ModelInfo:
     if engine.info is None:
-        raise Refused(503, "the model is being loaded; try again", retry_after=RETRY_SECONDS)
+        raise still_loading()
     return engine.info
 
 
@@ -315,12 +319,6 @@ def _by_layer(row: Mapping[str, np.ndarray], layers: list[int], *, skip: int) ->
 def _no_base(body: schemas.EmbedRequest) -> int:
     """Tokens in front that are no bases."""
     return int(body.prepend_bos and body.pooling is None)
-
-
-def _npz(arrays: Mapping[str, np.ndarray]) -> str:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _since(start: float) -> float:

@@ -175,6 +175,8 @@ class Limits(BaseModel):
     max_queue: int = Field(description="requests that wait")
     max_sequences: int = Field(description="sequences of one request")
     max_body_bytes: int
+    max_json_values: int = Field(description="numbers of an answer in JSON")
+    max_npz_values: int = Field(description="numbers of an answer in an NPZ archive")
 
 
 class Load(BaseModel):

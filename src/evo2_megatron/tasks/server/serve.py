@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import logging
@@ -20,6 +21,9 @@ from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
 
 logger = logging.getLogger(__name__)
+
+_STALLED_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
 
 
 def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -52,7 +56,7 @@ def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000)
         engine = Engine(settings, on_ready=ready)
         # None: log lines go where ours go
         config = uvicorn.Config(make_app(engine), log_config=None, access_log=False, lifespan="off")
-        server = uvicorn.Server(config)
+        server = _Server(config, engine)
         with _already_ended(), concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
             work = threads.submit(engine.run)
             work.add_done_callback(lambda _: setattr(server, "should_exit", True))
@@ -62,6 +66,36 @@ def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000)
                 engine.stop()
             work.result()
     logger.info("Stopped")
+
+
+class _Server(uvicorn.Server):
+    """Ends when clients have what they asked for, or take no more of it.
+
+    By itself uvicorn waits for every connection, also for one that never sends the rest of its request.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        watch = asyncio.ensure_future(self._give_up())
+        await super().shutdown(sockets)
+        watch.cancel()
+
+    async def _give_up(self) -> None:
+        """Leave those who have made no progress for ``_STALLED_SECONDS``, though the engine waits for nothing."""
+        since, before = time.monotonic(), -1
+        while time.monotonic() - since < _STALLED_SECONDS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            unsent = sum(each.transport.get_write_buffer_size() for each in self.server_state.connections)
+            if unsent != before or not self._engine.is_idle:
+                since, before = time.monotonic(), unsent
+        stalled = list(self.server_state.connections)
+        logger.warning("Leaving %d clients who neither send nor take anything", len(stalled))
+        for each in stalled:
+            each.transport.abort()
+        self.force_exit = True
 
 
 @contextlib.contextmanager
