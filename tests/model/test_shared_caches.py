@@ -102,6 +102,28 @@ def test_who_joins_has_the_state_of_who_was_there_from_the_start(model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("lengths", [(1, 128), (129, 7), (130, 131)])
+def test_caches_that_become_one(model, lengths):
+    """At any moment, and from a room of another length."""
+    chance = random.Random(0)
+    first, second = SharedCaches(model), SharedCaches(model)
+    sequences = [[random_tokens(lengths[0]), random_tokens(3)], [random_tokens(lengths[1]), random_tokens(2)]]
+    for caches, prompts, most in zip((first, second), sequences, (300, 160)):
+        read(model, caches, prompts, most=most)
+        for _ in range(chance.randrange(1, 9)):
+            step(model, caches, prompts, chance)
+    first.reserve(2, 160)
+    first.take(second)
+    assert_equal_states(model, second, sequences[1])
+    second.clear()
+    together = sequences[0] + sequences[1]
+    assert_equal_states(model, first, together)
+    for _ in range(3):
+        step(model, first, together, chance)
+    assert_equal_states(model, first, together)
+
+
+@torch.inference_mode()
 def test_room_is_kept_and_only_the_last_moves(model):
     """Nothing else is copied when one leaves and another comes."""
     caches = SharedCaches(model)

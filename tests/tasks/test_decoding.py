@@ -147,6 +147,30 @@ def test_who_joins_gets_what_it_gets_alone(model, seed, runs_ahead):
             assert_as_alone(model, row)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_that_become_one(model, seed):
+    """At whatever moment, while prompts are read beside the batch, a piece at a time."""
+    chance = random.Random(seed)
+    rows = [random_row(chance) for _ in range(12)]
+    decoding, aside = Decoding(model), []
+    decoding.join(rows[:2])
+    coming = [rows[start : start + 2] for start in range(2, 12, 2)]
+    while coming or aside or decoding.present:
+        if coming and chance.random() < 0.3:
+            new = Decoding(model)
+            aside.append((new, new.joining(coming.pop()), chance.randrange(4)))
+        for other, reading, steps_alone in list(aside):
+            if next(reading, "read") == "read":
+                for _ in range(steps_alone):
+                    other.advance()
+                decoding.absorb(other)
+                assert not other.present and other.num_cache_rows == 0
+                aside.remove((other, reading, steps_alone))
+        decoding.advance()
+    for row in rows:
+        assert_as_alone(model, row)
+
+
 def test_one_pass_serves_all_who_have_come(model):
     """Also those who draw in another way."""
     num_rows, num_new = 8, 10

@@ -16,12 +16,15 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.model.inference_state import KeyValueState
 from evo2_megatron.model.shared_caches import SharedCaches
+from evo2_megatron.tasks import prediction_runner
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.sampling import Sampling
 from evo2_megatron.tasks.server import engine as engine_module
+from evo2_megatron.tasks.server import generations
 from evo2_megatron.tasks.server.app import make_app
+from evo2_megatron.tasks.server.attempt import NO_MEMORY
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
 from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Reply, Vectors
 from tasks.server_process import until
@@ -39,7 +42,7 @@ def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
 
     engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_queue=1))
     if loaded:  # and nobody works
-        engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", "CPU", 100, frozenset())
+        engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", False, "CPU", 100, frozenset())
         asyncio.run(fill())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         http = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
@@ -62,7 +65,7 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
         engine.submit(job := GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
         return await asyncio.wait_for(job.reply.get(), 60)
 
-    def wait_and_fail(self, _model):
+    def wait_and_fail(self, _model, _generations):
         until(lambda: self.num_waiting == 1)
         raise RuntimeError("a kernel failed")
 
@@ -241,7 +244,7 @@ def test_who_comes_when_memory_has_run_out_may_come_again(checkpoint, monkeypatc
 
 def test_who_was_there_when_a_step_failed_is_told_so(checkpoint, monkeypatch):
     """The caches of some layers have that step and those of others have not: going on would give other bases."""
-    append, assign, failing = KeyValueState.append, engine_module.assign, threading.Event()
+    append, assign, failing = KeyValueState.append, generations.assign, threading.Event()
 
     def limited(self, *arguments):
         if failing.is_set():
@@ -264,10 +267,10 @@ def test_who_was_there_when_a_step_failed_is_told_so(checkpoint, monkeypatch):
         return texts, await text_of(again)
 
     monkeypatch.setattr(KeyValueState, "append", limited)
-    monkeypatch.setattr(engine_module, "assign", before_they_join)
+    monkeypatch.setattr(generations, "assign", before_they_join)
     with running(checkpoint) as engine:
         (there, _), again = asyncio.run(answers())
-    assert there == (503, engine_module._NO_MEMORY) and len(again) == 200
+    assert there == (503, NO_MEMORY) and len(again) == 200
 
 
 def test_bases_come_between_the_batches_of_a_large_request(checkpoint, monkeypatch):
@@ -289,3 +292,91 @@ def test_bases_come_between_the_batches_of_a_large_request(checkpoint, monkeypat
     with running(checkpoint) as engine:
         pieces, scored = asyncio.run(count())
     assert scored == 20 and 19 <= pieces < 60
+
+
+def long_job(**more):
+    """A prompt of fifty pieces."""
+    settings = GenerationSettings(max_new_tokens=30, alphabet="ACGT", stop_at_eod=False, prefill_chunk=4)
+    return GenerateJob(ids=list(b"ACGGT" * 40), seed=3, settings=settings, **more)
+
+
+def test_bases_come_while_a_long_prompt_is_read(checkpoint):
+    """And it gets what it gets alone; two of them are read one after the other."""
+
+    async def count():
+        text = await text_of_submitted(long_job())
+        settings = GenerationSettings(max_new_tokens=400, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(stream := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        await stream.reply.get()
+        both = [asyncio.ensure_future(text_of_submitted(long_job()))]
+        while engine.num_generating < 2:
+            await asyncio.sleep(0.001)
+        both.append(asyncio.ensure_future(text_of_submitted(long_job())))
+        pieces = 0
+        while not both[0].done():
+            await asyncio.wait_for(stream.reply.get(), 60)
+            pieces += 1
+        num_after = 0
+        while not both[1].done():
+            await asyncio.wait_for(stream.reply.get(), 60)
+            num_after += 1
+        late = await text_of_submitted(generate("ACGT"))
+        stream.reply.cancelled = True
+        return text, [each.result() for each in both], pieces, num_after, late
+
+    async def text_of_submitted(job):
+        engine.submit(job)
+        return await text_of(job)
+
+    with running(checkpoint) as engine:
+        alone, both, pieces, num_after, late = asyncio.run(count())
+        assert len(alone) == 30 and both == [alone, alone] and len(late) == 12
+    assert 75 <= pieces < 100 and 45 <= num_after < 60
+
+
+def test_who_goes_while_its_prompt_is_read_leaves_nothing(checkpoint):
+    async def go():
+        engine.submit(job := long_job())
+        while not engine.num_generating:
+            await asyncio.sleep(0.001)
+        job.reply.cancelled = True
+        while engine.num_generating:
+            await asyncio.sleep(0.001)
+        engine.submit(again := generate("ACGT"))
+        return await text_of(again)
+
+    with running(checkpoint) as engine:
+        assert len(asyncio.run(go())) == 12
+
+
+def test_bases_come_between_the_pieces_of_a_long_sequence(checkpoint, monkeypatch):
+    monkeypatch.setattr(prediction_runner, "CHUNK_LENGTH_CPU", 5)
+
+    async def count():
+        settings = GenerationSettings(max_new_tokens=400, alphabet="ACGT", stop_at_eod=False)
+        engine.submit(stream := GenerateJob(ids=[65], seed=1, settings=settings, wants_pieces=True))
+        await stream.reply.get()
+        engine.submit(long := PassJob(items=[make_sample(b"ACGGT" * 40, 0)], output=Output(log_probs="sum")))
+        scored, pieces = asyncio.ensure_future(long.reply.get()), 0
+        while not scored.done():
+            await asyncio.wait_for(stream.reply.get(), 60)
+            pieces += 1
+        engine.submit(gone := PassJob(items=[make_sample(b"ACGGT" * 40, 0)], output=Output(log_probs="sum")))
+        await asyncio.wait_for(stream.reply.get(), 60)
+        gone.reply.cancelled = True
+        while engine._answering:
+            await asyncio.sleep(0.001)
+        stream.reply.cancelled = True
+        return pieces, float(scored.result().rows[0]["log_likelihood"])
+
+    with running(checkpoint) as engine:
+        pieces, in_pieces = asyncio.run(count())
+    monkeypatch.undo()
+    with running(checkpoint) as engine:
+
+        async def whole():
+            engine.submit(job := PassJob(items=[make_sample(b"ACGGT" * 40, 0)], output=Output(log_probs="sum")))
+            return float((await job.reply.get()).rows[0]["log_likelihood"])
+
+        assert in_pieces == pytest.approx(asyncio.run(whole()), rel=1e-5)
+    assert 39 <= pieces < 60

@@ -36,6 +36,10 @@ class FirState:
         """Those of some channels; bringing them up to date does so here, too."""
         return FirState(self.inputs_BDP[:, channels])
 
+    def take(self, other: FirState, _num_seen: int) -> None:
+        """Become a copy of another's."""
+        self.inputs_BDP.copy_(other.inputs_BDP)
+
     def select(self, row_B: Rows) -> FirState:
         return FirState(self.inputs_BDP[row_B])
 
@@ -59,6 +63,10 @@ class ModalState:
     def channels(self, channels: slice) -> ModalState:
         """Those of some channels; bringing them up to date does so here, too."""
         return ModalState(self.modes_BDM[:, channels])
+
+    def take(self, other: ModalState, _num_seen: int) -> None:
+        """Become a copy of another's."""
+        self.modes_BDM.copy_(other.modes_BDM)
 
     def select(self, row_B: Rows) -> ModalState:
         return ModalState(self.modes_BDM[row_B])
@@ -86,6 +94,11 @@ class HyenaState:
     def reset(self) -> None:
         self.input_conv.reset()
         self.operator.reset()
+
+    def take(self, other: HyenaState, num_seen: int) -> None:
+        """Become a copy of another's."""
+        self.input_conv.take(other.input_conv, num_seen)
+        self.operator.take(other.operator, num_seen)
 
     def select(self, row_B: Rows) -> HyenaState:
         return replace(self, input_conv=self.input_conv.select(row_B), operator=self.operator.select(row_B))
@@ -126,6 +139,11 @@ class KeyValueState:
         # beside a longer sequence, attention multiplies what is beyond the tokens seen by 0, and a NaN stays one
         self.keys_BNSC.zero_()
         self.values_BNSC.zero_()
+
+    def take(self, other: KeyValueState, num_seen: int) -> None:
+        """Become a copy of another's as far as seen, whose room may be of another length."""
+        self.keys_BNSC[:, :, :num_seen] = other.keys_BNSC[:, :, :num_seen]
+        self.values_BNSC[:, :, :num_seen] = other.values_BNSC[:, :, :num_seen]
 
     def select(self, row_B: Rows) -> KeyValueState:
         return KeyValueState(self.keys_BNSC[row_B], self.values_BNSC[row_B])

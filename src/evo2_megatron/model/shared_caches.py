@@ -90,6 +90,14 @@ class SharedCaches:
         """The next sequences behind, which have seen so many tokens, are present from now on."""
         self._show([*self._current_lengths(), *lengths])
 
+    def take(self, other: SharedCaches) -> None:
+        """Copy the sequences present in another's caches behind those here, after ``reserve``; the other stays."""
+        lengths, num_seen = other._current_lengths(), other.state.num_tokens_seen
+        room = self.behind(0, len(lengths))
+        for number, layer in room.layers.items():
+            layer.take(other.state.layers[number], num_seen)
+        self.arrive(lengths)
+
     def leave(self, rows: Sequence[int]) -> list[int]:
         """Drop the sequences with these numbers, not all.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
 from evo2_megatron.tasks.prediction_files import concatenate
+from evo2_megatron.tasks.steps import finished
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ MIN_CHUNK = 256
 
 Item = dict[str, Tensor]
 Batch = dict[str, Tensor]
+Steps = Callable[[Sequence[Item]], Generator[None, None, Batch | None]]
 
 
 def batch_tokens() -> int:
@@ -79,15 +81,23 @@ class Backoff:
         Raises:
             UserError: There is not memory enough for one sequence in the shortest pieces.
         """
+        return finished(self._run(items, _whole(self._runner)))
+
+    def in_pieces(self, items: Sequence[Item]) -> Generator[None, None, Batch | None]:
+        """As a call, with an item after each piece, of a runner that has ``in_pieces``."""
+        return self._run(items, self._runner.in_pieces)
+
+    def _run(self, items: Sequence[Item], run: Steps) -> Generator[None, None, Batch | None]:
         num_tokens = len(items) * max(len(item["tokens"]) for item in items)
         if num_tokens <= self._max_tokens or len(items) == 1:
-            failed, result = _try(self._runner, items)
+            failed, result = yield from _try(run, items)
             if not failed:
                 return result
             self._shrink(items, num_tokens)
-            return self(items)
+            return (yield from self._run(items, run))
         middle = len(items) // 2
-        return concatenate([self(items[:middle]), self(items[middle:])])
+        first = yield from self._run(items[:middle], run)
+        return concatenate([first, (yield from self._run(items[middle:], run))])
 
     def _shrink(self, items: Sequence[Item], num_tokens: int) -> None:
         longest = max(len(item["tokens"]) for item in items)
@@ -109,10 +119,18 @@ class Backoff:
         logger.warning("Not enough memory for %s; going on in pieces of %d tokens", advice, shorter)
 
 
-def _try(run: Callable[[Sequence[Item]], Batch | None], items: Sequence[Item]) -> tuple[bool, Batch | None]:
+def _whole(run: Callable[[Sequence[Item]], Batch | None]) -> Steps:
+    def steps(items: Sequence[Item]) -> Generator[None, None, Batch | None]:
+        yield
+        return run(items)
+
+    return steps
+
+
+def _try(run: Steps, items: Sequence[Item]) -> Generator[None, None, tuple[bool, Batch | None]]:
     """Whether memory ran out, and the result if not. The error, which holds what was computed, is gone by then."""
     try:
-        return False, run(items)
+        return False, (yield from run(items))
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +20,9 @@ from evo2_megatron.config import UserError
 from evo2_megatron.model.shared_caches import SharedCaches
 from evo2_megatron.tasks.completion import Completion, Generation
 from evo2_megatron.tasks.decoding_step import DecodingStep, GraphedStep, ToHost
-from evo2_megatron.tasks.forward import prefill
+from evo2_megatron.tasks.forward import prefill_in_pieces
 from evo2_megatron.tasks.sampling import NOT_FINITE, BatchSampling, log_probability, uniforms
+from evo2_megatron.tasks.steps import finished
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -196,13 +197,17 @@ class Decoding:
             decode_seconds=self.decode_seconds,
         )
 
-    @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
         """Read the prompts of more sequences, which are present from then on.
 
         If that fails after ``feed``, those present go on as if nothing had been. Prompts of equal length go through
         together, equal ones once.
         """
+        finished(self.joining(rows))
+
+    @torch.inference_mode()
+    def joining(self, rows: Sequence[Row]) -> Generator[None, None, None]:
+        """As ``join``, with an item after each piece of a prompt; meanwhile nobody may advance, join or leave."""
         assert not (self._cuda_graphs and self._present), "the step that was recorded has one size"
         self._drop_ended()
         self.feed()
@@ -211,11 +216,31 @@ class Decoding:
         self._caches.reserve(len(rows), max(row.most_tokens for row in rows))
         logits: list[Tensor] = []
         for (_, chunk), group in itertools.groupby(rows, key=_read_together):
-            logits.append(self._read([tuple(row.prompt) for row in group], sum(map(len, logits)), chunk))
-        logits_BV = torch.cat(logits)
+            read = self._read([tuple(row.prompt) for row in group], sum(map(len, logits)), chunk)
+            logits.append((yield from read))
         new = [uniforms(row.seed, len(row.prompt), row.settings.max_new_tokens) for row in rows]
         uniform_BN = torch.nn.utils.rnn.pad_sequence(new, batch_first=True).to(self._device)
         self._caches.arrive([len(row.prompt) for row in rows])
+        self._enter(rows, torch.cat(logits), blocked_BV, uniform_BN)
+
+    @torch.inference_mode()
+    def absorb(self, other: Decoding) -> None:
+        """Take over the sequences of another batch of the same model, which is empty then.
+
+        If that fails after ``feed`` of both, both go on as if nothing had been.
+        """
+        assert not (self._cuda_graphs or other._cuda_graphs)
+        for each in (self, other):
+            each._drop_ended()
+            each.feed()
+        if other._present:
+            self._caches.reserve(len(other._present), max(row.most_tokens for row in other._present))
+            self._caches.take(other._caches)
+            self._enter(other._present, other._logits_BV, other._blocked_BV, other._uniform_BN)
+        other.close()
+
+    def _enter(self, rows: Sequence[Row], logits_BV: Tensor, blocked_BV: Tensor, uniform_BN: Tensor) -> None:
+        """Count those among the present whose caches have arrived."""
         if self._present:
             logits_BV = torch.cat([self._logits_BV, logits_BV])
             blocked_BV = torch.cat([self._blocked_BV, blocked_BV])
@@ -224,12 +249,13 @@ class Decoding:
         self._present = [*self._present, *rows]
         self._compose()
 
-    def _read(self, prompts: list[tuple[int, ...]], first: int, chunk: int) -> Tensor:
+    def _read(self, prompts: list[tuple[int, ...]], first: int, chunk: int) -> Generator[None, None, Tensor]:
         """Fill caches behind those present, from the number ``first`` on, with prompts of one length; logits_BV."""
         different = list(dict.fromkeys(prompts))
         token_UT = torch.tensor(different, device=self._device)
         caches = self._caches.behind(first, len(prompts))
-        logits_UV = prefill(self._model, token_UT, caches.rows(slice(len(different))), chunk=chunk)
+        state = caches.rows(slice(len(different)))
+        logits_UV = yield from prefill_in_pieces(self._model, token_UT, state, chunk=chunk)
         self.num_prefill_tokens += token_UT.numel()
         if len(different) == len(prompts):
             return logits_UV

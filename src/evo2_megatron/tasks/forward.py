@@ -6,10 +6,13 @@ Shape legend: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from evo2_megatron.tasks.steps import finished
 
 if TYPE_CHECKING:
     from evo2_megatron.model.inference_state import InferenceState
@@ -18,8 +21,16 @@ if TYPE_CHECKING:
 
 def prefill(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState, *, chunk: int) -> Tensor:
     """Run tokens through the model, ``chunk`` at a time (0: all at once), as ``forward_last``; logits_BV."""
+    return finished(prefill_in_pieces(model, token_BT, state, chunk=chunk))
+
+
+def prefill_in_pieces(
+    model: StripedHyenaModel, token_BT: Tensor, state: InferenceState, *, chunk: int
+) -> Generator[None, None, Tensor]:
+    """As ``prefill``, with an item after each piece."""
     for chunk_BT in token_BT.split(chunk or token_BT.shape[1], dim=1):
         logits_BV = forward_last(model, chunk_BT, state)
+        yield
     return logits_BV
 
 

@@ -8,7 +8,7 @@ piece, V vocabulary rows, H hidden channels, X either of the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,6 +20,7 @@ from evo2_megatron.data.tokenizer import PAD
 from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
 from evo2_megatron.runtime import megatron
 from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CPU, CHUNK_LENGTH_CUDA, Output, Window
+from evo2_megatron.tasks.steps import finished
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -84,7 +85,6 @@ class Runner:
         self.min_length = max(min_length, layouts.min_sequence_length(layout))
         self.chunk_length = chunk_length or (CHUNK_LENGTH_CUDA if megatron.on_cuda() else CHUNK_LENGTH_CPU)
 
-    @torch.no_grad()
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """Results of one batch, on the CPU; None on all pipeline stages but the last.
 
@@ -97,21 +97,26 @@ class Runner:
 
         And ``seq_idx``, int64 [B].
         """
+        return finished(self.in_pieces(items))
+
+    @torch.no_grad()
+    def in_pieces(self, items: Sequence[dict[str, Tensor]]) -> Generator[None, None, dict[str, Tensor] | None]:
+        """As a call, with an item after each piece that goes through the model."""
         batch = collate(items, self.min_length, self.multiple)
         longest = max(self._shown_length, *(len(item["tokens"]) for item in items))
         tokens_BS = batch["tokens"].to(self._device)
         indices = {"seq_idx": batch["seq_idx"]}
         if self.output.log_probs is not None:
             # of the next token: at the last position, of something that is no token
-            values = self._values(tokens_BS)
+            values = yield from self._values(tokens_BS)
             if values is None:
                 return None
             shown = {name: values_BS[:, : longest - 1] for name, values_BS in values.items()}
             return self._scores(shown, batch["loss_mask"][:, 1:longest].bool()) | indices
         if self.output.pooling is not None:
-            pooled = self._pooled(tokens_BS, batch["loss_mask"])
+            pooled = yield from self._pooled(tokens_BS, batch["loss_mask"])
             return None if pooled is None else pooled | indices
-        values = self._values(tokens_BS)
+        values = yield from self._values(tokens_BS)
         if values is None:
             return None
         same_for_all = {name: batch[name][:, :longest] for name in ("loss_mask", "tokens")}
@@ -125,7 +130,7 @@ class Runner:
         """What the hidden states after a layer are called: ``hidden_embeddings``, with ``_layer_N`` if ambiguous."""
         return "hidden_embeddings" if len(self.output.embedding_layers) == 1 else f"hidden_embeddings_layer_{layer}"
 
-    def _values(self, tokens_BS: Tensor) -> dict[str, Tensor] | None:
+    def _values(self, tokens_BS: Tensor) -> Generator[None, None, dict[str, Tensor] | None]:
         return _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
 
     def _scores(self, values: dict[str, Tensor], counts_BL: Tensor) -> dict[str, Tensor]:
@@ -140,7 +145,7 @@ class Runner:
     def _with_entropy(self) -> bool:
         return "entropy" in self.output.columns
 
-    def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor] | None:
+    def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> Generator[None, None, dict[str, Tensor] | None]:
         """One vector for each sequence, summed up piece by piece."""
         weight_BS = _pooling_weights(mask_BS, self.output.pooling).to(self._device)
         sums: dict[str, Tensor] = {}
@@ -149,6 +154,7 @@ class Runner:
                 weight_BC = weight_BS[:, start : start + values_BCH.shape[1]]
                 part_BH = torch.einsum("bc,bch->bh", weight_BC, values_BCH.float())
                 sums[name] = part_BH if name not in sums else sums[name] + part_BH
+            yield
         return {name: sum_BH.cpu() for name, sum_BH in sums.items()} or None
 
     def _pieces(self, tokens_BS: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -195,7 +201,7 @@ class Runner:
         """
         tokens_BS, next_BS = tokens_BS.to(self._device), next_BS.to(self._device)
         pieces = self._pieces_from(state, tokens_BS, next_BS, self._chunk(tokens_BS.shape[0]))
-        joined = _joined(pieces, tokens_BS.shape[1])
+        joined = finished(_joined(pieces, tokens_BS.shape[1]))
         return None if joined is None else joined["log_probs"]
 
     def _chunk(self, batch_size: int) -> int:
@@ -232,7 +238,9 @@ class Runner:
         return zigzag_unsplit(_of_all(values, group), 1) if group.size() > 1 else values
 
 
-def _joined(pieces: Iterator[tuple[int, dict[str, Tensor]]], num_tokens: int) -> dict[str, Tensor] | None:
+def _joined(
+    pieces: Iterator[tuple[int, dict[str, Tensor]]], num_tokens: int
+) -> Generator[None, None, dict[str, Tensor] | None]:
     """Results [B, S, ...] on the CPU from those of pieces; None if there are none.
 
     Nothing of a piece stays: small tensors that outlive it would lie between the next one's, and the heap would grow.
@@ -243,6 +251,7 @@ def _joined(pieces: Iterator[tuple[int, dict[str, Tensor]]], num_tokens: int) ->
             if name not in joined:
                 joined[name] = torch.empty((part.shape[0], num_tokens, *part.shape[2:]), dtype=part.dtype)
             joined[name][:, start : start + part.shape[1]] = part
+        yield
     return joined or None
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Refused
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
+
+
+_DONE = object()
 
 
 def assign(
@@ -33,20 +36,32 @@ def assign(
         negligible: Tokens that the caches of a batch may hold whatever its sequences need.
 
     Returns:
-        All running batches, also those that nobody joins, and then the new ones.
+        All running batches, also those that nobody joins, as nobody does while prompts are read; then the new ones.
     """
     joining: dict[RunningBatch, list[GenerateJob]] = {batch: [] for batch in running}
-    lengths = {batch: batch.most_tokens() for batch in running}
+    lengths = {batch: batch.most_tokens() for batch in running if not batch.is_reading}
     for job in sorted(jobs, key=lambda job: job.most_tokens):
-        growth = {}
-        for batch, before in lengths.items():
-            after = [*before, job.most_tokens]
-            if fit_together(len(after), max(after), sum(after), negligible=negligible):
-                growth[batch] = len(after) * max(after) - len(before) * max(before)
-        batch = min(growth, key=growth.__getitem__) if growth else new_batch()
+        batch = _best_fit([job.most_tokens], lengths, negligible) or new_batch()
         joining.setdefault(batch, []).append(job)
         lengths.setdefault(batch, []).append(job.most_tokens)
     return joining
+
+
+def best_fit(new: Sequence[int], batches: Sequence[RunningBatch], *, negligible: int) -> RunningBatch | None:
+    """Of the batches that sequences of ``new`` tokens ``fit_together`` with, the one whose caches grow least."""
+    lengths = {batch: batch.most_tokens() for batch in batches if not batch.is_reading}
+    return _best_fit(new, lengths, negligible)
+
+
+def _best_fit(
+    new: Sequence[int], lengths: Mapping[RunningBatch, Sequence[int]], negligible: int
+) -> RunningBatch | None:
+    growth = {}
+    for batch, before in lengths.items():
+        after = [*before, *new]
+        if fit_together(len(after), max(after), sum(after), negligible=negligible):
+            growth[batch] = len(after) * max(after) - len(before) * max(before)
+    return min(growth, key=growth.__getitem__) if growth else None
 
 
 def make_room(joining: Mapping[RunningBatch, Sequence[GenerateJob]], max_batch_size: int) -> None:
@@ -73,6 +88,13 @@ class _Running:
     step_ms: list[float] = field(default_factory=list)
 
 
+def _rows_of(jobs: Sequence[GenerateJob]) -> list[_Running]:
+    start = time.perf_counter()
+    return [
+        _Running(job=job, row=Row(prompt=job.ids, seed=job.seed, settings=job.settings), last=start) for job in jobs
+    ]
+
+
 class RunningBatch:
     """Sequences that advance together, however each is drawn; each is answered as soon as it has ended."""
 
@@ -80,6 +102,8 @@ class RunningBatch:
         """Of nobody yet."""
         self._decoding = Decoding(model)
         self._running: list[_Running] = []
+        self._reading: Generator[None, None, None] | None = None
+        self._has_given = False
 
     def feed(self) -> None:
         """Have the model read what was drawn, which comes before ``join``; if that fails, nobody can go on."""
@@ -87,22 +111,57 @@ class RunningBatch:
 
     def join(self, jobs: Sequence[GenerateJob]) -> None:
         """Read the prompts of more jobs, after ``feed``; if that fails, the others can go on."""
-        start = time.perf_counter()
-        new = [
-            _Running(job=job, row=Row(prompt=job.ids, seed=job.seed, settings=job.settings), last=start)
-            for job in jobs
-        ]
+        new = _rows_of(jobs)
         self._decoding.join([each.row for each in new])
         self._running += new
 
+    def begin(self, jobs: Sequence[GenerateJob]) -> None:
+        """Let ``advance`` read the prompts of the first jobs of this batch, a piece each time."""
+        assert not self._running
+        self._running = _rows_of(jobs)
+        self._reading = self._decoding.joining([each.row for each in self._running])
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether prompts are being read, so that nobody can join."""
+        return self._reading is not None
+
+    @property
+    def has_read(self) -> bool:
+        """Whether prompts have been read by ``begin``, and no token been drawn yet."""
+        return bool(self._running) and not (self.is_reading or self._has_given)
+
+    def absorb(self, other: RunningBatch) -> None:
+        """Take over who is in another batch, after ``feed`` of both; if that fails, both can go on."""
+        self._decoding.absorb(other._decoding)
+        self._running += other._running
+        other._running = []
+
     def advance(self) -> int:
-        """One more token each; the number of jobs that it answered."""
+        """One more token each, or one more piece of the prompts; the number of jobs that it answered."""
         for each in self._running:
             each.row.cancelled = each.job.reply.cancelled
+        if self._reading is not None:
+            self._read_on(self._reading)
+            return 0
+        self._has_given = True
         self._decoding.advance()
         num_answered = sum(self._deliver(each) for each in self._running if not each.row.cancelled)
         self._running = [each for each in self._running if not each.row.ended]
         return num_answered
+
+    def _read_on(self, reading: Generator[None, None, None]) -> None:
+        self._running = [each for each in self._running if not each.row.ended]
+        if not self._running:
+            self._end_reading()
+        elif next(reading, _DONE) is _DONE:
+            self._reading = None
+
+    def _end_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+        self._decoding.close()
 
     def most_tokens(self) -> list[int]:
         """Of each sequence at its end."""
@@ -120,11 +179,12 @@ class RunningBatch:
 
     def shrink_caches(self, num_sequences: int) -> None:
         """Have room for no more than so many, of which those who run are some."""
-        self._decoding.shrink_caches(num_sequences)
+        if not self.is_reading:  # else they have the size that their sequences need
+            self._decoding.shrink_caches(num_sequences)
 
     def fail(self, refused: Refused) -> None:
         """Free the caches and answer everyone who still waits."""
-        self._decoding.close()
+        self._end_reading()
         for each in self._running:
             each.job.reply.put(refused)
         self._running = []

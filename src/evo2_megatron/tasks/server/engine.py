@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import threading
@@ -12,10 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from evo2_megatron.checkpoint.load import LoadedModel
@@ -23,12 +21,13 @@ from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
-from evo2_megatron.tasks.cache_memory import memory_limit, tokens_like_weights
+from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, make_room
+from evo2_megatron.tasks.server.attempt import RETRY_SECONDS, attempt
+from evo2_megatron.tasks.server.generations import Generations
 from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
 
@@ -36,12 +35,7 @@ if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
-RETRY_SECONDS = 5
-"""When to ask again while the model is loaded, or when memory ran out."""
-
-_NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
 _DONE = object()
 _MOST_RETRY_SECONDS = 60
 _REMEMBERED = 32  # finished jobs whose times tell how fast the queue moves
@@ -101,7 +95,7 @@ class Engine:
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._stopped = False
-        self._running: list[RunningBatch] = []
+        self._generations: Generations | None = None
         self._answering: Sequence[Job] = []
         self._passes: Iterator[None] = iter(())  # through which they go, a batch at each item
         self._finished: deque[float] = deque(maxlen=_REMEMBERED)
@@ -112,12 +106,12 @@ class Engine:
 
     @property
     def num_generating(self) -> int:
-        return sum(batch.num_sequences for batch in self._running)
+        return 0 if self._generations is None else self._generations.num_sequences
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for a result."""
-        return not (self._waiting or self._running or self._answering)
+        return not (self._waiting or self.num_generating or self._answering)
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue; ``Refused`` if it is full or nobody will look at it."""
@@ -157,34 +151,36 @@ class Engine:
         try:
             with distributed.process_groups(ParallelConfig()):
                 model = _Model.load(self._checkpoint, self.settings)
+                self._generations = Generations(model.decoder, self.settings.max_batch_size)
                 self.info = model.info
                 log_memory("After model setup")
                 if self._on_ready is not None:
                     self._on_ready(model.info)
-                while self._turn(model):
+                while self._turn(model, self._generations):
                     pass
         finally:
             self.stop()
             refused = Refused(503, "the server has stopped")
-            for batch in self._running:
-                batch.fail(refused)
+            if self._generations is not None:
+                self._generations.fail(refused)
             for job in (*self._answering, *self._waiting):
                 job.reply.put(refused)
 
-    def _turn(self, model: _Model) -> bool:
+    def _turn(self, model: _Model, generations: Generations) -> bool:
         """Take what waits, advance what runs; False at the end."""
         with self._condition:
-            while not (self._waiting or self._running or self._answering or self._stopped):
+            while self.is_idle and not self._stopped:
                 self._condition.wait()
             if self._stopped:
                 return False
             generate, other = self._take()
         if generate:
-            self._admit(generate, model)
-        for batch in list(self._running):
-            self._advance(batch)
+            generations.admit(generate)
+        self._finished += [time.monotonic()] * generations.advance()
         if other:
             self._answering, self._passes = other, _answer(other, model)
+        if self._answering and all(job.reply.cancelled for job in self._answering):
+            self._passes, self._answering = iter(()), []
         if self._answering and next(self._passes, _DONE) is _DONE:
             self._finished += [time.monotonic()] * len(self._answering)
             self._answering = []
@@ -213,33 +209,6 @@ class Engine:
         self._waiting = stay
         return generate, other
 
-    def _admit(self, jobs: Sequence[GenerateJob], model: _Model) -> None:
-        """Let jobs join the batches that run, or new ones."""
-        joining = assign(jobs, self._running, lambda: RunningBatch(model.decoder), negligible=model.negligible_tokens)
-        refused = _attempt(make_room, joining, self.settings.max_batch_size)
-        for batch, new in joining.items():
-            if not new:
-                continue
-            not_read = _attempt(batch.feed)
-            if isinstance(not_read, Refused):
-                batch.fail(not_read)
-            no_room = refused or not_read or _attempt(batch.join, new)
-            if isinstance(no_room, Refused):
-                for job in new:
-                    job.reply.put(no_room)
-            elif batch not in self._running:
-                self._running.append(batch)
-        self._running = [batch for batch in self._running if batch.num_sequences]
-
-    def _advance(self, batch: RunningBatch) -> None:
-        answered = _attempt(batch.advance)
-        if isinstance(answered, Refused):
-            batch.fail(answered)
-        else:
-            self._finished += [time.monotonic()] * answered
-        if not batch.num_sequences:
-            self._running.remove(batch)
-
 
 def still_loading() -> Refused:
     """Why nothing is answered yet."""
@@ -251,8 +220,6 @@ class _Model:
 
     def __init__(self, loaded: LoadedModel, decoder: StripedHyenaModel, info: ModelInfo) -> None:
         self.loaded, self.decoder, self.info = loaded, decoder, info
-        # another batch would read the weights once more, which takes longer than to read caches that are smaller
-        self.negligible_tokens = tokens_like_weights(decoder)
 
     @classmethod
     def load(cls, checkpoint: GenerationCheckpoint, settings: ModelSettings) -> _Model:
@@ -310,7 +277,7 @@ def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
 def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Iterator[None]:
     """Run one batch at each item, so that generations go on between them; answer when all is done."""
     work = _run_layers(jobs[0], model) if isinstance(jobs[0], LayersJob) else _run_passes(jobs, model)
-    while (refused := _attempt(next, work, _DONE)) is None:
+    while (refused := attempt(next, work, _DONE)) is None:
         yield
     if refused is _DONE:
         return
@@ -319,22 +286,6 @@ def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Ite
         return
     for job in jobs:  # the fault of one is not that of the others
         yield from _answer([job], model)
-
-
-def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
-    """What ``work`` returns; if memory runs out, what to answer."""
-    try:
-        return work(*arguments)
-    except UserError as error:  # of too little memory, for the shortest pieces
-        refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        refused = Refused(503, _NO_MEMORY, retry_after=RETRY_SECONDS)
-    # here, where the error that holds what was computed is gone
-    gc.collect()
-    torch.cuda.empty_cache()
-    return refused
 
 
 def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
@@ -347,11 +298,10 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
         mine = [index for index in batch if not sequences[index][0].reply.cancelled]
         if not mine:
             continue
-        result = run([sequences[index][0].items[sequences[index][1]] for index in mine])
+        result = yield from run.in_pieces([sequences[index][0].items[sequences[index][1]] for index in mine])
         for row, index in enumerate(mine):
             job, place = sequences[index]
             job.rows[place] = {name: _own(values[row], lengths[index], job.output) for name, values in result.items()}
-        yield
     for job in jobs:
         finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
         job.reply.put(Vectors(job.rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
@@ -371,8 +321,3 @@ def _run_layers(job: LayersJob, model: _Model) -> Iterator[None]:
     except Refused as refused:
         job.reply.put(refused)
     yield
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    # PyTorch has a class for this on GPUs only
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

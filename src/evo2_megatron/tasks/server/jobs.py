@@ -82,6 +82,11 @@ class GenerateJob:
         """Of prompt and completion."""
         return len(self.ids) + self.settings.max_new_tokens
 
+    @property
+    def is_long(self) -> bool:
+        """Whether its prompt goes through the model in several pieces."""
+        return 0 < self.settings.prefill_chunk < len(self.ids)
+
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class PassJob:
