@@ -53,6 +53,8 @@ def predict(
     Raises:
         UserError: No checkpoint, one of another kind, or text that is no sequence.
     """
+    if isinstance(sequences, str):  # whose characters would be sequences of one base
+        raise UserError("sequences is one text; give a list of sequences")
     megatron.enter()
     from evo2_megatron.tasks.predict_head import run_head
 

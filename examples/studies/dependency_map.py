@@ -150,7 +150,9 @@ def main() -> None:
         harness.check_output_dir(args.output_dir)
         contig = harness.contig_of(harness.read_genome(args.fasta), args.contig, "--contig")
         check(contig, args.start, args.end)
-        longest = args.end - args.start + args.context
+        longest = max(
+            args.end - max(args.start - args.context, 0), min(args.end + args.context, len(contig)) - args.start
+        )
         with harness.open_model(args.ckpt_dir, longest=longest, max_batch_tokens=args.max_batch_tokens) as model:
             place = {"start": args.start, "end": args.end, "context": args.context}
             dependency_map(model.distributions, contig, args.output_dir, **place)

@@ -101,6 +101,8 @@ def read_labels(path: Path, genes: Sequence[Interval]) -> dict[str, bool]:
         raise UserError(f"cannot read --labels {path}: {reason}") from None
     labels = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         name, tab, label = line.rstrip().partition("\t")
         if not tab or label not in ("0", "1"):
             raise UserError(f"{path}, line {number}: give the gene's name and 1 (essential) or 0 between tabs")

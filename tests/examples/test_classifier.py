@@ -113,7 +113,10 @@ def test_a_checkpoint_of_another_kind(classifier, run):
         classifier.count_params_from_checkpoint(run[0] / "base")
 
 
-@pytest.mark.parametrize("sequences, message", [(["ACGT", ""], "sequence 2: sequence is ''"), ([3], "sequence 1: ")])
+@pytest.mark.parametrize(
+    "sequences, message",
+    [(["ACGT", ""], "sequence 2: sequence is ''"), ([3], "sequence 1: "), ("ACGT", "give a list")],
+)
 def test_sequences_that_are_none(classifier, run, sequences, message):
     with pytest.raises(UserError, match=message):
         classifier.predict(trained_ckpt_dir=run[0] / "run", sequences=sequences)

@@ -176,6 +176,8 @@ def test_labels(study, planted_genes, tmp_path):
     path.write_text("g0\tyes\n")
     with pytest.raises(UserError, match=r"labels\.tsv, line 1: give the gene's name and 1"):
         essentiality.read_labels(path, planted_genes[1])
+    path.write_text("g0\t1\n\ng1\t0\n\n")
+    assert essentiality.read_labels(path, planted_genes[1]) == {"g0": True, "g1": False}
 
 
 def copying(window: int):

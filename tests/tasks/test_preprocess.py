@@ -294,6 +294,10 @@ def test_an_error_leaves_no_file(tmp_path, text, settings, message):
 
     with pytest.raises(UserError, match=message):
         preprocess(config)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=message):
+        preprocess(config)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -149,8 +149,10 @@ def preprocess(config: PreprocessConfig, *, watch: Watch | None = None) -> Prepr
     """
     start = time.perf_counter()
     writers: dict[str, IndexedDatasetWriter] = {}
+    folder, is_made = Path(config.output_dir or "."), False
     try:
-        Path(config.output_dir or ".").mkdir(parents=True, exist_ok=True)
+        is_made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         for split, prefix in config.output_prefixes.items():
             writers[split] = IndexedDatasetWriter(prefix, config.indexed_dataset_dtype)
         maker = DocumentMaker(config, writers, temporary_dir=config.output_dir or ".")
@@ -164,6 +166,8 @@ def preprocess(config: PreprocessConfig, *, watch: Watch | None = None) -> Prepr
     finally:
         for writer in writers.values():
             writer.discard()
+        if is_made and not any(folder.iterdir()):
+            folder.rmdir()
     return _summary(config, maker, writers, time.perf_counter() - start)
 
 

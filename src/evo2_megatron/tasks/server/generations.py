@@ -61,7 +61,7 @@ class Generations:
             self._batches.append(batch)
 
     def advance(self) -> int:
-        """One more token for each sequence, and one more piece of the oldest long prompt; how many jobs it answered."""
+        """One more token for each sequence, and a piece of the oldest long prompt; the number of jobs answered."""
         self._merge()
         num_answered = 0
         reading = [batch for batch in self._batches if batch.is_reading]
