@@ -28,6 +28,7 @@ def call(monkeypatch):
 
     def run(*argv):
         seen = {}
+        monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
             "evo2_megatron.tasks.predict.predict",
             lambda fasta, ckpt_dir, **settings: seen.update(settings, fasta=fasta, ckpt_dir=ckpt_dir),
@@ -136,6 +137,7 @@ def test_log_probs(call, argv, expected):
         (["--devices", "8"], "--devices is 8, but torchrun started 1; leave it out"),
         ([], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
+        (["--fasta", "/dev/null"], "--fasta /dev/null is no regular file, and is read more than once; write what"),
         (["--pooling-window", "9"], "'9' is not FIRST:LAST, two numbers such as 101:200"),
         (["--pooling-window", "9:3", "--embedding-layer", "1"], "--pooling-window 9:3: give the first and the last"),
         (["--pooling", "mean"], "--pooling says how to pool hidden states; add --embedding-layer"),
@@ -146,7 +148,8 @@ def test_log_probs(call, argv, expected):
         (["--write-interval", "sometimes"], "invalid choice: 'sometimes'"),
     ],
 )
-def test_errors_are_one_line_and_status_2(argv, message, capsys):
+def test_errors_are_one_line_and_status_2(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         predict.main([*NEEDED, *argv])
     assert stopped.value.code == 2

@@ -80,6 +80,7 @@ def test_every_flag_arrives(call):
     [
         ([], "no such VCF file: x.vcf"),
         (["--vcf", "/dev/null"], "no such VCF file: /dev/null; it is read twice, so not from a pipe"),
+        (["--vcf", __file__, "--fasta", "/dev/null"], "--fasta /dev/null is no regular file, and is read more than"),
         (["--vcf", __file__], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
         (["--context-parallel-size", "2"], "2 process"),

@@ -75,6 +75,25 @@ def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
     assert capsys.readouterr().err == "command: error on rank 3: this is wrong; mend it\n"
 
 
+def test_another_rank_that_is_ended_meanwhile_adds_nothing(monkeypatch):
+    """What the launcher does once rank 0 has ended."""
+    monkeypatch.setenv("RANK", "1")
+    code = """
+import os, signal
+from evo2_megatron.cli import groups
+from evo2_megatron.config import UserError
+
+def fail(argv):
+    groups.clean_up_when_terminated()
+    raise UserError("wrong; mend it")
+
+groups.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+groups.run("command", fail)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-15, "")
+
+
 def test_wrong_command_line_is_reported_on_rank_0_only(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as ending:

@@ -51,6 +51,11 @@ def test_lines_are_those_of_the_file(tmp_path):
     assert [record.line for record in records(tmp_path, META + NAMES + b"\n" + ONE + b"\n\n" + TWO)] == [4, 7]
 
 
+@pytest.mark.parametrize("text, number", [(b"0" * 5000 + b"13", 13), (b"2147483647", 2147483647), (b"0", 0)])
+def test_positions(tmp_path, text, number):
+    assert records(tmp_path, GOOD.replace(b"\t13\t", b"\t%s\t" % text))[1].position == number
+
+
 def test_no_records(tmp_path):
     assert records(tmp_path, META + NAMES) == []
 
@@ -69,6 +74,18 @@ BROKEN = {
     "position is text": (GOOD.replace(b"\t13\t", b"\tx\t"), "line 4 has the position 'x'; POS is a whole number"),
     "position is negative": (GOOD.replace(b"\t13\t", b"\t-3\t"), "line 4 has the position '-3'"),
     "position is empty": (GOOD.replace(b"\t13\t", b"\t\t"), "line 4 has the position ''"),
+    "position is beyond any contig": (
+        GOOD.replace(b"\t13\t", b"\t2147483648\t"),
+        "line 4 has the position '2147483648'; POS is at most 2147483647",
+    ),
+    "position of 26 digits": (
+        GOOD.replace(b"\t13\t", b"\t1%s\t" % (b"0" * 25)),
+        "line 4 .* POS is at most 2147483647",
+    ),
+    "position of 5,000 digits": (
+        GOOD.replace(b"\t13\t", b"\t%s\t" % (b"9" * 5000)),
+        "line 4 has the position '9{40}'",
+    ),
     "REF is empty": (GOOD.replace(b"\tat\t", b"\t\t"), "line 4 has an empty REF"),
     "ALT is empty": (GOOD.replace(b"\tg\t", b"\t\t"), "line 4 has an empty ALT"),
     "ALT ends with a comma": (GOOD.replace(b"\tg\t", b"\tg,\t"), "line 4 has an empty ALT"),

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
@@ -265,6 +266,52 @@ def test_too_long_a_sequence(predict, checkpoint, tmp_path, monkeypatch):
             predict(path=path, prepend_bos=True)
     assert len(predict(path=path, log_probs="sum", max_seq_length=257)) == 2
     assert len(predict(path=path, log_probs="sum", seq_len_interpolation_factor=2.0)) == 2
+
+
+@pytest.fixture(scope="module")
+def not_finite(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("nan"), projection_factor=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"log_probs": "sum"}, {"log_probs": "per_token"}, {}, {"embedding_layers": (0,)}]
+)
+def test_output_that_is_not_finite(not_finite, tmp_path, settings):
+    from evo2_megatron.tasks.predict import predict as run
+    from evo2_megatron.tasks.prediction_settings import Files, Output
+
+    (tmp_path / "x.fa").write_text(">first\nACGT\n")
+    with pytest.raises(UserError, match="sequence 'first': the model's output is not finite; check the weights, or"):
+        run(tmp_path / "x.fa", not_finite, output=Output(**settings), files=Files(output_dir=tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_which_results_must_be_finite(megatron):
+    from evo2_megatron.tasks.prediction_results import check_finite
+
+    logits, pooled = torch.zeros(2, 3, 4), torch.zeros(2, 5)
+    results = {"token_logits": logits, "hidden": pooled, "seq_idx": torch.arange(2), "pad_mask": torch.ones(2, 3)}
+    logits[1, 2] = torch.nan  # beyond the second sequence's end
+    check_finite(results, ["a", "b"], [3, 2])
+    with pytest.raises(UserError, match="sequence 'b': the model's output is not finite"):
+        check_finite(results, ["a", "b"], [3, 3])
+    pooled[0, 4] = torch.inf
+    with pytest.raises(UserError, match="sequence 'a'"):
+        check_finite(results, ["a", "b"], [3, 2])
+
+
+def test_a_name_that_safetensors_keeps(predict, tmp_path, monkeypatch):
+    path = tmp_path / "x.fa"
+    path.write_text(">a\nACGT\n>__metadata__\nACG\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("evo2_megatron.tasks.self_test.load_model", None)
+        with pytest.raises(UserError, match="keeps the name '__metadata__' for itself, .*; rename it, or write npz"):
+            predict(path=path, formats=("pt", "safetensors"))
+    predict(path=path, formats=("pt", "npz"))
+    for pooling, found in ((None, {"a/embedding", "__metadata__/embedding"}), ("mean", {"embedding"})):
+        predict(path=path, embedding_layers=(0,), pooling=pooling, formats=("pt", "safetensors"))
+        with safe_open(tmp_path / "out" / "embeddings.safetensors", "pt") as arrays:
+            assert set(arrays.keys()) == found
 
 
 @pytest.mark.parametrize("multiple, expected", [(1, 5), (4, 8), (5, 5)])

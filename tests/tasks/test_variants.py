@@ -263,6 +263,16 @@ def test_a_file_without_records(inputs, tmp_path):
     assert parquet.read_table(tmp_path / "out" / "variants.parquet").num_rows == 0
 
 
+def test_output_that_is_not_finite(inputs, tmp_path):
+    from evo2_megatron.tasks.variants import VariantSettings, score_variants
+
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", projection_factor=float("nan"))
+    with pytest.raises(UserError, match="variants on contig .*c1.*: the model's output is not finite; check the weig"):
+        settings = VariantSettings(window_length=WINDOW)
+        score_variants(*inputs[:2], checkpoint, output_dir=tmp_path / "out", settings=settings)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
 def arguments(inputs, folder):
     vcf, fasta, checkpoint = map(str, inputs)
     flags = ["--vcf", vcf, "--fasta", fasta, "--ckpt-dir", checkpoint, "--output-dir", str(folder)]

@@ -53,6 +53,8 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
     except UserError as error:
         speaker = f"{prog}: error"
         if _rank() != 0:
+            # rank 0 has spoken when the launcher ends this one, which then has nothing to add
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_GRACE_SECONDS)
             speaker += f" on rank {_rank()}"
         sys.stderr.write(f"{speaker}: {error}\n")

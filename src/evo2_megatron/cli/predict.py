@@ -56,6 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.predict import check_launch, predict
     from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
+    groups.clean_up_when_terminated()
     check_launch(num_nodes=args.num_nodes, devices=args.devices)
     predict(
         args.fasta,

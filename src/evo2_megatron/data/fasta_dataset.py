@@ -97,6 +97,10 @@ class FastaDataset(Dataset):
         """Numbers of the samples of a record."""
         return range(record, record + 1)
 
+    def record_of(self, index: int) -> int:
+        """Number of the record that a sample is of."""
+        return index
+
     def bases(self, record: int, start: int, end: int) -> bytes:
         """Bases of a record from ``start`` to ``end``, 0-based, as the file has them."""
         return self._index.sequence(record)[start:end]
@@ -172,12 +176,16 @@ class WindowDataset(Dataset):
         """Numbers of the samples of a record, in the order of its windows."""
         return range(self._first[record], self._first[record + 1])
 
+    def record_of(self, index: int) -> int:
+        """Number of the record that a sample is of."""
+        return bisect_right(self._first, index) - 1
+
     def bases(self, record: int, start: int, end: int) -> bytes:
         """Bases of a record from ``start`` to ``end``, 0-based, as the file has them."""
         return self._genome.bases(self._contigs[record], start, end)
 
     def _window(self, index: int, *, opposite: bool) -> dict[str, Tensor]:
-        record = bisect_right(self._first, index) - 1
+        record = self.record_of(index)
         num_bases = self.num_bases[record]
         span = self.windows.span(index - self._first[record], num_bases)
         start, end = (num_bases - span.end, num_bases - span.start) if opposite else (span.start, span.end)

@@ -19,6 +19,9 @@ from evo2_megatron.data.fasta import open_fasta
 
 FIXED_COLUMNS = (b"#CHROM", b"POS", b"ID", b"REF", b"ALT", b"QUAL", b"FILTER", b"INFO")
 
+MAX_POSITION = 2**31 - 1
+"""What BCF and htslib can hold, and more than any contig has."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _INFO = 7
 _BASES = frozenset(b"ACGT")
@@ -170,13 +173,16 @@ def _record(path: str | os.PathLike[str], number: int, line: bytes, columns: lis
     contig, position, name, ref, alt = columns[:5]
     if not position.isdigit():
         raise _error(path, number, f"has the position {_shown(position)}; POS is a whole number")
+    digits = position.lstrip(b"0") or b"0"  # Python makes no number of more than 4,300 digits
+    if len(digits) > len(str(MAX_POSITION)) or int(digits) > MAX_POSITION:
+        raise _error(path, number, f"has the position {_shown(position)}; POS is at most {MAX_POSITION}")
     alts = tuple(a if a.startswith(b"<") or b"[" in a or b"]" in a else a.upper() for a in alt.split(b","))
     if not contig or not ref or b"" in alts:
         what = "CHROM" if not contig else "REF" if not ref else "ALT"
         raise _error(path, number, f"has an empty {what}; a deletion's REF and ALT share the base before it")
     if not line.isascii() and not b"\t".join(columns[:5]).isascii():
         raise _error(path, number, f"has characters other than ASCII: {_shown(b' '.join(columns[:5]))}")
-    return VcfRecord(number, contig, int(position), name, ref.upper(), alts)
+    return VcfRecord(number, contig, int(digits), name, ref.upper(), alts)
 
 
 def _error(path: str | os.PathLike[str], number: int, what: str) -> UserError:

@@ -23,12 +23,20 @@ from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test
 from evo2_megatron.tasks.batch_progress import Words
 from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
-from evo2_megatron.tasks.prediction_files import TensorFiles, write_index, write_manifest
+from evo2_megatron.tasks.prediction_files import RESULTS, TensorFiles, write_index, write_manifest
+from evo2_megatron.tasks.prediction_folder import check_inputs, reserved
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Batch, Parts
-from evo2_megatron.tasks.prediction_results import Results, join_strands, tensor_record, without_tensors
+from evo2_megatron.tasks.prediction_results import (
+    Results,
+    check_finite,
+    join_strands,
+    tensor_record,
+    without_tensors,
+)
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
+from evo2_megatron.tasks.prediction_tables import check_array_names
 from evo2_megatron.tasks.prediction_tracks import check_num_contigs
 from evo2_megatron.tasks.shared_batches import SharedBatches
 
@@ -50,10 +58,9 @@ def predict(
 ) -> None:
     """Score or embed every record of a FASTA file; every process of the job calls this.
 
-    Sequences of similar length share a batch, and copies of the model share the batches. A sequence's result depends
-    neither on the others in its batch nor on padding. Finished batches are kept in the output folder: a job that was
-    killed goes on where it was, and its results are those of one that was not. The files are described in
-    ``tasks/prediction_files.py``; ``seq_idx`` is the place in the FASTA file.
+    Sequences of similar length share a batch, and copies of the model share the batches; neither changes a result.
+    Finished batches are kept in the output folder: a job that was killed goes on, with the results of one that was
+    not. ``tasks/prediction_files.py`` describes the files; ``seq_idx`` is the place in the FASTA file.
 
     Args:
         fasta: Sequences, plain or gzip.
@@ -65,8 +72,9 @@ def predict(
         with_self_test: Compare the model with the numbers stored in its checkpoint first.
 
     Raises:
-        UserError: Something about the files, the model or the settings is wrong; no result has been written.
+        UserError: Something about the files, the model or the settings is wrong, or the disk refuses.
     """
+    check_inputs(files.output_dir, RESULTS, fasta=fasta)
     parallel.check_world_size(distributed.world_size())
     files.check_can_hold(output, sequences)
     sequences.check_can_make(output)
@@ -78,6 +86,7 @@ def predict(
     with (
         _dataset(fasta, output, files, sequences, position_range(run_config, changes)) as dataset,
         distributed.process_groups(parallel, seed=run_config.seed),
+        reserved(files.output_dir),
     ):
         loaded = self_test.load_model_checked(
             checkpoint,
@@ -92,8 +101,7 @@ def predict(
         run = _Prediction(loaded, dataset, output, files, sequences, layers)
         if files.output_dir is None:
             return run.compute()
-        settings = as_json({"output": output, "sequences": sequences, "changes": changes, "parallel": parallel})
-        settings |= {"fasta": str(fasta), "fasta_sha256": prediction_parts.sha256_of_file(fasta)}
+        settings = _settings(fasta, output=output, sequences=sequences, changes=changes, parallel=parallel)
         run.compute_and_write(settings, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
 
 
@@ -124,6 +132,10 @@ def check_lengths(dataset: FastaDataset, limit: int) -> None:
             )
 
 
+def _settings(fasta: Path, **given: Any) -> dict[str, Any]:
+    return as_json(given) | prediction_parts.facts_of_file("fasta", fasta)
+
+
 @contextlib.contextmanager
 def _dataset(
     fasta: Path, output: Output, files: Files, sequences: Sequences, trained_for: int
@@ -139,6 +151,8 @@ def _dataset(
     with contextlib.nullcontext() if windows is None else dataset:
         if "bigwig" in files.formats:
             check_num_contigs(len(dataset.ids))
+        if "safetensors" in files.formats and output.embedding_layers == ():
+            check_array_names(dataset.ids)
         yield dataset
 
 
@@ -178,9 +192,10 @@ class _Prediction:
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
         shared, copies = self._shared(batches), distributed.data_parallel_size()
         key = dict(settings)
-        if self.files.write_interval == "batch":
+        batch_by_batch = self.files.write_interval == "batch"
+        if batch_by_batch:
             key |= {"copies": copies, "files": as_json(self.files)}  # whose batch it is stands in a file's name
-        parts = shared.resume(self.files.output_dir, key, self.loaded, identity)
+        parts = shared.resume(self.files.output_dir, key, self.loaded, identity, batch_by_batch=batch_by_batch)
         tensor_files = _tensor_files(self.files) if "pt" in self.files.formats else None
         for number, result in self._results(batches, shared):
             if distributed.is_model_parallel_writer():
@@ -247,10 +262,16 @@ class _Prediction:
 
     def _run_batch(self, run: Backoff, batch: Sequence[int]) -> Batch | None:
         items = [self.dataset[index] for index in batch]
-        if not self.sequences.both_strands:
-            return run(items)
-        both = run([*items, *(self.dataset.opposite_strand(index) for index in batch)])
-        return None if both is None else join_strands(both)
+        if self.sequences.both_strands:
+            items += [self.dataset.opposite_strand(index) for index in batch]
+        results = run(items)
+        if results is None:
+            return None
+        if self.sequences.both_strands:
+            results = join_strands(results)
+        names = [self.dataset.ids[self.dataset.record_of(index)] for index in batch]
+        check_finite(results, names, [self.dataset.lengths[index] for index in batch])
+        return results
 
 
 def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: FastaDataset | WindowDataset) -> None:

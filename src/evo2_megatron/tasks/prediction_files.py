@@ -22,43 +22,75 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from evo2_megatron.tasks.transfer import new_files
+from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "seq_idx_map.json"
 MANIFEST_FILE = "manifest.json"
 
-_OURS = re.compile(
-    r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt|seq_idx_map\.json|manifest\.json|scores\.(tsv|parquet)"
-    r"|bases\.(tsv|parquet)|(log_prob|entropy)\.(bedgraph|bigwig)"
-    r"|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)"
-)
-_SUBDIR = re.compile(r"subdir_\d+")
+GOES_ON = "mend that and run the same command again, which goes on from here"
+"""What to do when the disk refuses: finished batches are kept."""
 
 Batch = dict[str, Tensor]
 
 
-def remove_stale_files(output_dir: Path) -> None:
-    """Delete what an earlier run left, by the names above and nothing else; readers take every file that matches."""
-    if not output_dir.is_dir():
-        return
-    subdirs = [path for path in output_dir.iterdir() if path.is_dir() and _SUBDIR.fullmatch(path.name)]
-    stale = [
-        path
-        for folder in (output_dir, *subdirs)
-        for path in folder.iterdir()
-        if path.is_file() and _OURS.fullmatch(path.name)
-    ]
+@dataclass(frozen=True, slots=True)
+class ResultNames:
+    """Which files of an output folder a command takes for its results, of whatever run."""
+
+    files: str
+    """Regular expression of their names."""
+
+    subdirs: str | None = None
+    """That of folders which hold such files, too."""
+
+    def folders(self, output_dir: Path) -> list[Path]:
+        """The folder, and those in it that may hold results; none if it does not exist."""
+        if not output_dir.is_dir():
+            return []
+        found = [path for path in output_dir.iterdir() if path.is_dir()] if self.subdirs else []
+        return [output_dir, *(path for path in found if re.fullmatch(self.subdirs, path.name))]
+
+    def find(self, output_dir: Path, *, whole: bool = True) -> list[Path]:
+        """Results, and hidden ones that a kill left half-written; ``whole`` False: these alone."""
+        partial = rf"\.({self.files})\.\d+\.(partial|bw)"  # names of ``transfer.new_files``, and of bigWig's library
+        pattern = re.compile(f"{self.files}|{partial}" if whole else partial)
+        return [
+            path
+            for folder in self.folders(output_dir)
+            for path in folder.iterdir()
+            if path.is_file() and pattern.fullmatch(path.name)
+        ]
+
+
+RESULTS = ResultNames(
+    r"predictions__rank_\d+__dp_rank_\d+(__batch_\d+)?\.pt|seq_idx_map\.json|manifest\.json|scores\.(tsv|parquet)"
+    r"|bases\.(tsv|parquet)|(log_prob|entropy)\.(bedgraph|bigwig)"
+    r"|(embeddings|logits)(-\d{5}-of-\d{5})?\.(parquet|npz|safetensors|safetensors\.index\.json)",
+    subdirs=r"subdir_\d+",
+)
+
+
+def remove_stale_files(output_dir: Path, names: ResultNames = RESULTS, *, whole: bool = True) -> None:
+    """Delete what an earlier run left, by its names and nothing else; readers take every file that matches.
+
+    Args:
+        output_dir: Need not exist.
+        names: Of results.
+        whole: Delete results, too, and not only what a kill left half-written.
+    """
+    stale = names.find(output_dir, whole=whole)
     for path in stale:
         path.unlink()
-    for folder in subdirs:
+    for folder in names.folders(output_dir)[1:]:
         if not any(folder.iterdir()):
             folder.rmdir()
     if stale:
@@ -95,13 +127,13 @@ class TensorFiles:
         """Write a file with one batch: this copy's batch ``number``, counted from 0."""
         numbered = batch | {"batch_idx": torch.tensor([number])}
         path = self._folder(number) / f"{self._stem}__batch_{number}.pt"
-        write_beside(path, lambda file: torch.save(numbered, file))
+        write_beside(path, lambda file: save_tensors(numbered, file))
 
     def write_all(self, batches: Sequence[Batch]) -> None:
         """Write one file with all batches of this copy, rows by ``seq_idx``; without batches, none."""
         if batches:
             joined = _sorted(concatenate(list(batches)))
-            write_beside(self._output_dir / f"{self._stem}.pt", lambda file: torch.save(joined, file))
+            write_beside(self._output_dir / f"{self._stem}.pt", lambda file: save_tensors(joined, file))
 
     def _folder(self, number: int) -> Path:
         if self._files_per_subdir is None:
@@ -152,6 +184,23 @@ def write_manifest(output_dir: Path, facts: dict[str, Any]) -> None:
 
 
 def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside and rename: a file that exists is whole."""
-    with new_files([path]) as (partial,), partial.open("wb") as file:
+    """Write beside and rename: a file that exists is whole.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    with disk_errors(path, then=GOES_ON), new_files([path]) as (partial,), partial.open("wb") as file:
         write(file)
+
+
+def save_tensors(values: Batch, file: BinaryIO) -> None:
+    """``torch.save``, with the error of a write that fails.
+
+    torch's archive writer then finds, as it closes, that the file is too short, and says no more than that.
+    """
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
+        raise

@@ -4,10 +4,11 @@
 ::
 
     <output-dir>/.parts/
-      plan.json            what the batches are made from, and which sequences each has
-      batch_0000012.pt     results of one batch, of the copy of the model that ran it
+      plan.json                           what the batches are made from, and which sequences each has
+      batch_0000012_6d3f5e0a91b2c47d.pt   results of one batch, of the copy of the model that ran it
 
-The folder must be one that all processes see. It is gone when the results are complete.
+A name ends with the first digits of the plan's SHA-256: what another run has written is never taken for a result. The
+folder must be one that all processes see. It is gone when the results are complete.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,23 @@ import torch
 from torch import Tensor
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.prediction_files import remove_stale_files, write_beside
+from evo2_megatron.tasks.prediction_files import (
+    GOES_ON,
+    RESULTS,
+    ResultNames,
+    remove_stale_files,
+    save_tensors,
+    write_beside,
+)
+from evo2_megatron.tasks.transfer import disk_errors
 
 logger = logging.getLogger(__name__)
 
 FOLDER = ".parts"
 
 _PLAN = "plan.json"
-_PART = re.compile(r"batch_(\d{7})\.pt")
+_PART = re.compile(r"batch_(\d{7})_([0-9a-f]{16})\.pt")
+_PLAN_DIGITS = 16
 _OPEN_PARTS = 64
 
 Batch = dict[str, Tensor]
@@ -56,15 +66,17 @@ class Parts:
         self._place = {index: (number, row) for number, batch in enumerate(batches) for row, index in enumerate(batch)}
         if not (self._folder / _PLAN).is_file():
             raise UserError(f"--output-dir {output_dir} is not the same folder for all processes; use a shared disk")
+        self._plan = sha256_of_file(self._folder / _PLAN)[:_PLAN_DIGITS]
         self._load = lru_cache(maxsize=_OPEN_PARTS)(self._read)
 
     def done(self) -> set[int]:
-        """Numbers of the batches that have been run."""
-        return {int(match[1]) for path in self._folder.iterdir() if (match := _PART.fullmatch(path.name))}
+        """Numbers of the batches that have been run by this plan."""
+        found = [_PART.fullmatch(path.name) for path in self._folder.iterdir()]
+        return {int(match[1]) for match in found if match and match[2] == self._plan}
 
     def add(self, number: int, results: Batch) -> None:
         """Keep the results of a batch; rows in the order of its sequences."""
-        write_beside(self._path(number), lambda file: torch.save(results, file))
+        write_beside(self._path(number), lambda file: save_tensors(results, file))
 
     def batch(self, number: int) -> Batch:
         """Results of a batch, read from the disk as they are looked at."""
@@ -84,7 +96,7 @@ class Parts:
         return torch.load(self._path(number), weights_only=True, mmap=True)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"batch_{number:07d}.pt"
+        return self._folder / f"batch_{number:07d}_{self._plan}.pt"
 
 
 def begin(
@@ -92,7 +104,8 @@ def begin(
     settings: dict[str, Any],
     batches: Sequence[Sequence[int]],
     *,
-    remove_stale: Callable[[Path], None] = remove_stale_files,
+    names: ResultNames = RESULTS,
+    batch_by_batch: bool = False,
 ) -> None:
     """Make the folder for parts, unless it is there and belongs to the same run; one process calls this.
 
@@ -100,19 +113,26 @@ def begin(
         output_dir: Folder of the results; those of an earlier run are deleted.
         settings: All that decides what the results are; must survive JSON.
         batches: Which sequences each batch has.
-        remove_stale: Deletes the results of an earlier run.
+        names: Of results.
+        batch_by_batch: Results are written as batches finish: going on, keep them.
+
+    Raises:
+        UserError: The disk refuses.
     """
     folder = output_dir / FOLDER
     plan = json.dumps({"settings": settings, "batches": batches}, sort_keys=True)
     path = folder / _PLAN
     if path.is_file() and path.read_text() == plan:
         logger.info("Going on with the run that was cut off in %s", output_dir)
+        # all of them are written from parts: what another number of processes, or other formats, left would stay
+        remove_stale_files(output_dir, names, whole=not batch_by_batch)
         return
     if folder.exists():
         logger.info("%s is of a run with other settings; starting over", folder)
         shutil.rmtree(folder)
-    remove_stale(output_dir)
-    folder.mkdir(parents=True)
+    remove_stale_files(output_dir, names)
+    with disk_errors(folder, then=GOES_ON):
+        folder.mkdir(parents=True)
     write_beside(path, lambda file: file.write(plan.encode()))
 
 
@@ -123,6 +143,11 @@ def identity(folder: Path) -> list[tuple[str, int, int]]:
         (str(path.relative_to(folder)), status.st_size, status.st_mtime_ns)
         for path, status in ((path, path.stat()) for path in files)
     ]
+
+
+def facts_of_file(name: str, path: Path) -> dict[str, str]:
+    """For the settings: where a file was, and what was in it."""
+    return {name: str(path), f"{name}_sha256": sha256_of_file(path)}
 
 
 def sha256_of_file(path: Path) -> str:

@@ -6,7 +6,7 @@ Shape legend: B sequences, K columns, N bases, X logits or channels, H channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset, tag_length
+from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_settings import TRACKS, Files, Output
 from evo2_megatron.tasks.prediction_tables import (
@@ -54,6 +56,25 @@ def join_strands(both: Batch) -> Batch:
         else:
             joined[name] = one if name in ("seq_idx", "num_scored") else (one + other) / 2
     return joined
+
+
+def check_finite(results: Batch, names: Sequence[str], lengths: Sequence[int]) -> None:
+    """Raise UserError for a sequence with a result that is no finite number.
+
+    Args:
+        results: Of a batch.
+        names: Of its sequences.
+        lengths: Their tokens; what the model makes of padding may be anything.
+    """
+    lengths_B = torch.tensor(lengths)
+    for values in results.values():
+        finite = values.isfinite()
+        if values.dim() == 3:
+            is_padding_BL = torch.arange(values.shape[1]) >= lengths_B[:, None]
+            finite = finite.all(-1) | is_padding_BL
+        finite_B = finite.reshape(len(names), -1).all(1)
+        if not finite_B.all():
+            raise UserError(f"sequence {names[int(finite_B.int().argmin())]!r}: {OUTPUT_NOT_FINITE}")
 
 
 def tensor_record(results: Batch, output: Output) -> Batch:

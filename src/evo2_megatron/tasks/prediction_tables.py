@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from evo2_megatron.config import UserError
 from evo2_megatron.tasks.prediction_files import write_beside
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _ROWS_AT_A_TIME = 1 << 16
 _SHARD_BYTES = 2 << 30
+_RESERVED = "__metadata__"
+"""What safetensors calls something else than an array."""
 
 
 class Score(NamedTuple):
@@ -133,6 +136,15 @@ def write_vectors(path: Path, ids: Sequence[str], lengths: Sequence[int], vector
         write_arrays(path, [Array("ids", names.shape, lambda: names), *vectors])
     else:
         write_arrays(path, vectors, metadata={"ids": json.dumps(list(ids))})
+
+
+def check_array_names(names: Sequence[str]) -> None:
+    """Raise UserError for a sequence that a safetensors file cannot name."""
+    if _RESERVED in names:
+        raise UserError(
+            f"--output-format safetensors keeps the name '{_RESERVED}' for itself, and the FASTA file has a record of "
+            "that name; rename it, or write npz"
+        )
 
 
 def write_arrays(path: Path, arrays: Sequence[Array], *, metadata: dict[str, str] | None = None) -> None:

@@ -13,7 +13,7 @@ from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts
 from evo2_megatron.tasks.batch_progress import BatchProgress, Words
-from evo2_megatron.tasks.prediction_files import remove_stale_files
+from evo2_megatron.tasks.prediction_files import RESULTS, ResultNames
 from evo2_megatron.tasks.prediction_parts import Batch, Parts
 
 
@@ -43,7 +43,8 @@ class SharedBatches:
         loaded: LoadedModel,
         identity: list[Any],
         *,
-        remove_stale: Callable[[Path], None] = remove_stale_files,
+        names: ResultNames = RESULTS,
+        batch_by_batch: bool = False,
     ) -> Parts:
         """Where results are kept. What an earlier job left there counts if all that decides about results is the same.
 
@@ -52,15 +53,16 @@ class SharedBatches:
             settings: What decides what the results are, besides the model and the device; must survive JSON.
             loaded: The model.
             identity: Of the checkpoint, by ``prediction_parts.identity``.
-            remove_stale: Deletes the results of another run.
+            names, batch_by_batch: As for ``prediction_parts.begin``.
 
         Raises:
-            UserError: A process does not see the folder.
+            UserError: A process does not see the folder, or the disk refuses.
         """
         first = distributed.rank() == 0
         if first:
             of_run = {"checkpoint": identity, "precision": loaded.precision, "device": megatron.device_name()}
-            prediction_parts.begin(output_dir, settings | of_run, self._batches, remove_stale=remove_stale)
+            settings = settings | of_run
+            prediction_parts.begin(output_dir, settings, self._batches, names=names, batch_by_batch=batch_by_batch)
         torch.distributed.barrier()
         parts = Parts(output_dir, self._batches)
         done = [parts.done() if first else None]

@@ -50,16 +50,21 @@ def moving(num_tensors: int, num_bytes: int) -> Iterator[Callable[[int], Any]]:
 
 
 @contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Show what the operating system says against reading or writing a file as one line."""
+def disk_errors(path: Path | None = None, *, then: str = "no result was written") -> Iterator[None]:
+    """Show what the operating system says against reading or writing a file as one line.
+
+    Args:
+        path: The file to name. None: the one that the operating system names, if it does.
+        then: What that means for the user, or what to do about it.
+    """
     try:
         yield
     except BrokenPipeError:  # nothing is wrong: whoever reads the output wants no more
         raise
     except OSError as error:
-        name = error.filename2 or error.filename  # of a file that could not get its name, that name
+        name = path or error.filename2 or error.filename  # of a file that could not get its name, that name
         where = f"{name}: " if name else ""
-        raise UserError(f"{where}{error.strerror or error}; no result was written") from error
+        raise UserError(f"{where}{error.strerror or error}; {then}") from error
 
 
 def check_space(folder: Path, num_bytes: int) -> None:

@@ -11,23 +11,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from evo2_megatron.data.bgzf import BgzfWriter
 from evo2_megatron.data.vcf import InfoField, write_annotated
-from evo2_megatron.tasks.prediction_files import MANIFEST_FILE, write_beside
+from evo2_megatron.tasks.prediction_files import ResultNames, write_beside
 from evo2_megatron.tasks.variant_alleles import Allele
 
 if TYPE_CHECKING:
     import pyarrow
 
-logger = logging.getLogger(__name__)
-
 FORMATS = ("tsv", "parquet", "vcf", "vcf.gz")
 SKIPPED_FILE = "skipped.tsv"
+RESULTS = ResultNames(r"variants\.(tsv|parquet|vcf|vcf\.gz)|skipped\.tsv|manifest\.json")
 
 _ROWS_AT_A_TIME = 1 << 16
 
@@ -61,16 +59,6 @@ class Row(NamedTuple):
 
     status: str
     """``scored``, or why not."""
-
-
-def remove_stale_files(output_dir: Path) -> None:
-    """Delete what an earlier run left, by the names above and nothing else."""
-    names = [f"variants.{name}" for name in FORMATS] + [SKIPPED_FILE, MANIFEST_FILE]
-    stale = [output_dir / name for name in names if (output_dir / name).is_file()]
-    for path in stale:
-        path.unlink()
-    if stale:
-        logger.info("Removed %d result files of an earlier run from %s", len(stale), output_dir)
 
 
 def rows(alleles: Iterable[Allele], scores: Iterator[Score]) -> Iterator[Row]:

@@ -21,8 +21,10 @@ from evo2_megatron.tasks import prediction_parts, self_test, variant_files
 from evo2_megatron.tasks.allele_scoring import Batch, SharedContext, WholeWindows, make_item
 from evo2_megatron.tasks.batch_progress import Words
 from evo2_megatron.tasks.batching import BATCH_TOKENS_CUDA, Backoff
+from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.predict import position_range
 from evo2_megatron.tasks.prediction_files import write_manifest
+from evo2_megatron.tasks.prediction_folder import check_inputs, reserved
 from evo2_megatron.tasks.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_runner import Runner
@@ -114,7 +116,7 @@ def score_variants(
         precision, base_ckpt_dir, with_self_test: As for ``predict``.
 
     Raises:
-        UserError: Something about the files, the model or the settings is wrong; no result has been written.
+        UserError: Something about the files, the model or the settings is wrong, or the disk refuses.
     """
     parallel.check_world_size(distributed.world_size())
     if settings.shared_context and parallel.context > 1:
@@ -122,13 +124,14 @@ def score_variants(
     Files(output_dir=output_dir)  # checks the folder
     if not vcf.is_file():
         raise UserError(f"no such VCF file: {vcf}" + "; it is read twice, so not from a pipe" * vcf.exists())
+    check_inputs(output_dir, variant_files.RESULTS, vcf=vcf, fasta=fasta)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = language_model_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     windows = settings.windows(position_range(run_config, changes))
     with Genome(fasta) as genome:
         alleles = read_alleles(vcf, genome, windows)
-        with distributed.process_groups(parallel, seed=run_config.seed):
+        with distributed.process_groups(parallel, seed=run_config.seed), reserved(output_dir):
             loaded = self_test.load_model_checked(
                 checkpoint,
                 with_self_test=with_self_test,
@@ -140,9 +143,8 @@ def score_variants(
             )
             run = _Scoring(loaded, genome, vcf, alleles, output_dir, formats, settings, windows)
             known = as_json({"variants": settings, "changes": changes, "parallel": parallel})
-            known["window_length"] = windows.length
-            for name, path in (("vcf", vcf), ("fasta", fasta)):
-                known |= {name: str(path), f"{name}_sha256": prediction_parts.sha256_of_file(path)}
+            known |= {"window_length": windows.length} | prediction_parts.facts_of_file("vcf", vcf)
+            known |= prediction_parts.facts_of_file("fasta", fasta)
             run.compute_and_write(known, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
 
 
@@ -168,9 +170,7 @@ class _Scoring:
         jobs = [[job for index in batch for job in groups[index].jobs] for batch in batches]
         digest = CheckpointDigest(self.loaded.checkpoint) if first else None
         shared = SharedBatches(jobs, _WORDS)
-        parts = shared.resume(
-            self.output_dir, known, self.loaded, identity, remove_stale=variant_files.remove_stale_files
-        )
+        parts = shared.resume(self.output_dir, known, self.loaded, identity, names=variant_files.RESULTS)
         for number, result in self._results([[groups[index] for index in batch] for batch in batches], shared):
             if distributed.is_model_parallel_writer():
                 parts.add(number, result)
@@ -233,6 +233,9 @@ class _Scoring:
         result = run(items)
         if result is None:
             return None
+        if not all(values.isfinite().all() for values in result.values()):
+            contigs = sorted({group.contig.decode("utf-8", "backslashreplace") for group in batch})
+            raise UserError(f"variants on contig {', '.join(contigs)}: {OUTPUT_NOT_FINITE}")
         lengths = [len(item["tokens"]) - 1 for item in items for _ in item["alternatives"]]
         return result | {"num_scored": torch.tensor(lengths)}
 
