@@ -167,7 +167,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     path = tmp_path / "out.jsonl"
     with RecordFile(path) as file:
         file.add([{"id": "1"}])
-        with pytest.raises(UserError, match="another run is writing .*out.jsonl; wait for it"):
+        with pytest.raises(UserError, match="another run is writing to .*out.jsonl; wait for its end"):
             RecordFile(path)
         file.finish([{"id": "1"}])
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import inspect
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 from evo2_megatron.checkpoint import evaluations, layout
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import distributed
+from evo2_megatron.runtime.file_lock import lock_alone
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +32,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         UserError: Another run writes to the folder.
     """
     with (run_dir / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {run_dir}; wait for its end, or choose another --result-dir or "
-                "--experiment-name"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): let one run at a time use it", run_dir, error.strerror)
+        lock_alone(lock, run_dir, choose="--result-dir or --experiment-name")
         yield
 
 

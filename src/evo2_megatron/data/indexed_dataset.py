@@ -9,7 +9,6 @@ offsets (i64), d boundaries (i64). Here a document is one sequence, so d = n + 1
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime.file_lock import lock_alone
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -161,12 +161,11 @@ class IndexedDatasetWriter(TokenCounter):
 def _open_alone(path: Path) -> BinaryIO:
     """Open for writing, unless another process has it open: two runs would mix their tokens."""
     file = path.open("ab", buffering=_BUFFER_BYTES)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"another run is writing {path}; wait for it, or choose another output_prefix") from None
-    file.truncate(0)
+    with contextlib.ExitStack() as closing:
+        closing.callback(file.close)
+        lock_alone(file, path, choose="output_prefix")
+        file.truncate(0)
+        closing.pop_all()
     return file
 
 

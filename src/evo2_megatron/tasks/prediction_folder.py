@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import distributed
+from evo2_megatron.runtime.file_lock import lock_alone
 from evo2_megatron.tasks.prediction_files import ResultNames
 from evo2_megatron.tasks.prediction_parts import FOLDER as PARTS
 from evo2_megatron.tasks.transfer import disk_errors
@@ -101,19 +101,12 @@ def _locked(folder: Path) -> Iterator[None]:
 def _lock(path: Path) -> int:
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(
-                f"another run is writing to {path.parent}; wait for its end, or choose another --output-dir"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): let one run at a time use it", path.parent, error.strerror)
-            return lock
-        if _is_there(lock, path):
-            return lock
-        os.close(lock)  # of a run that ended between the two calls
+        with contextlib.ExitStack() as closing:
+            closing.callback(os.close, lock)
+            lock_alone(lock, path.parent, choose="--output-dir")
+            if _is_there(lock, path):  # else it is of a run that ended between the two calls
+                closing.pop_all()
+                return lock
 
 
 def _is_there(file: int, path: Path) -> bool:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import itertools
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime.file_lock import lock_alone
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.prompts import FASTA_SUFFIXES, Prompt, file_suffix
 from evo2_megatron.tasks.transfer import file_behind
@@ -197,17 +197,15 @@ class RecordFile:
     def _begin(self) -> TextIO:
         """The empty ``.part`` file, for this process alone; what an earlier run left in it gets another name."""
         stream = self._part.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            raise UserError(f"another run is writing {self._path}; wait for it, or choose another file") from None
-        if not stream.tell():
-            return stream
-        kept = next(path for n in itertools.count(1) if not (path := part_of(self._path, n)).exists())
-        self._part.rename(kept)
-        stream.close()
-        logger.warning("What an earlier run had finished of %s is kept in %s", self._path, kept)
+        with contextlib.ExitStack() as closing:
+            closing.callback(stream.close)
+            lock_alone(stream, self._path, choose="file")
+            if not stream.tell():
+                closing.pop_all()
+                return stream
+            kept = next(path for n in itertools.count(1) if not (path := part_of(self._path, n)).exists())
+            self._part.rename(kept)
+            logger.warning("What an earlier run had finished of %s is kept in %s", self._path, kept)
         return self._begin()
 
     def add(self, records: Iterable[Record]) -> None:
