@@ -25,17 +25,17 @@ from evo2_megatron.recipes.pretrain import pretrain_config
 
 def step_config(options: TrainingOptions, vocab_size: int) -> ConfigContainer:
     """What ``train_evo2`` would use, with ``vocab_size`` rows of embedding; UserError where they cannot be split."""
+    config = pretrain_config(options)
+    config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
+    config.ddp.check_for_nan_in_grad = False  # a number that meta tensors do not have
+    config.model.vocab_size = vocab_size
+    config.model.finalize()
     tensor = options.parallel.tensor
     if vocab_size % tensor:
         raise UserError(
             f"--vocab-size {vocab_size} is not a multiple of --tensor-parallel-size {tensor}, which splits the "
             "embedding by its rows; choose one that is"
         )
-    config = pretrain_config(options)
-    config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
-    config.ddp.check_for_nan_in_grad = False  # a number that meta tensors do not have
-    config.model.vocab_size = vocab_size
-    config.model.finalize()
     return config
 
 

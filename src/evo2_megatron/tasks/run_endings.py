@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,13 +39,15 @@ class EarlyEnd(Callback):
         Raises:
             UserError: Loss or gradient were not finite.
         """
-        on_sigterm = signal.getsignal(signal.SIGTERM)
+        on_sigterm, has_failed = signal.getsignal(signal.SIGTERM), True
         try:
             yield
+            has_failed = False
         except SystemExit as ending:
             # how Bridge ends a run early, after it has saved: on SIGTERM, or on the step to stop at
             if ending.code:
                 raise
+            has_failed = False
             _clean_up()
         except UserError:
             _clean_up()
@@ -60,7 +60,7 @@ class EarlyEnd(Callback):
                 _clean_up()
             raise UserError(self._not_finite(*found.groups())) from None
         finally:
-            if sys.exc_info()[0]:
+            if has_failed:
                 self._end_writer()
             signal.signal(signal.SIGTERM, on_sigterm)
 
@@ -80,12 +80,13 @@ class EarlyEnd(Callback):
         for its answer to a farewell, and for somebody to read what was on the way to it."""
         queue = None if self._state is None else self._state.async_calls_queue
         caller = None if queue is None else queue.persistent_caller
-        for child in multiprocessing.active_children():
-            child.kill()
-        if caller is not None:
-            caller.process = None
-            for pipe in (caller.queue, caller.preload_q):
-                pipe.cancel_join_thread()
+        if caller is None or caller.process is None:
+            return
+        caller.process.kill()
+        caller.process.join()
+        caller.process = None
+        for pipe in (caller.queue, caller.preload_q):
+            pipe.cancel_join_thread()
 
 
 def _clean_up() -> None:
