@@ -28,7 +28,7 @@ NEEDED = {"train_data": Path("t.csv"), "base_ckpt_dir": Path(), "result_dir": Pa
         ({"wandb_entity": "me"}, "go with --wandb-project"),
         ({"seed": 2**32}, "--seed is 4294967296; it must be from 1 to 4294967295"),
         ({"seed": 0}, "--seed is 0; it must be from 1 to 4294967295"),
-        ({"lr": math.inf}, "--lr is inf; it must be 0.0001 or more, and finite"),
+        ({"lr": math.inf}, "--lr is inf; it must be 0.0001 or more, and at most 1e.30"),
         ({"lora_dim": 4}, "--recompute go with --lora-finetune"),
         ({"recompute": True}, "--recompute go with --lora-finetune"),
         ({"patience": 2}, "--patience counts validations; give --val-data"),

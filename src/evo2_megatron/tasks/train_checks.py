@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from evo2_megatron import layouts
 from evo2_megatron.architectures import architecture
 from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.data import blend, tokenizer, window_database
-from evo2_megatron.recipes.options import TrainingOptions, schedule
+from evo2_megatron.recipes.options import LARGEST_NUMBER, TrainingOptions, schedule
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.distributed import world_size
 
@@ -100,16 +99,16 @@ def _check_ranges(options: TrainingOptions) -> None:
         "--window-min-length-threshold": (options.window_min_length, 0),
     }
     for flag, (value, low) in smallest.items():
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"{flag} is {value}; it must be {low} or more, and finite")
+        if value is not None and not low <= value <= LARGEST_NUMBER:
+            raise UserError(f"{flag} is {value}; it must be {low} or more, and at most {LARGEST_NUMBER:g}")
     above_zero = {
         "--peak-tflops": options.peak_tflops,
         "--adam-eps": options.adam_eps,
         "--seq-len-interpolation-factor": options.seq_len_interpolation_factor,
     }
     for flag, value in above_zero.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value}; it must be above 0, and finite")
+        if value is not None and not 0 < value <= LARGEST_NUMBER:
+            raise UserError(f"{flag} is {value}; it must be above 0, and at most {LARGEST_NUMBER:g}")
     below_one = {
         "--hidden-dropout": options.hidden_dropout,
         "--attention-dropout": options.attention_dropout,
