@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labels, find_classes, is_table, read_labelled
+from evo2_megatron.data.labelled import Labelled, Labels, find_classes, is_table, read_labelled
 from evo2_megatron.data.labelled_dataset import LabelledSequences, pad
 
 ROWS = [
@@ -220,3 +220,17 @@ def test_padding_at_any_length():
     tokens, mask = pad([b"ACGT", b"A"], 6)
     assert tokens.tolist() == [[*b"ACGT", 1, 1], [*b"A", 1, 1, 1, 1, 1]] and mask.sum(1).tolist() == [4, 1]
     assert pad([], 4)[0].shape == (0, 4)
+
+
+def test_a_digest_tells_sequences_and_targets():
+    """Not names; and where one sequence ends and the next begins."""
+    targets = np.array([[0.0], [np.nan]], np.float32)
+    rows = Labelled(["a", "b"], [b"ACG", b"T"], targets)
+    assert rows.digest() == rows._replace(names=["x", "y"]).digest()
+    others = [
+        rows._replace(ids=[b"AC", b"GT"]),
+        rows._replace(ids=[b"T", b"ACG"]),
+        rows._replace(targets=targets[::-1]),
+        rows._replace(targets=targets + 1),
+    ]
+    assert len({rows.digest(), *(other.digest() for other in others)}) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ def test_numbers_without_spread():
     assert got["pearson"] is None and got["spearman"] is None and got["r2"] is not None
     alone = metrics_of(Labels(task="regression"), np.array([[1.0]]), np.array([[3.0]]))
     assert alone["r2"] is None and alone["mse"] == 4
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_one_class_alone(num):
+    """Metrics that compare classes are not defined, which scikit-learn would say with a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = metrics_of(CLASSES, np.full((num, 1), 1.0), np.array([[0.1, 0.8, 0.1]] * num))
+        label = metrics_of(Labels(task="multilabel", columns=("x",)), np.ones((num, 1)), np.full((num, 1), 0.9))
+        metrics_of(Labels(task="regression"), np.ones((num, 1)), np.ones((num, 1)))
+    assert got["mcc"] is None and got["auroc"] is None and got["accuracy"] == got["f1_macro"] == 1
+    assert got["confusion"] == [[0, 0, 0], [0, num, 0], [0, 0, 0]]
+    assert label["mcc"] is None and label["auroc"] is None and label["f1"] == 1
 
 
 def test_no_labels():

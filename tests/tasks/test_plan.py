@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
+from evo2_megatron.cli import plan as cli
 from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.tasks import train_checks
 from evo2_megatron.tasks.plan import nearest_fit, plan
 from helpers import PARAMETERS
 from tasks.allocations import as_on_a_cpu, of_training_step
@@ -56,6 +61,44 @@ def test_refusals(megatron, given, message):
     layout = given.get("parallel", ParallelConfig())
     with pytest.raises(UserError, match=message):
         plan(layout.model_size, **SMALL | given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"seq_len_interpolation_factor": float("inf")}, "--seq-len-interpolation-factor is inf; it must be above 0"),
+        ({"rotary_base": 10**25}, "--rotary-base is 1.*; it must be from 1 to"),
+    ],
+)
+def test_what_training_refuses_is_refused(megatron, given, message):
+    with pytest.raises(UserError, match=message):
+        plan(1, **SMALL | given)
+    with pytest.raises(UserError, match=message):
+        train_checks.check(TrainingOptions(mock_data=True, **SMALL | given))
+
+
+def test_rows_that_cannot_be_split(megatron):
+    """Refused where they are asked for, and passed over where another layout is looked for."""
+    given = SMALL | {"vocab_size": 511, "global_batch_size": 2}
+    with pytest.raises(UserError, match="--vocab-size 511 is not a multiple of --tensor-parallel-size 2"):
+        plan(2, parallel=ParallelConfig(tensor=2), **given)
+    assert nearest_fit(2, 1000, parallel=ParallelConfig(), **given) is None
+
+
+def test_a_plan_logs_nothing(megatron, caplog):
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+
+    destroy_rerun_state_machine()
+    with caplog.at_level(logging.WARNING):
+        plan(1, **SMALL)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-5", "0", "much"])
+def test_memory_that_no_gpu_has(text, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["--model-size", "evo2_tiny", "--gpu-memory", text])
+    assert ending.value.code == 2 and "argument --gpu-memory: " in capsys.readouterr().err
 
 
 def test_the_1m_row_of_the_40b_model(megatron):

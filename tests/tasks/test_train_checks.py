@@ -20,6 +20,7 @@ def tensor(size: int, sequence_parallel: bool | None = None) -> ParallelConfig:
     return ParallelConfig(tensor=size, sequence_parallel=sequence_parallel)
 
 
+INF = float("inf")
 WINDOWS = {"mock_data": False, "sharded_windows": True, "sequence_db_dir": Path("no/such")}
 WRONG = [
     ({"mock_data": False}, "give one of --dataset-config, --mock-data and --sharded-eden-data"),
@@ -36,9 +37,36 @@ WRONG = [
     ({"tokenizer": Path("no/such/folder")}, "no/such/folder"),
     ({"model_size": "evo3"}, "Unknown model size 'evo3'"),
     ({"workers": -1}, "--workers is -1"),
-    ({"hidden_dropout": 1.5}, "--hidden-dropout is 1.5; it must be from 0 to 1"),
+    ({"hidden_dropout": 1.5}, "--hidden-dropout is 1.5; it must be from 0 to below 1"),
+    ({"hidden_dropout": 1.0}, "--hidden-dropout is 1.0; it must be from 0 to below 1"),
+    ({"attention_dropout": 1.0}, "--attention-dropout is 1.0; it must be from 0 to below 1"),
+    ({"adam_beta1": 1.0}, "--adam-beta1 is 1.0; it must be from 0 to below 1"),
+    ({"adam_beta2": 1.0}, "--adam-beta2 is 1.0; it must be from 0 to below 1"),
+    ({"seed": 0}, "--seed is 0; it must be from 1 to 4294967295"),
+    ({"seed": -1}, "--seed is -1; it must be from 1 to 4294967295"),
+    ({"seed": 2**32}, "--seed is 4294967296; it must be from 1 to 4294967295"),
+    ({"seed": 2**32 - 1, "parallel": ParallelConfig(pipeline=2)}, "--seed is .* it must be from 1 to 4294967195"),
+    ({"dataset_seed": -1}, "--dataset-seed is -1; it must be from 0 to 4294967295"),
+    ({"dataset_seed": 2**32}, "--dataset-seed is 4294967296; it must be from 0 to"),
+    ({"rotary_base": 10**25}, "--rotary-base is 1.*; it must be from 1 to 9223372036854775807"),
+    ({"lr": INF}, "--lr is inf; it must be 0 or more, and at most 1e.30"),
+    ({"lr": 1e39}, "--lr is 1e.39; it must be 0 or more, and at most 1e.30"),
+    ({"min_lr": INF}, "--min-lr is inf; it must be 0 or more, and at most 1e.30"),
+    ({"wd": INF}, "--wd is inf; it must be 0 or more, and at most 1e.30"),
+    ({"clip_grad": INF}, "--clip-grad is inf; it must be 0 or more, and at most 1e.30"),
+    ({"adam_eps": INF}, "--adam-eps is inf; it must be above 0, and at most 1e.30"),
+    ({"peak_tflops": INF}, "--peak-tflops is inf; it must be above 0, and at most 1e.30"),
+    (
+        {"seq_len_interpolation_factor": INF},
+        "--seq-len-interpolation-factor is inf; it must be above 0, and",
+    ),
+    (
+        {"eval_iters": 10**8},
+        "--eval-iters 100000000 x 8 samples are 800000000 in each evaluation, .*; lower",
+    ),
+    ({"eval_iters": 10**5, "eval_interval": 1}, "100001 evaluations of 800000 samples are more than checkpoints"),
     ({"eval_iters": -1}, "--eval-iters is -1"),
-    ({"lr": float("nan")}, "--lr nan is below"),
+    ({"lr": float("nan")}, "--lr is nan; it must be 0 or more, and at most 1e.30"),
     ({"lr": 1e-5}, "--lr 1e-05 is below --min-lr 3e-05"),
     ({"adam_eps": 0.0}, "--adam-eps is 0.0"),
     ({"most_recent_k": 0}, "--most-recent-k is 0"),
@@ -104,6 +132,8 @@ def test_wrong_layouts(world_size, given, message, monkeypatch):
         {"average_in_collective": True, "calculate_per_token_loss": False},
         {"max_steps": 1},
         {"most_recent_k": -1, "eval_iters": 0},
+        {"seed": 1, "dataset_seed": 0, "rotary_base": 2**63 - 1},
+        {"seed": 2**32 - 1, "dataset_seed": 2**32 - 1},
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 from tasks.head_runs import NUM_VALIDATION, make_rows, predicted, scalars, train_all, write_csv
 
@@ -66,9 +67,39 @@ def runs(megatron, tmp_path_factory):
                 | {"experiment_name": "stalls", "max_steps": 40, "lr": 1.0, "patience": 2, "warmup_steps": 4}
             ]
             * 2,
+            *[halves | {"max_steps": 6, "decay_steps": 6} | change for change in _other_data(root, rows, common)],
         ]
     )
     return root, errors, rows[:NUM_VALIDATION]
+
+
+def _other_data(root, rows, common):
+    """What a run is not to go on with: as many rows, and of them one label, two labels or one base are others."""
+    rows = [dict(row) for row in rows]
+    train, val = rows[NUM_VALIDATION:], rows[:NUM_VALIDATION]
+    first, second = (next(row for row in train if row["label"] == name) for name in ("AT", "GC"))
+    first["label"], second["label"] = second["label"], first["label"]
+    swapped = {"train_data": write_csv(root / "swapped.csv", train)}
+    val[0]["sequence"] = "T" + val[0]["sequence"][1:] if val[0]["sequence"][0] != "T" else "A" + val[0]["sequence"][1:]
+    base = {"val_data": write_csv(root / "other_base.csv", val)}
+    return [swapped, base, {"seq_length": 20}, {"seed": 0}, {"precision": "bf16_mixed"}]
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, megatron, caplog):
+    """Its run_config.yaml does not say what its data were."""
+    from evo2_megatron.checkpoint.run_config import read_run_config
+    from evo2_megatron.data.providers import LabelledSequencesProvider
+    from evo2_megatron.tasks.train_head import _check_same_data
+
+    (path, *_) = sorted((runs[0] / "halves" / "checkpoints").glob("iter_*/run_config.yaml"))
+    own, values = read_run_config(path.parent), yaml.safe_load(path.read_text())["dataset"]
+    assert set(values["data_digests"]) == {"train", "val"}
+    known = {name: values[name] for name in ("train_data", "seq_length", "task", "label_columns", "classes")}
+    dataset = LabelledSequencesProvider(**known, sequence_column="sequence", data_digests={"train": "0" * 64})
+    with pytest.raises(UserError, match="other sequences or labels than those of .*train.csv; give the same"):
+        _check_same_data(own, values["data_digests"], dataset)
+    _check_same_data(own, None, dataset)
+    assert "does not say what data it was trained with" in caplog.text
 
 
 def model_section(runs, name):
@@ -215,11 +246,16 @@ def test_every_row_is_trained_on(runs):
         (6, "--embedding-layer 4: the model has 4 layers; choose -4 to 3"),
         (7, "label is 'GC'; it must be one of AT, CG"),
         (8, "has no row of class 'N'"),
+        (9, "was trained with other sequences or labels than those of"),
+        (10, "other_base.csv; give the same, or choose another --result-dir"),
+        (11, "was trained with seq_length 24, not 20; choose another --result-dir"),
+        (12, "--seed is 0; it must be from 1 to 4294967295"),
+        (13, "was trained with parameters in float32, not bfloat16; resume with the --mixed-precision-recipe"),
     ],
 )
 def test_runs_that_cannot_begin(runs, number, message):
     root, errors, _ = runs
-    assert len(errors) == 9 and message in errors[number]
+    assert len(errors) == 14 and message in errors[number]
     assert not (root / "other").exists()
 
 

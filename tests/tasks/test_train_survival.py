@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -138,6 +140,36 @@ def test_resumed_with_other_settings(tmp_path):
         options |= {"result_dir": tmp_path / str(number)}
         (first, second), _ = train_all([options, options | change | {"early_stop_on_step": 6}])
         assert list(first.losses) == [1, 2, 3, 4] and list(second.losses) == [5, 6]
+
+
+def test_interrupted_while_saving_in_the_background(tmp_path):
+    """Ctrl-C, which a terminal sends to all processes: the end is prompt, says one line, and costs no checkpoint."""
+    output, folder = tmp_path / "output.txt", checkpoint(tmp_path, 0).parent
+    flags = "--mock-data --model-size evo2_tiny --seq-length 64 --global-batch-size 2 --max-steps 400"
+    flags += " --eval-interval 2 --eval-iters 0 --log-interval 1 --ckpt-async-save --result-dir"
+    command = [sys.executable, "-m", "evo2_megatron.cli.train", *flags.split(), str(tmp_path)]
+    with output.open("w") as file:
+        run = subprocess.Popen(
+            command,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # whoever runs the tests in the background may have it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    try:
+        wait_for(lambda: list(folder.glob("iter_*/run_config.yaml")) or run.poll() is not None)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(timeout=20) == 128 + signal.SIGINT, output.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    text = output.read_text()
+    assert text.splitlines()[-1] == "train_evo2: interrupted" and "Traceback" not in text
+    last = max(int(path.parent.name.removeprefix("iter_")) for path in folder.glob("iter_*/run_config.yaml"))
+    subprocess.run([*command, "--early-stop-on-step", str(last + 2)], env=environment(), check=True, timeout=120)
+    assert (checkpoint(tmp_path, last + 2) / "run_config.yaml").is_file()
 
 
 @pytest.fixture

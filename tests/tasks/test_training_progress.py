@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from datetime import timedelta
@@ -138,6 +139,22 @@ def test_quiet_console(started, capsys):
         " validation loss at iteration 4 | lm loss value: 1.3E+00 | ",
         "WARNING: could not find the metadata file",
     ]
+
+
+def test_an_end_within_a_forward_pass_is_not_told_by_the_timer(started, caplog):
+    """It would show frames, before the command says in a line what happened; other warnings stay."""
+    from megatron.core.utils import StragglerDetector
+
+    from evo2_megatron.tasks.training_progress import quiet_console
+
+    shown = []
+    for console in (quiet_console(started.run), contextlib.nullcontext()):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt), console, StragglerDetector():
+            logging.getLogger("megatron.core.utils").warning("of something else")
+            raise KeyboardInterrupt
+        shown.append(["Traceback" in message for message in caplog.messages])
+    assert shown == [[False], [False, True]]
 
 
 def test_bar_replaces_the_log_lines(started, capsys, monkeypatch):

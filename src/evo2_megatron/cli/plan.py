@@ -72,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs of all nodes together; the optimizer is split over the copies of the model (default: one copy)",
     )
-    machine.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default: 80)")
+    machine.add_argument(
+        "--gpu-memory", type=groups.positive_float, default=80.0, metavar="GB", help="of one GPU (default: 80)"
+    )
     return parser
 
 

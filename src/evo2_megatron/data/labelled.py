@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ class Labelled(NamedTuple):
 
     num_left_out: int = 0
     """Rows of the table that had no label."""
+
+    def digest(self) -> str:
+        """SHA-256 of sequences and targets in their order; names do not count."""
+        content = hashlib.sha256(np.ascontiguousarray(self.targets, "<f4").tobytes())
+        for ids in self.ids:
+            content.update(len(ids).to_bytes(8, "little") + ids)
+        return content.hexdigest()
 
 
 def is_table(path: Path) -> bool:

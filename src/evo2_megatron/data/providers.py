@@ -209,6 +209,9 @@ class LabelledSequencesProvider(DatasetProvider):
     num_samples: list[int] | None = None
     """Of the three, before they are filled up: for who goes on with a run."""
 
+    data_digests: dict[str, str] | None = None
+    """Of sequences and labels by ``train``, ``val`` and ``test``, likewise."""
+
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "cyclic"
     """In another order in every pass."""
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.labelled import Labels, Task
-from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions
+from evo2_megatron.recipes.options import LARGEST_NUMBER, LORA_TARGETS, TrainingOptions
 from evo2_megatron.runtime import distributed
 
 HEAD_MODULES = "*prediction_head*"
@@ -137,8 +137,8 @@ def check(options: HeadOptions) -> None:
         "--epochs": (options.epochs, 0),
     }
     for flag, (value, smallest) in least.items():
-        if not smallest <= value < math.inf:
-            raise UserError(f"{flag} is {value}; it must be {smallest} or more")
+        if not smallest <= value <= LARGEST_NUMBER:
+            raise UserError(f"{flag} is {value}; it must be {smallest} or more, and at most {LARGEST_NUMBER:g}")
     for flag, value in {"--head-dropout": options.head_dropout, "--lora-dropout": options.lora_dropout}.items():
         if not 0 <= value < 1:
             raise UserError(f"{flag} is {value}; it must be from 0 to below 1")
@@ -152,8 +152,8 @@ def check(options: HeadOptions) -> None:
         (options.wandb_entity, options.wandb_run_name, options.wandb_offline, options.wandb_save_dir)
     ):
         raise UserError("flags of Weights & Biases go with --wandb-project; add it, or leave them out")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed is {options.seed}; it must be from 0 to {2**32 - 1}")
+    if not 1 <= options.seed < 2**32:  # Megatron takes no 0, and NumPy nothing larger
+        raise UserError(f"--seed is {options.seed}; it must be from 1 to {2**32 - 1}")
     if not options.lora_finetune:
         unused = (options.lora_dim, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
         if unused != (16, 32, 0.1, LORA_TARGETS) or options.recompute:

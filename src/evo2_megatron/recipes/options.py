@@ -15,6 +15,9 @@ from evo2_megatron.runtime import megatron
 DEFAULT_RAMP_STEPS = 2500
 """Default length of the warm-up, and of the tail at the lowest learning rate."""
 
+LARGEST_NUMBER = 1e30
+"""Of rates and the like: float32 ends at 3e38, and what is computed from them must fit, too."""
+
 LORA_TARGETS = ["dense_projection", "dense", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 """All linear layers of the stack."""
 

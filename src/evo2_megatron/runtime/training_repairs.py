@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
 machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And a
-defect of the curves that it leaves.
+defect of the curves that it leaves, and one of how it ends by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,9 +29,9 @@ def install() -> None:
     _repair_padded_buckets(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
+    PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
     if not megatron.on_cuda():
         _keep_random_state_when_loading_data()
-        PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
 
 
 def _repair_sample_counts(loaders: Any) -> None:
@@ -219,14 +220,19 @@ def _keep_random_state_when_loading_data() -> None:
 
 
 def write_checkpoints(*args: Any) -> None:
-    """What Megatron's checkpoint writer, a process that starts from nothing, runs on a machine without a GPU."""
+    """What Megatron's checkpoint writer, a process that starts from nothing, runs.
+
+    A terminal sends Ctrl-C to it, too: the training process ends it, and one of them has to say so.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from evo2_megatron.runtime import cuda_on_cpu
+    if not megatron.on_cuda():
+        from evo2_megatron.runtime import cuda_on_cpu
 
-    cuda_on_cpu.install()
-    FileSystemWriterAsync.preload_tensors = staticmethod(copy_tensors)
+        cuda_on_cpu.install()
+        FileSystemWriterAsync.preload_tensors = staticmethod(copy_tensors)
     PersistentAsyncCaller.async_loop(*args)
 
 

@@ -65,7 +65,7 @@ def _of_classes(labels: Labels, class_N: np.ndarray, probability_NC: np.ndarray)
         "accuracy": float(sk.accuracy_score(class_N, chosen_N)),
         "balanced_accuracy": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
-        "mcc": float(sk.matthews_corrcoef(class_N, chosen_N)),
+        "mcc": _mcc(class_N, chosen_N),
         "auroc": auroc,
         "cross_entropy": float(sk.log_loss(class_N, probability_NC, labels=numbers)),
         "classes": {
@@ -83,10 +83,17 @@ def _of_label(target_N: np.ndarray, probability_N: np.ndarray) -> dict[str, Any]
         "num_positive": int(target_N.sum()),
         "accuracy": float(sk.accuracy_score(target_N, chosen_N)),
         "f1": float(sk.f1_score(target_N, chosen_N, zero_division=0.0)),
-        "mcc": float(sk.matthews_corrcoef(target_N, chosen_N)),
+        "mcc": _mcc(target_N, chosen_N),
         "auroc": float(sk.roc_auc_score(target_N, probability_N)) if both else None,
         "average_precision": float(sk.average_precision_score(target_N, probability_N)) if both else None,
     }
+
+
+def _mcc(true_N: np.ndarray, chosen_N: np.ndarray) -> float | None:
+    """Matthews' correlation; None where all that is true and all that was chosen is one class."""
+    if len(np.union1d(true_N, chosen_N)) < 2:
+        return None
+    return float(sk.matthews_corrcoef(true_N, chosen_N))
 
 
 def _of_numbers(target_N: np.ndarray, value_N: np.ndarray) -> dict[str, Any]:

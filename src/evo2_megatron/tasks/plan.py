@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.published import training_options
-from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime import megatron, quiet_loggers
 
 if TYPE_CHECKING:
     from evo2_megatron.runtime.memory_tracker import MemoryTracker
@@ -103,7 +103,11 @@ def on_stage(options: TrainingOptions, stage: int, num_gpus: int) -> Iterator[Me
         from evo2_megatron.runtime.memory_tracker import MemoryTracker
 
         # Megatron prints the number of parameters
-        with contextlib.redirect_stdout(io.StringIO()), MemoryTracker() as tracker:
+        with (
+            quiet_loggers.silenced(quiet_loggers.RERUNS),
+            contextlib.redirect_stdout(io.StringIO()),
+            MemoryTracker() as tracker,
+        ):
             yield tracker
 
 

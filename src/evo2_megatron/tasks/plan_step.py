@@ -18,17 +18,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
+from evo2_megatron.config import UserError
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.pretrain import pretrain_config
 
 
 def step_config(options: TrainingOptions, vocab_size: int) -> ConfigContainer:
-    """What ``train_evo2`` would use, with ``vocab_size`` rows of embedding."""
+    """What ``train_evo2`` would use, with ``vocab_size`` rows of embedding; UserError where they cannot be split."""
     config = pretrain_config(options)
     config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
     config.ddp.check_for_nan_in_grad = False  # a number that meta tensors do not have
     config.model.vocab_size = vocab_size
     config.model.finalize()
+    tensor = options.parallel.tensor
+    if vocab_size % tensor:
+        raise UserError(
+            f"--vocab-size {vocab_size} is not a multiple of --tensor-parallel-size {tensor}, which splits the "
+            "embedding by its rows; choose one that is"
+        )
     return config
 
 

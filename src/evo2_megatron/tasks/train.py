@@ -6,10 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,7 +24,7 @@ from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import distributed, megatron, training_repairs
 from evo2_megatron.runtime.device_peaks import peak_tflops
 from evo2_megatron.runtime.precision import precision_settings
-from evo2_megatron.tasks import train_checks, train_lora, wandb_run
+from evo2_megatron.tasks import same_run, train_checks, train_lora, wandb_run
 from evo2_megatron.tasks.starting_weights import load_and_compare
 
 if TYPE_CHECKING:
@@ -37,19 +34,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
     from torch import Tensor
 
-    from evo2_megatron.model.provider import StripedHyenaProvider
     from evo2_megatron.tasks.torch_profile import TorchProfile
     from evo2_megatron.tasks.training_progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
-
-_SAME_MODEL = (
-    "hybrid_override_pattern", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_groups_hyena_medium",
-    "num_groups_hyena_short", "remove_activation_post_first_layer", "add_attn_proj_bias", "use_short_conv_bias",
-    "share_embeddings_and_output_weights", "add_bias_output", "rotary_base", "rotary_percent",
-    "seq_len_interpolation_factor", "layernorm_epsilon",
-)  # fmt: skip
-"""Fields that must be those of the checkpoint to fine-tune, whether or not the shapes of the weights tell."""
 
 
 class Start(NamedTuple):
@@ -83,7 +71,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
     train_lora.check_options(options, given)
     start = find_start(options)
     if start.resumes:
-        _check_same_layout(start.checkpoint, options)
+        same_run.check_same_layout(start.checkpoint, options)
     if start.checkpoint is not None:
         options = _with_defaults_of(start, options, given)
     options = train_checks.fit_to_machine(options)
@@ -122,17 +110,6 @@ def find_start(options: TrainingOptions) -> Start:
         return Start(None, None, 0, resumes=False)
     given = layout.resolve_checkpoint_path(options.finetune_ckpt_dir.absolute(), flag="--finetune-ckpt-dir")
     return Start(given, given, 0, resumes=False)
-
-
-def _check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
-    sections = read_run_config(checkpoint).sections
-    tensor, pipeline = (sections["model"][f"{name}_model_parallel_size"] for name in ("tensor", "pipeline"))
-    reshardable = sections["checkpoint"]["dist_ckpt_optim_fully_reshardable"]
-    if not reshardable and (tensor, pipeline) != (options.parallel.tensor, options.parallel.pipeline):
-        raise UserError(
-            f"{checkpoint} was saved by tensor {tensor} x pipeline {pipeline} processes without "
-            "--optim-full-reshardable; resume with the same sizes, or fine-tune from it with --finetune-ckpt-dir"
-        )
 
 
 def _with_defaults_of(start: Start, options: TrainingOptions, given: dict[str, Any]) -> TrainingOptions:
@@ -200,9 +177,11 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
     stored = load.stored_shapes(start.base)
     # as many rows as the checkpoint: Megatron would cut the table, or fill it up with zeros, without a word
     config.model.vocab_size = stored[load.EMBEDDING][0]
-    if start.resumes and config.peft is None:
-        return
-    _check_same_model(start.base, config.model, options)
+    if start.resumes:
+        same_run.check_resumed_model(start.checkpoint, config)
+        if config.peft is None:
+            return
+    same_run.check_same_model(start.base, config.model, options)
 
     def fill_in(model: list[MegatronModule]) -> list[MegatronModule]:
         (stage,) = model
@@ -214,19 +193,6 @@ def _begin_from(start: Start, config: ConfigContainer, options: TrainingOptions)
     if config.peft is not None:
         train_lora.check_modules(config.peft, config.model)
         train_lora.add_adapters(config, distributed.rank())
-
-
-def _check_same_model(checkpoint: Path, provider: StripedHyenaProvider, options: TrainingOptions) -> None:
-    trained = read_run_config(checkpoint).provider()
-    for name in _SAME_MODEL:
-        if name in ("seq_len_interpolation_factor", "rotary_base") and getattr(options, name) is not None:
-            continue  # extending the context is a reason to fine-tune
-        ours, theirs = getattr(provider, name), getattr(trained, name)
-        if ours != theirs:
-            raise UserError(
-                f"--model-size {options.model_size} has {name} {ours}, but {checkpoint} was trained with {theirs}; "
-                "choose the model size and the flags that it was trained with"
-            )
 
 
 def run(
@@ -277,6 +243,7 @@ def _run_loop(
     from megatron.bridge.training.callbacks import CallbackManager
     from megatron.bridge.training.pretrain import pretrain
 
+    from evo2_megatron.tasks.run_endings import EarlyEnd
     from evo2_megatron.tasks.stragglers import StragglerReport
     from evo2_megatron.tasks.training_progress import TrainingProgress, quiet_console
 
@@ -286,7 +253,10 @@ def _run_loop(
         peak_tflops=options.peak_tflops or peak_tflops(precision_recipe(options)),
     )
     callbacks = CallbackManager()
-    callbacks.add([progress, *further])
+    early_end = EarlyEnd(options.checkpoint_dir)
+    callbacks.add([early_end, progress, *further])
+    if start.resumes:
+        callbacks.register("on_train_start", functools.partial(same_run.continue_schedule, start.checkpoint))
     callbacks.register("on_train_start", functools.partial(_record_origin, options, start))
     callbacks.register("on_train_start", functools.partial(_check_room, options))
     if options.log_straggler:
@@ -299,25 +269,12 @@ def _run_loop(
     distributed.be_alone_without_torchrun()
     if options.wandb_project is not None and speaks:
         wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    with nullcontext() if options.debug else quiet_console(progress):
+    with nullcontext() if options.debug else quiet_console(progress), early_end.tidy():
         try:
             pretrain(config, forward_step, callbacks)
-        except SystemExit as ending:
-            # how Bridge ends a run early, after it has saved: on SIGTERM, or on the step to stop at
-            if ending.code:
-                raise
-            _clean_up()
-        except UserError:
-            _clean_up()
-            raise
         finally:
             if profile is not None:
                 profile.finish()
-            # a failure leaves the process that writes checkpoints in the background, and Python would wait for it
-            for child in multiprocessing.active_children() if sys.exc_info()[0] else ():
-                child.kill()
-            signal.signal(signal.SIGTERM, on_sigterm)
     _log_result(options, progress)
 
 
@@ -357,15 +314,6 @@ def _check_room(options: TrainingOptions, context: CallbackContext) -> None:
 def _listen_for_preemption(context: CallbackContext) -> None:
     """Bridge 0.3.1 asks its handler after every step whether SIGTERM came, but never installs it."""
     context.state.signal_handler.__enter__()
-
-
-def _clean_up() -> None:
-    import torch
-    from megatron.bridge.training.initialize import destroy_global_state
-
-    destroy_global_state()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _log_plan(options: TrainingOptions, start: Start) -> None:

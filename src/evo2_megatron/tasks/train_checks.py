@@ -13,13 +13,17 @@ from evo2_megatron import layouts
 from evo2_megatron.architectures import architecture
 from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.data import blend, tokenizer, window_database
-from evo2_megatron.recipes.options import TrainingOptions, schedule
+from evo2_megatron.recipes.options import LARGEST_NUMBER, TrainingOptions, schedule
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.distributed import world_size
 
 logger = logging.getLogger(__name__)
 
 _COUNTER_LIMIT = 2**31  # Megatron Bridge 0.3.1 stores its sample counters as int32
+_LARGEST_SEED = 2**32 - 1  # of NumPy
+_LARGEST_ROTARY_BASE = 2**63 - 1  # of torch's integers
+# an index of all of a run's validation samples is made before its first step: so many are a slip of the keyboard
+_MOST_SAMPLES_PER_EVALUATION = 2**24
 
 
 def check(options: TrainingOptions) -> None:
@@ -77,45 +81,76 @@ def _check_tokenizer(name: str | Path) -> None:
 
 
 def _check_ranges(options: TrainingOptions) -> None:
-    limits = {
-        "--workers": (options.workers, 0, None),
-        "--eval-iters": (options.eval_iters, 0, None),
-        "--gc-interval": (options.gc_interval, 0, None),
-        "--debug-ddp-parity-freq": (options.debug_ddp_parity_freq, 0, None),
-        "--log-interval": (options.log_interval, 1, None),
-        "--most-recent-k": (options.most_recent_k, -1, None),
-        "--hidden-dropout": (options.hidden_dropout, 0, 1),
-        "--attention-dropout": (options.attention_dropout, 0, 1),
-        "--min-lr": (options.min_lr, 0, None),
-        "--wd": (options.wd, 0, None),
-        "--adam-beta1": (options.adam_beta1, 0, 1),
-        "--adam-beta2": (options.adam_beta2, 0, 1),
-        "--clip-grad": (options.clip_grad, 0, None),
-        "--warmup-steps": (options.warmup_steps, 0, None),
-        "--constant-steps": (options.constant_steps, 0, None),
-        "--nsys-start-step": (options.nsys_start_step, 0, None),
-        "--stride": (options.stride, 1, None),
-        "--window-min-length-threshold": (options.window_min_length, 0, None),
+    smallest = {
+        "--workers": (options.workers, 0),
+        "--eval-iters": (options.eval_iters, 0),
+        "--gc-interval": (options.gc_interval, 0),
+        "--debug-ddp-parity-freq": (options.debug_ddp_parity_freq, 0),
+        "--log-interval": (options.log_interval, 1),
+        "--most-recent-k": (options.most_recent_k, -1),
+        "--lr": (options.lr, 0),
+        "--min-lr": (options.min_lr, 0),
+        "--wd": (options.wd, 0),
+        "--clip-grad": (options.clip_grad, 0),
+        "--warmup-steps": (options.warmup_steps, 0),
+        "--constant-steps": (options.constant_steps, 0),
+        "--nsys-start-step": (options.nsys_start_step, 0),
+        "--stride": (options.stride, 1),
+        "--window-min-length-threshold": (options.window_min_length, 0),
     }
-    for flag, (value, low, high) in limits.items():
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
-            raise UserError(f"{flag} is {value}; it must be {allowed}")
-    if options.peak_tflops is not None and not options.peak_tflops > 0:
-        raise UserError(f"--peak-tflops is {options.peak_tflops}; it must be above 0")
-    if not options.adam_eps > 0:
-        raise UserError(f"--adam-eps is {options.adam_eps}; it must be above 0")
-    if not options.lr >= options.min_lr:
+    for flag, (value, low) in smallest.items():
+        if value is not None and not low <= value <= LARGEST_NUMBER:
+            raise UserError(f"{flag} is {value}; it must be {low} or more, and at most {LARGEST_NUMBER:g}")
+    above_zero = {
+        "--peak-tflops": options.peak_tflops,
+        "--adam-eps": options.adam_eps,
+        "--seq-len-interpolation-factor": options.seq_len_interpolation_factor,
+    }
+    for flag, value in above_zero.items():
+        if value is not None and not 0 < value <= LARGEST_NUMBER:
+            raise UserError(f"{flag} is {value}; it must be above 0, and at most {LARGEST_NUMBER:g}")
+    below_one = {
+        "--hidden-dropout": options.hidden_dropout,
+        "--attention-dropout": options.attention_dropout,
+        "--adam-beta1": options.adam_beta1,
+        "--adam-beta2": options.adam_beta2,
+    }
+    for flag, value in below_one.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{flag} is {value}; it must be from 0 to below 1")
+    between = {
+        # Megatron adds 100 for each pipeline stage after the first
+        "--seed": (options.seed, 1, _LARGEST_SEED - 100 * (options.parallel.pipeline - 1)),
+        "--dataset-seed": (options.dataset_seed, 0, _LARGEST_SEED),
+        "--rotary-base": (options.rotary_base, 1, _LARGEST_ROTARY_BASE),
+    }
+    for flag, (value, low, high) in between.items():
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{flag} is {value}; it must be from {low} to {high}")
+    if options.lr < options.min_lr:
         raise UserError(f"--lr {options.lr} is below --min-lr {options.min_lr}; lower --min-lr too")
     if options.most_recent_k == 0:
         raise UserError("--most-recent-k is 0; keep 1 checkpoint or more, or -1 for all")
-    factor = options.seq_len_interpolation_factor
-    if factor is not None and not factor > 0:
-        raise UserError(f"--seq-len-interpolation-factor is {factor}; it must be above 0")
+    _check_counts(options)
+
+
+def _check_counts(options: TrainingOptions) -> None:
     if options.max_steps * options.global_batch_size >= _COUNTER_LIMIT:
         raise UserError(
             f"{options.max_steps} steps of {options.global_batch_size} samples are more than checkpoints can count "
             f"({_COUNTER_LIMIT - 1}); lower --max-steps"
+        )
+    at_once = options.eval_iters * options.global_batch_size
+    if at_once > _MOST_SAMPLES_PER_EVALUATION:
+        raise UserError(
+            f"--eval-iters {options.eval_iters} x {options.global_batch_size} samples are {at_once} in each "
+            f"evaluation, more than {_MOST_SAMPLES_PER_EVALUATION}; lower --eval-iters"
+        )
+    num_evaluations = options.max_steps // options.eval_interval + 1
+    if num_evaluations * at_once >= _COUNTER_LIMIT:
+        raise UserError(
+            f"{num_evaluations} evaluations of {at_once} samples are more than checkpoints can count "
+            f"({_COUNTER_LIMIT - 1}); lower --eval-iters, or raise --eval-interval"
         )
 
 

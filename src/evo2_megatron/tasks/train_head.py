@@ -23,10 +23,12 @@ from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import train as training
 from evo2_megatron.tasks import train_lora
+from evo2_megatron.tasks.same_run import check_same_precision
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
+    from evo2_megatron.data.providers import LabelledSequencesProvider
     from evo2_megatron.model.head import HeadProvider, StripedHyenaWithHead
     from evo2_megatron.model.provider import StripedHyenaProvider
 
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _NUM_FITTED = 256
 """Sequences that say how the head's norm begins."""
+
+_TOLD_BY_DATA = ("head_weights", "head_target_mean", "head_target_scale")
+"""Fields of the head that are computed from the training data."""
 
 
 class _Data(NamedTuple):
@@ -43,6 +48,9 @@ class _Data(NamedTuple):
     seq_length: int
     num_samples: dict[str, int]
     """Of ``train``, ``val`` and ``test``; 0: none given."""
+
+    digests: dict[str, str]
+    """Of those that are given."""
 
     head: dict[str, Any]
     """Fields of HeadProvider."""
@@ -108,7 +116,8 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
             "if the backbone can do more"
         )
     head = {"head_task": options.task, "head_outputs": list(labels.outputs)}
-    return _Data(labels, seq_length, num_samples, head | _of_targets(rows["train"].targets, labels, options))
+    digests = {split: of_split.digest() for split, of_split in rows.items()}
+    return _Data(labels, seq_length, num_samples, digests, head | _of_targets(rows["train"].targets, labels, options))
 
 
 def _check_enough(options: HeadOptions, num_samples: int) -> None:
@@ -182,6 +191,7 @@ def _config(
         samples_at_once=options.micro_batch_size * distributed.world_size(),
         global_batch_size=options.global_batch_size,
         num_samples=list(data.num_samples.values()),
+        data_digests=data.digests,
         num_workers=0,  # samples are in memory
         pin_memory=megatron.on_cuda(),
     )
@@ -229,14 +239,32 @@ def _check_same_run(own: RunConfig, config: ConfigContainer) -> None:
     """
     from evo2_megatron.model.head import HEAD_FIELDS
 
+    check_same_precision(own, config)
     dataset = own.sections.get("dataset") or {}
     compared = [(name, own.model.get(name), getattr(config.model, name)) for name in (*HEAD_FIELDS, "num_layers")]
-    for name in ("num_samples", "both_strands", "global_batch_size", "samples_at_once"):
+    for name in ("num_samples", "both_strands", "global_batch_size", "samples_at_once", "seq_length"):
         compared.append((name, dataset.get(name), getattr(config.dataset, name)))
-    for name, before, now in compared:
-        if before != now:
+    changed = [entry for entry in compared if entry[1] != entry[2]]
+    of_flags = [entry for entry in changed if entry[0] not in _TOLD_BY_DATA]
+    if not of_flags:
+        _check_same_data(own, dataset.get("data_digests"), config.dataset)
+    if changed:
+        name, before, now = (of_flags or changed)[0]
+        raise UserError(
+            f"{own.path.parent} was trained with {name} {before}, not {now}; choose another --result-dir or "
+            "--experiment-name"
+        )
+
+
+def _check_same_data(own: RunConfig, before: dict[str, str] | None, dataset: LabelledSequencesProvider) -> None:
+    if before is None:
+        logger.warning("%s does not say what data it was trained with: they are not compared", own.path.parent)
+        return
+    for split, digest in dataset.data_digests.items():
+        if before.get(split, digest) != digest:
             raise UserError(
-                f"{own.path.parent} was trained with {name} {before}, not {now}; choose another --result-dir or "
+                f"{own.path.parent} was trained with other sequences or labels than those of "
+                f"{getattr(dataset, f'{split}_data')}; give the same, or choose another --result-dir or "
                 "--experiment-name"
             )
 

@@ -18,6 +18,7 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from tqdm import tqdm
 
+from evo2_megatron.runtime import quiet_loggers
 from evo2_megatron.runtime.distributed import total_over_parameters, world_size
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,13 @@ _SHOWN = re.compile(
     re.IGNORECASE,
 )
 _CHATTER = (
-    "megatron.core.rerun_state_machine",  # its mode, at every evaluation
+    quiet_loggers.RERUNS,
     "megatron.core.tensor_parallel.random",  # that a CPU has one random state, which "CUDA" shares
     "megatron.bridge.training.utils.config_utils",  # that run_config.yaml names functions of a finished run
 )
 """Loggers whose warnings say nothing about this run."""
+_STRAGGLERS = "megatron.core.utils"
+"""Where what times forward passes warns of whatever ends one, Ctrl-C included, before that is told itself."""
 
 
 class TrainingProgress(Callback):
@@ -179,16 +182,15 @@ def quiet_console(progress: TrainingProgress) -> Iterator[None]:
         tqdm.write(line, file=stream)  # above the bar, if there is one
         stream.flush()
 
-    loggers = [logging.getLogger(name) for name in _CHATTER]
-    for chatter in loggers:
-        chatter.disabled = True
-    with contextlib.redirect_stdout(_Lines(sys.stdout, shown, write)):
+    with (
+        quiet_loggers.silenced(*_CHATTER),
+        quiet_loggers.without_tracebacks(_STRAGGLERS),
+        contextlib.redirect_stdout(_Lines(sys.stdout, shown, write)),
+    ):
         try:
             yield
         finally:
             progress.close()
-            for chatter in loggers:
-                chatter.disabled = False
 
 
 class _Lines(io.TextIOBase):
