@@ -101,6 +101,7 @@ def test_memory_that_no_gpu_has(text, capsys):
     assert ending.value.code == 2 and "argument --gpu-memory: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_1m_row_of_the_40b_model(megatron):
     """As published: 256 GPUs of 80 GB, tensor 8 x context 16."""
     layout = ParallelConfig(tensor=8, context=16)

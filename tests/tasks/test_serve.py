@@ -368,6 +368,7 @@ def test_sigterm_finishes_what_runs(server):
     assert server.log.read_text().endswith("Stopped\n")
 
 
+@pytest.mark.slow
 def test_sigterm_does_not_wait_for_who_stands_still(checkpoint, tmp_path):
     """One never sends the rest of a request, the other takes a part of a long answer; a third gets all of its own."""
     server = Server(checkpoint, tmp_path)

@@ -10,6 +10,8 @@ import pytest
 
 from tasks.test_train import SMALL, checkpoint, train_all
 
+pytestmark = pytest.mark.slow
+
 BEGUN = SMALL | {"max_steps": 8, "early_stop_on_step": 3, "warmup_steps": 2, "constant_steps": 1}
 LORA = {"lora_finetune": True, "lora_dim": 4, "lora_alpha": 8, "max_steps": 3, "early_stop_on_step": 1}
 LONGER = {"max_steps": 8, "early_stop_on_step": 4}
