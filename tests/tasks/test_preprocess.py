@@ -305,6 +305,8 @@ def test_output_that_cannot_be_written(tmp_path, fasta):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: "):
         preprocess(PreprocessConfig(datapaths=[fasta], output_dir=str(tmp_path / "file")))
+    with pytest.raises(UserError, match="Not a directory"):
+        preprocess(PreprocessConfig(datapaths=[fasta], output_dir=str(tmp_path / "file" / "new")))
 
 
 def check_text(tmp_path, text):

@@ -61,7 +61,7 @@ _Int8Linear = Int8RMSNormColumnLinear | Int8RowLinear
 
 
 @contextlib.contextmanager
-def in_full_width(model: nn.Module, names: Collection[str]) -> Iterator[bool]:
+def in_full_width(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Give 8-bit layers an empty weight of the model's precision, to be filled, and round it to 8 bits at the end.
 
     All tensor-parallel processes call it alike.
@@ -69,9 +69,6 @@ def in_full_width(model: nn.Module, names: Collection[str]) -> Iterator[bool]:
     Args:
         model: Any; adapters may wrap its layers.
         names: Of parameters; the layers whose weight is among them.
-
-    Yields:
-        Whether there is any.
     """
     found = [
         module
@@ -81,7 +78,7 @@ def in_full_width(model: nn.Module, names: Collection[str]) -> Iterator[bool]:
     for module in found:
         wide = torch.empty(module.weight.shape, dtype=module.config.params_dtype, device=module.weight.device)
         module.weight = nn.Parameter(wide, requires_grad=False)
-    yield bool(found)
+    yield
     for module in found:
         _narrow(module)
 

@@ -119,6 +119,12 @@ class Backoff:
         logger.warning("Not enough memory for %s; going on in pieces of %d tokens", advice, shorter)
 
 
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    # PyTorch has a class for this on GPUs only
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def _whole(run: Callable[[Sequence[Item]], Batch | None]) -> Steps:
     def steps(items: Sequence[Item]) -> Generator[None, None, Batch | None]:
         yield
@@ -131,11 +137,8 @@ def _try(run: Steps, items: Sequence[Item]) -> Generator[None, None, tuple[bool,
     """Whether memory ran out, and the result if not. The error, which holds what was computed, is gone by then."""
     try:
         return False, (yield from run(items))
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        # PyTorch has a class for this on GPUs only
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
     gc.collect()
     torch.cuda.empty_cache()

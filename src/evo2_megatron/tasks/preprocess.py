@@ -151,8 +151,9 @@ def preprocess(config: PreprocessConfig, *, watch: Watch | None = None) -> Prepr
     writers: dict[str, IndexedDatasetWriter] = {}
     folder, is_made = Path(config.output_dir or "."), False
     try:
-        is_made = not folder.exists()
+        is_there = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        is_made = not is_there
         for split, prefix in config.output_prefixes.items():
             writers[split] = IndexedDatasetWriter(prefix, config.indexed_dataset_dtype)
         maker = DocumentMaker(config, writers, temporary_dir=config.output_dir or ".")

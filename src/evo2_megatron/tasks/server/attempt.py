@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from evo2_megatron.config import UserError
+from evo2_megatron.tasks.batching import is_out_of_memory
 from evo2_megatron.tasks.server.jobs import Refused
 
 Result = TypeVar("Result")
@@ -27,15 +28,10 @@ def attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
     except UserError as error:  # of too little memory, for the shortest pieces
         refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         refused = Refused(503, NO_MEMORY, retry_after=RETRY_SECONDS)
     # here, where the error that holds what was computed is gone
     gc.collect()
     torch.cuda.empty_cache()
     return refused
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    # PyTorch has a class for this on GPUs only
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
