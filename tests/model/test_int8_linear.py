@@ -9,6 +9,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.ops.int8 import quantize_rows
 from helpers import tiny_model
+from tasks.allocations import largest
 
 ONE = ParallelConfig()
 INT8 = {"int8_weights": True}
@@ -150,18 +151,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_alike(load, checkpoint):
 
 
 def test_the_wide_model_never_exists(load, deep):
-    from torch.profiler import ProfilerActivity, profile
-
-    peaks = []
-    for overrides in ({}, INT8):
-        load(deep, **overrides)  # what the first time makes and keeps
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            model = load(deep, **overrides)
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        peaks.append(peak)
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
+    peaks = [largest(lambda overrides=overrides: load(deep, **overrides)) for overrides in ({}, INT8)]
+    size = sum(p.numel() * p.element_size() for p in load(deep, **INT8).parameters())
     assert peaks[1] < 0.5 * peaks[0] and peaks[1] < 1.6 * size, (peaks, size)

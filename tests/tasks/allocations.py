@@ -29,7 +29,7 @@ def of_training_step(**given: Any) -> int:
         config = plan_step.step_config(TrainingOptions(mock_data=True, **given), 512)
         with contextlib.redirect_stdout(sys.stderr):  # Megatron prints the number of parameters
             model = plan_step.build_model(config)
-        peak = _largest(lambda: plan_step.run_step(config, model, 1))
+        peak = largest(lambda: plan_step.run_step(config, model, 1))
         assert torch.isfinite(next(model.parameters()).main_grad).all()
     return peak
 
@@ -50,7 +50,7 @@ def of_inference(inference: Inference, **given: Any) -> int:
         model.eval()
         tokens_BL = torch.full((inference.num_sequences, given["seq_length"]), ord("A"))
         run = score if inference.use == "score" else generate
-        return _largest(lambda: run(model, tokens_BL, inference.piece, given["precision"]))
+        return largest(lambda: run(model, tokens_BL, inference.piece, given["precision"]))
 
 
 def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def generate(model: Any, tokens_BL: Any, piece: int, *_: Any) -> None:
     forward_last(inner, tokens_BL[:, -1:], state)
 
 
-def _largest(run: Callable[[], object]) -> int:
+def largest(run: Callable[[], object]) -> int:
     """By the events of PyTorch's allocator, in a second run: the first makes what stays.
 
     Not the process's resident memory, which keeps what is freed and grows with code and libraries.

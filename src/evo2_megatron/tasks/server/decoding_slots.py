@@ -103,7 +103,6 @@ class RunningBatch:
         self._decoding = Decoding(model)
         self._running: list[_Running] = []
         self._reading: Generator[None, None, None] | None = None
-        self._has_given = False
 
     def feed(self) -> None:
         """Have the model read what was drawn, which comes before ``join``; if that fails, nobody can go on."""
@@ -128,8 +127,8 @@ class RunningBatch:
 
     @property
     def has_read(self) -> bool:
-        """Whether prompts have been read by ``begin``, and no token been drawn yet."""
-        return bool(self._running) and not (self.is_reading or self._has_given)
+        """Whether prompts have been read, and no token been drawn yet."""
+        return not self.is_reading and not any(each.row.completion.token_ids for each in self._running)
 
     def absorb(self, other: RunningBatch) -> None:
         """Take over who is in another batch, after ``feed`` of both; if that fails, both can go on."""
@@ -144,7 +143,6 @@ class RunningBatch:
         if self._reading is not None:
             self._read_on(self._reading)
             return 0
-        self._has_given = True
         self._decoding.advance()
         num_answered = sum(self._deliver(each) for each in self._running if not each.row.cancelled)
         self._running = [each for each in self._running if not each.row.ended]
@@ -153,11 +151,11 @@ class RunningBatch:
     def _read_on(self, reading: Generator[None, None, None]) -> None:
         self._running = [each for each in self._running if not each.row.ended]
         if not self._running:
-            self._end_reading()
+            self._free()
         elif next(reading, _DONE) is _DONE:
             self._reading = None
 
-    def _end_reading(self) -> None:
+    def _free(self) -> None:
         if self._reading is not None:
             self._reading.close()
             self._reading = None
@@ -184,7 +182,7 @@ class RunningBatch:
 
     def fail(self, refused: Refused) -> None:
         """Free the caches and answer everyone who still waits."""
-        self._end_reading()
+        self._free()
         for each in self._running:
             each.job.reply.put(refused)
         self._running = []
