@@ -25,6 +25,7 @@ from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.data.labelled import Labelled, Labels, is_table, read_labelled
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.tokenizer import encode_sequence
+from evo2_megatron.model import pieces
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import head_tables
 from evo2_megatron.tasks.batch_progress import Words
@@ -185,18 +186,20 @@ def run_head(
 
 
 class _HeadRunner:
-    """One forward pass per batch."""
-
-    chunk_length = None
+    """Batches through the language model, in pieces where they are long, and then through the head."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self._model = loaded.model
+        from megatron.core.utils import unwrap_model
+
+        self._model = unwrap_model(loaded.model)
+        self.chunk_length = pieces.chunk_length()
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Batch:
         batch = collate(items)
         tokens_BL, mask_BL = batch["tokens"].to(megatron.device()), batch["loss_mask"].bool().to(megatron.device())
-        return {"outputs": self._model(tokens_BL, mask_BL).float().cpu(), "seq_idx": batch["seq_idx"]}
+        pooled_BH = self._model.pooled_in_pieces(tokens_BL, mask_BL, chunk_length=self.chunk_length)
+        return {"outputs": self._model.prediction_head(pooled_BH).float().cpu(), "seq_idx": batch["seq_idx"]}
 
 
 def to_values(outputs_NC: np.ndarray, provider: HeadProvider) -> np.ndarray:

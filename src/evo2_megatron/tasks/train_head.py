@@ -88,7 +88,7 @@ def train_head(options: HeadOptions) -> None:
     callbacks = [WholeTestSet()] if options.test_data is not None and options.eval_iters is None else []
     if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
-    training.run(config, of_training, start, forward_step, callbacks)
+    training.run(config, of_training, start, forward_step, callbacks, unit="samples")
 
 
 def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
@@ -305,7 +305,7 @@ def _fit_norm(model: StripedHyenaWithHead, config: ConfigContainer) -> None:
         for places in chosen.split(config.train.micro_batch_size):
             samples = [train[place] for place in places.tolist()]
             tokens, mask = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "pool_mask"))
-            pooled.append(model.pooled(tokens.to(megatron.device()), mask.to(megatron.device())))
+            pooled.append(model.pooled_in_pieces(tokens.to(megatron.device()), mask.to(megatron.device())))
         model.prediction_head.begin_with(torch.cat(pooled))
     model.train(was_training)
 
@@ -319,3 +319,7 @@ def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: trainin
         "Steps %s to %s of %s samples x %s tokens: %.3g passes over %s samples", start.step, of_training.max_steps,
         options.global_batch_size, data.seq_length, passes, data.num_samples["train"],
     )  # fmt: skip
+    if not options.lora_finetune:
+        logger.info(
+            "The language model does not learn: each sequence goes through it once, and what comes out is kept"
+        )
