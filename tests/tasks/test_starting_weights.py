@@ -52,3 +52,19 @@ def test_weights_that_know_nothing(model, caplog):
     load_and_compare(model, lambda: None, "fp32")
     loaded, random = losses(caplog)
     assert loaded == random and "no better there than random ones" in caplog.text
+
+
+def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
+    from evo2_megatron.model.int8_linear import in_full_width
+    from evo2_megatron.tasks.starting_weights import load_and_compare
+
+    narrow, wide = tiny_model(int8_weights=True), knows_dna(tiny_model())
+
+    def load():
+        with in_full_width(narrow, wide):
+            narrow.load_state_dict(wide)
+
+    caplog.set_level(logging.INFO)
+    load_and_compare(narrow, load, "fp32")
+    found = re.search(r"made-up bases with the loaded weights: (\S+) nat per base", caplog.text)
+    assert float(found[1]) == pytest.approx(1.386, abs=0.01) and "random" not in caplog.text

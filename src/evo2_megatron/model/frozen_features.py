@@ -56,8 +56,8 @@ class FrozenFeatures:
             return {}
         rows = list(new.values())
         device = next(self._model.parameters()).device
-        # as in evaluation, where recomputation is off; nothing in it is random
-        self._model.decoder.eval()
+        for part in (self._model.embedding, self._model.decoder):
+            part.eval()  # no dropout, no recomputation; nothing in them learns
         pooled_NH = self._model.pooled_in_pieces(tokens_BL[rows].to(device), mask_BL[rows].to(device))
         # rows of their own: none keeps the others of its batch in memory
         return {key: vector_H.clone() for key, vector_H in zip(new, pooled_NH.cpu())}
