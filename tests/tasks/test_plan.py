@@ -28,6 +28,24 @@ def test_activations_are_what_a_real_step_takes(megatron, monkeypatch, pattern, 
     assert planned == pytest.approx(of_training_step(**given), rel=0.015)
 
 
+@pytest.mark.parametrize("int8_weights", [False, True])
+def test_adapters(megatron, monkeypatch, caplog, int8_weights):
+    as_on_a_cpu(monkeypatch)
+    caplog.set_level(logging.INFO)
+    lora = {"lora_finetune": True, "lora_dim": 4, "int8_weights": int8_weights, "precision": "fp32"}
+    (stage,) = plan(1, **SMALL | lora).stages
+    # beside them the base's weights, of which nothing is kept but themselves
+    adapters = stage.parameters - PARAMETERS["evo2_tiny"]
+    assert 0 < adapters < 0.2 * stage.parameters and f"LoRA: {adapters} parameters of adapters" in caplog.text
+    assert stage.optimizer_bytes == pytest.approx(8 * adapters, rel=0.02)
+    weights = 4 * PARAMETERS["evo2_tiny"] + 8 * adapters
+    if int8_weights:
+        assert 0.3 * weights < stage.weight_bytes < 0.45 * weights  # matrices are nearly all there is
+    else:
+        assert stage.weight_bytes == pytest.approx(weights, rel=0.01)
+    assert stage.activation_bytes == pytest.approx(of_training_step(**SMALL | lora), rel=0.015)
+
+
 def test_stages_and_the_whole_model(megatron):
     """16 bits: two bytes of weight and four of gradient; three times four in the optimizer, shared by the replicas."""
     layout = ParallelConfig(tensor=2, context=2, pipeline=2)
@@ -55,6 +73,8 @@ def test_a_nearest_layout_fits(megatron):
         ({"parallel": ParallelConfig(tensor=3), "seq_length": 2046}, "tensor parallel size 3 does not divide"),
         ({"parallel": ParallelConfig(context=4), "seq_length": 2050}, "multiple of 8"),
         ({"precision": "bf16_with_fp8_current_scaling_mixed"}, "cannot be planned without a GPU"),
+        ({"int8_weights": True}, "--int8-weights goes with --lora-finetune"),
+        ({"lora_finetune": True, "lora_target_modules": ["dnse"]}, "'dnse' matches no module"),
     ],
 )
 def test_refusals(megatron, given, message):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, model_groups, training_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,15 @@ _RECOMPUTE = (
     "--no-activation-checkpointing",
     "--selective-activation-checkpointing",
     "--activation-checkpoint-recompute-num-layers",
+)
+
+_LORA = (
+    "--lora-finetune",
+    "--lora-dim",
+    "--lora-alpha",
+    "--lora-dropout",
+    "--lora-target-modules",
+    "--lora-skip-freeze-modules",
 )
 
 
@@ -65,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     groups.add_precision(precision)
     model_groups.add_int8_weights(precision)
     groups.add_recompute(parser)
+    training_groups.add_lora(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--num-gpus",
@@ -89,10 +99,10 @@ def _main(argv: Sequence[str] | None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that fake groups have no real backend
 
     if args.use == "train":
-        _refuse(args, "--num-sequences", "--chunk-length", "--int8-weights")
+        _refuse(args, "--num-sequences", "--chunk-length")
         _plan_training(args)
     else:
-        _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE)
+        _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE, *_LORA)
         _plan_inference(args)
 
 
@@ -107,14 +117,14 @@ def _plan_training(args: argparse.Namespace) -> None:
 
     parallel = groups.parallel(args)
     num_gpus = args.num_gpus or parallel.model_size
-    given = _given(args, groups.batch(args) | groups.recompute(args))
+    given = _given(args, groups.batch(args) | groups.recompute(args) | training_groups.lora(args))
     planned = plan(num_gpus, args.recipe, parallel=parallel, **given)
     print(f"parameters {planned.parameters:,}, model FLOPs per step {planned.model_flops:.3g} on all GPUs together")
-    print("stage    parameters  weights+gradients  optimizer  activations     total  FLOPs per step  (GB, per GPU)")
+    print("stage      parameters  weights+gradients  optimizer  activations     total  FLOPs per step  (GB, per GPU)")
     for stage in planned.stages:
         gigabytes = (stage.weight_bytes, stage.optimizer_bytes, stage.activation_bytes, stage.total_bytes)
         figures = "{:19.2f}{:11.2f}{:13.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
-        print(f"{stage.stage:5}{stage.parameters:14,}{figures}{stage.flops:16.3g}")
+        print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:16.3g}")
     if _fits(planned.worst, args.gpu_memory):
         return
     layout = nearest_fit(num_gpus, args.gpu_memory * 1e9, args.recipe, parallel=parallel, **given)

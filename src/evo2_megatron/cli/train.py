@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_communication(parser)
     groups.add_recompute(parser)
     _add_checkpoint(parser)
-    training_groups.add_lora(parser)
+    training_groups.add_frozen_int8(training_groups.add_lora(parser))
     _add_logging(parser)
     _add_unavailable(parser)
     return parser

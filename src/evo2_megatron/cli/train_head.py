@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import groups, training_groups
 
 _PROG = "evo2_train_head"
 _TASKS = ("classification", "multilabel", "regression")
@@ -98,12 +98,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--head-dropout", help="in the head (default: 0.1)", **_NUMBER)
     precision = parser.add_argument_group("precision")
     groups.add_precision(precision)
-    precision.add_argument(
-        "--int8-weights",
-        action="store_true",
-        default=None,
-        help="keep the weights of the language model's linear layers in 8 bits: half the memory of bfloat16",
-    )
+    training_groups.add_frozen_int8(precision)
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:

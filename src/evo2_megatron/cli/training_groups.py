@@ -51,8 +51,8 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_lora(parser: argparse._ActionsContainer) -> None:
-    """Add the flags that ``lora`` reads."""
+def add_lora(parser: argparse._ActionsContainer) -> argparse._ArgumentGroup:
+    """Add the flags that ``lora`` reads, but for ``--int8-weights``; the group that they are in."""
     group = parser.add_argument_group(
         "LoRA",
         "A module is named by its own name, or by a path in which * stands for any text; see docs/lora.md.",
@@ -81,6 +81,11 @@ def add_lora(parser: argparse._ActionsContainer) -> None:
         metavar="LIST",
         help="modules that stay trainable, without an adapter (default: none)",
     )
+    return group
+
+
+def add_frozen_int8(group: argparse._ActionsContainer) -> None:
+    """Add ``--int8-weights`` of what trains something else."""
     group.add_argument(
         "--int8-weights",
         action="store_true",

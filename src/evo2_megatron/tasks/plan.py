@@ -13,6 +13,7 @@ from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import megatron, quiet_loggers
+from evo2_megatron.tasks import train_lora
 
 if TYPE_CHECKING:
     from evo2_megatron.runtime.memory_tracker import MemoryTracker
@@ -74,6 +75,7 @@ def plan(num_gpus: int, recipe: str | None = None, *, vocab_size: int = 512, **g
         UserError: Options that cannot work, or 8-bit precision, whose memory only a GPU shows.
     """
     options = planned_options(recipe, **given)
+    train_lora.check_options(options, given)
     options.parallel.check_world_size(num_gpus)
     return _summary(
         [_plan_stage(options, stage, num_gpus, vocab_size) for stage in range(options.parallel.pipeline)],
@@ -104,7 +106,7 @@ def on_stage(options: TrainingOptions, stage: int, num_gpus: int) -> Iterator[Me
 
         # Megatron prints the number of parameters
         with (
-            quiet_loggers.silenced(quiet_loggers.RERUNS),
+            quiet_loggers.silenced(quiet_loggers.RERUNS, train_lora.__name__),
             contextlib.redirect_stdout(io.StringIO()),
             MemoryTracker() as tracker,
         ):
@@ -125,7 +127,8 @@ def nearest_fit(
         for name in ("context", "tensor", "pipeline"):
             layout = replace(parallel, **{name: getattr(parallel, name) * factor})
             try:
-                planned = plan(num_gpus, recipe, parallel=layout, **given)
+                with quiet_loggers.silenced(train_lora.__name__):
+                    planned = plan(num_gpus, recipe, parallel=layout, **given)
             except UserError:
                 continue  # the model, the batch or the number of GPUs does not divide so
             if planned.worst.total_bytes <= gpu_bytes:

@@ -21,6 +21,7 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.pretrain import pretrain_config
+from evo2_megatron.tasks import train_lora
 
 
 def step_config(options: TrainingOptions, vocab_size: int) -> ConfigContainer:
@@ -30,6 +31,9 @@ def step_config(options: TrainingOptions, vocab_size: int) -> ConfigContainer:
     config.ddp.check_for_nan_in_grad = False  # a number that meta tensors do not have
     config.model.vocab_size = vocab_size
     config.model.finalize()
+    if config.peft is not None:
+        train_lora.check_modules(config.peft, config.model)
+        config.model.register_pre_wrap_hook(config.peft)
     tensor = options.parallel.tensor
     if vocab_size % tensor:
         raise UserError(

@@ -69,6 +69,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
     options = training_options(recipe, given)
     train_checks.check(options)
     train_lora.check_options(options, given)
+    train_lora.check_base(options)
     start = find_start(options)
     if start.resumes:
         same_run.check_same_layout(start.checkpoint, options)

@@ -39,8 +39,6 @@ def check_options(options: TrainingOptions, given: Collection[str]) -> None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --lora-finetune; add that, or leave it out")
         return
     check_int8(options)
-    if options.finetune_ckpt_dir is None:
-        raise UserError("--lora-finetune needs a pretrained checkpoint to adapt; give one with --finetune-ckpt-dir")
     if options.lora_dim % options.parallel.tensor:
         raise UserError(
             f"--lora-dim {options.lora_dim} is not a multiple of --tensor-parallel-size {options.parallel.tensor}, "
@@ -48,6 +46,12 @@ def check_options(options: TrainingOptions, given: Collection[str]) -> None:
         )
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout is {options.lora_dropout}; it must be from 0 to below 1")
+
+
+def check_base(options: TrainingOptions) -> None:
+    """Raise UserError where there is nothing to adapt."""
+    if options.lora_finetune and options.finetune_ckpt_dir is None:
+        raise UserError("--lora-finetune needs a pretrained checkpoint to adapt; give one with --finetune-ckpt-dir")
 
 
 def check_int8(options: TrainingOptions) -> None:
