@@ -174,8 +174,10 @@ def test_runs_that_cannot_begin(runs, name, message):
     ],
 )
 def test_options_that_cannot_work(given, message):
+    options = TrainingOptions(**given)
     with pytest.raises(UserError, match=message):
-        train_lora.check_options(TrainingOptions(**given), given)
+        train_lora.check_options(options, given)
+        train_lora.check_base(options)
 
 
 def test_a_stage_that_would_be_idle(megatron):
