@@ -42,7 +42,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         resolve_checkpoint_path(tmp_path / "file")
-    with pytest.raises(UserError, match="neither a run_config.yaml nor a folder named iter_<number>"):
+    with pytest.raises(UserError, match="neither a run_config.yaml nor a folder named iter_<number>; give"):
         resolve_checkpoint_path(tmp_path)
     make_iterations(tmp_path, interrupted=[7])
     with pytest.raises(UserError, match="iter_0000007 has no run_config.yaml"):

@@ -50,3 +50,19 @@ def test_modules_run_as_the_commands_do(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ending:
         runpy.run_path(importlib.import_module(f"evo2_megatron.cli.{command}").__file__, run_name="__main__")
     assert ending.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_one_line(command, capsys):
+    main = importlib.import_module(f"evo2_megatron.cli.{command}").main
+    with pytest.raises(SystemExit) as ending:
+        main(["--no-such-flag"])
+    told = capsys.readouterr()
+    assert ending.value.code == 2 and told.out == ""
+    assert told.err.count("\n") == 1 and told.err.endswith(" --help lists the flags\n")
+
+
+def test_data_has_no_default():
+    from evo2_megatron.cli.train import build_parser
+
+    assert "(default: --mock-data)" not in build_parser().format_help().replace("\n", " ")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.fasta_dataset import FastaDataset
+from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset
+from evo2_megatron.data.record_windows import Windows
 from evo2_megatron.data.tokenizer import encode
 
 FASTA = ">contig_10 a\nACgtn\nAC\n>contig_2\n|d__Homo;s__x y|acgt\n>contig_1\nA\n"
@@ -71,3 +72,16 @@ def test_errors(tmp_path, text, message):
     (tmp_path / "a.fa").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         FastaDataset(tmp_path / "a.fa")
+
+
+@pytest.mark.parametrize("length", [None, 4])
+def test_letters_that_no_dna_has(tmp_path, length):
+    path = tmp_path / "a.fa"
+    path.write_text(">dna\nacgtnrykmswbdhv-*\n>rna\nACGU\n>tag\n|d__E|\n>protein\nACGTACGTl\n>masked\nNNNN\n")
+    if length is None:
+        found = FastaDataset(path).no_dna
+    else:
+        path.write_text(path.read_text().replace("|d__E|", "|D|"))
+        with WindowDataset(path, Windows(length, 0)) as dataset:
+            found = dataset.no_dna
+    assert found == {"rna": "U", "protein": "L"}

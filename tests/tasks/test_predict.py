@@ -216,6 +216,15 @@ def test_earlier_results_are_replaced(predict, tmp_path):
     }  # fmt: skip
 
 
+def test_sequences_that_are_no_dna(checkpoint, tmp_path, caplog):
+    from evo2_megatron.tasks.predict import predict as run
+    from evo2_megatron.tasks.prediction_settings import Output
+
+    (tmp_path / "rna.fa").write_text(">dna\nACGTN\n>rna\nACGU\n")
+    run(tmp_path / "rna.fa", checkpoint, output=Output(log_probs="sum"))
+    assert "1 of 2 sequences have letters that no DNA has; the first is 'U' in 'rna'." in caplog.text
+
+
 def test_without_output_dir(checkpoint, fasta, caplog):
     from evo2_megatron.tasks.predict import predict as run
     from evo2_megatron.tasks.prediction_settings import Sequences

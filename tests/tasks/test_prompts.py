@@ -4,7 +4,7 @@ import gzip
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.prompts import Prompt, encode_prompt, read_prompts
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt, read_prompts, warn_of_no_dna
 
 
 def test_read_prompts(tmp_path):
@@ -114,3 +114,12 @@ def test_missing_prompt_file(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"cannot be read.*--prompt-file"):
             read_prompts(path)
+
+
+def test_prompts_that_are_no_dna(caplog):
+    texts = ("acgtnry-*", "|d__E;p__F|ACG", "p__Fusobacteria", "<EOS>AC")
+    dna = [Prompt(text, text) for text in texts]
+    warn_of_no_dna(dna)
+    assert not caplog.text
+    warn_of_no_dna([*dna, Prompt("rna", "AuG"), Prompt("protein", "MKL")])
+    assert "2 of 6 prompts have letters that no DNA has; the first is 'U' in 'rna'." in caplog.text

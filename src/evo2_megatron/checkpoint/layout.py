@@ -89,7 +89,10 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     if not iterations and (path / CHECKPOINTS).is_dir():
         return resolve_checkpoint_path(path / CHECKPOINTS, flag=flag)
     if not iterations:
-        raise UserError(f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>")
+        raise UserError(
+            f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>; give the "
+            f"folder of a run, its '{CHECKPOINTS}', or one iteration, and convert weights of other formats first"
+        )
     complete = {number: folder for number, folder in iterations.items() if (folder / RUN_CONFIG).is_file()}
     if not complete:
         raise UserError(

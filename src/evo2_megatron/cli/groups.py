@@ -29,10 +29,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        """Exit with status 2, as argparse does."""
-        if _rank() == 0:
-            super().error(message)
-        self.exit(2)
+        """Exit with status 2, as argparse does, but with one line: a list of all flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the flags\n" if _rank() == 0 else None)
 
 
 def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:

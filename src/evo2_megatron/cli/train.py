@@ -75,7 +75,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "-d", "--dataset-config", type=Path, metavar="YAML", help="blend of .bin/.idx datasets (default: --mock-data)"
+        "-d",
+        "--dataset-config",
+        type=Path,
+        metavar="YAML",
+        help="blend of .bin/.idx datasets; this or one of the next two must be given (default: none)",
     )
     _switch(source, "--mock-data", "made-up sequences, to try things out")
     _switch(source, "--sharded-eden-data", "windows of contigs in SQLite databases")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import FastaIndex, decode_header
 from evo2_megatron.data.genome import Genome
-from evo2_megatron.data.nucleotides import reverse_complement
+from evo2_megatron.data.nucleotides import letter_of_no_base, reverse_complement
 from evo2_megatron.data.phylogenetic_mask import PIPE, phylogenetic_tag_mask
 from evo2_megatron.data.record_windows import Windows
 from evo2_megatron.data.tokenizer import EOD, encode_sequence
@@ -55,8 +55,12 @@ class FastaDataset(Dataset):
         self._keep_tag_case = keep_tag_case
         self.lengths: list[int] = []
         """Tokens per sample, with the prepended one."""
+        self.no_dna: dict[str, str] = {}
+        """Names of records with a letter that no DNA has, and the letter."""
         for i in range(len(self._index)):
             tokens = self._encode(i)
+            if letter := letter_of_no_base(tokens):
+                self.no_dna[self.ids[i]] = letter
             if not tokens:
                 raise UserError(f"{self._name(i)} has no bases; remove it")
             self.lengths.append(len(tokens) + prepend_bos)
@@ -144,6 +148,7 @@ class WindowDataset(Dataset):
             contigs = self._genome.lengths
             self._contigs, self.num_bases = list(contigs), list(contigs.values())
             self.ids = [decode_header(contig) for contig in self._contigs]
+            self.no_dna: dict[str, str] = {}  # as of FastaDataset
             for record in range(len(self.ids)):
                 self._check(record)
             on_error.pop_all()
@@ -202,6 +207,8 @@ class WindowDataset(Dataset):
             raise UserError(f"{self._name(record)} has no bases; remove it")
         for start in range(0, num_bases, _CHECKED_AT_ONCE):
             ids = self._encode(record, start, min(start + _CHECKED_AT_ONCE, num_bases))
+            if letter := letter_of_no_base(ids):
+                self.no_dna.setdefault(self.ids[record], letter)
             if PIPE in ids and num_bases > self.windows.length:
                 raise UserError(
                     f"{self._name(record)} has a lineage tag, which only one of its windows would see; remove it, or "

@@ -31,6 +31,9 @@ COMPLEMENT_UPPER_DNA = bytes.maketrans(b"ACGT", b"TGCA")
 TRANSCRIBE, _TRANSCRIBE_STR = _tables("T", "U")
 """256-byte table: DNA letters to RNA letters."""
 
+_NOT_ASKED_ABOUT = bytes(set(range(256)) - set(b"EFIJLOPQUXZ"))
+"""All but the letters that are no base of DNA and no IUPAC code for bases."""
+
 BACK_TRANSCRIBE, _BACK_TRANSCRIBE_STR = _tables("U", "T")
 """256-byte table: RNA letters to DNA letters."""
 
@@ -43,6 +46,15 @@ def complement(sequence: Sequence) -> Sequence:
 def reverse_complement(sequence: Sequence) -> Sequence:
     """The opposite strand, read 5' to 3'; case is kept."""
     return complement(sequence[::-1])
+
+
+def letter_of_no_base(sequence: bytes) -> str | None:
+    """The first letter, in upper case, that no DNA has: of a protein, or U; None: there is none.
+
+    Not looked for in text with signs of lineage tags or of special tokens' names, which have any letter.
+    """
+    found = sequence.upper().translate(None, _NOT_ASKED_ABOUT)
+    return chr(found[0]) if found and not any(sign in sequence for sign in b"|_;<") else None
 
 
 def transcribe(sequence: Sequence) -> Sequence:

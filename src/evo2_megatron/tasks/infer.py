@@ -23,7 +23,7 @@ from evo2_megatron.tasks.decoding import Decoding, GeneratedBatch
 from evo2_megatron.tasks.decoding_step import check_cuda_graphs
 from evo2_megatron.tasks.generate import GenerationSettings, plan_batches
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, check_layout, find_checkpoint, running_model
-from evo2_megatron.tasks.prompts import Prompt, encode_prompt
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt, warn_of_no_dna
 from evo2_megatron.tasks.records import Record, RecordFile
 from evo2_megatron.tasks.sampling import derive_seed
 
@@ -232,6 +232,7 @@ def _prepare(
     settings = dataclasses.replace(settings, vocab_size=checkpoint.vocab_size)
     settings.check_vocabulary(checkpoint.vocab_size)
     sequences = []
+    warn_of_no_dna(prompts)
     for number, prompt in enumerate(prompts):
         ids = encode_prompt(prompt, checkpoint.vocab_size, keep_case=settings.keep_prompt_case)
         base, own = (settings.sampling.seed, number) if prompt.seed is None else (prompt.seed, 0)

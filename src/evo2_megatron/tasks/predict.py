@@ -289,6 +289,13 @@ def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: Fa
         len(dataset.ids), sum(dataset.lengths), provider.tensor_model_parallel_size, distributed.data_parallel_size(),
         loaded.precision, megatron.device(),
     )  # fmt: skip
+    if dataset.no_dna:
+        name, letter = next(iter(dataset.no_dna.items()))
+        logger.warning(
+            "%d of %d sequences have letters that no DNA has; the first is %r in %r. They are tokens as they are, "
+            "which models of DNA do not know: give the DNA of a protein, and T for U",
+            len(dataset.no_dna), len(dataset.ids), letter, name,
+        )  # fmt: skip
 
 
 def _tensor_files(files: Files) -> TensorFiles:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import string
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.data.fasta import FastaRecord, read_fasta
+from evo2_megatron.data.nucleotides import letter_of_no_base
+
+logger = logging.getLogger(__name__)
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".frn")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -90,6 +95,18 @@ def encode_prompt(prompt: Prompt, vocab_size: int, *, keep_case: bool = False) -
         )
     ids = tokenizer.encode(prompt.text, vocab_size)
     return ids if keep_case else [_UPPER.get(i, i) for i in ids]
+
+
+def warn_of_no_dna(prompts: Sequence[Prompt]) -> None:
+    """Log one line if prompts have letters that no DNA has: of a protein, U, or those of another kind of file."""
+    letters = {prompt.id: letter_of_no_base(prompt.text.encode()) for prompt in prompts}
+    found = [(name, letter) for name, letter in letters.items() if letter]
+    if found:
+        logger.warning(
+            "%d of %d prompts have letters that no DNA has; the first is %r in %r. They are tokens as they are, which "
+            "models of DNA do not know: give the DNA of a protein, and T for U",
+            len(found), len(prompts), found[0][1], found[0][0],
+        )  # fmt: skip
 
 
 def _read(path: Path) -> bytes:
