@@ -60,7 +60,7 @@ class HyenaStack(MegatronModule):
                     # a TransformerLayer adds to its number what the layers before its stage would be if all were equal
                     added = get_transformer_layer_offset(config, pp_rank=groups.pp.rank())
                     layer = build_module(
-                        attention_layer_spec(output_bias=config.add_attn_proj_bias, int8_weights=config.int8_weights),
+                        attention_layer_spec(config),
                         config=config,
                         layer_number=index + 1 - added,
                         pg_collection=groups,
@@ -70,7 +70,7 @@ class HyenaStack(MegatronModule):
             self.layers.append(layer)
         self.final_norm = None
         if post_process:
-            self.final_norm = layer_modules().norm(
+            self.final_norm = layer_modules(config).norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
 
