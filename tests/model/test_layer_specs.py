@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked of Transformer Engine; whether it then gives the same is in test_transformer_engine.py."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -42,3 +44,31 @@ def test_communication_is_overlapped_under_names_that_exist(one_process, monkeyp
         monkeypatch.setattr(layer, "__init__", record)
     tiny_model()
     assert names - {None} == OVERLAPPED
+
+
+def test_recomputation_enters_the_context_of_8_bits_again(one_process, monkeypatch):
+    recomputed = []
+
+    def te_checkpoint(run, distribute_saved_activations, get_rng_state_tracker, tp_group, *arguments):
+        recomputed.append(run)
+        return run(*arguments)
+
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.te_checkpoint", te_checkpoint)
+    model = tiny_model().train()
+    model.config.fp8 = "hybrid"
+    model(torch.zeros(1, 32, dtype=torch.int64))
+    assert len(recomputed) == 4
+
+
+def test_every_layer_has_the_context_of_4_bits(one_process, monkeypatch):
+    layers = []
+
+    def get_fp4_context(config, layer, is_init):
+        layers.append(layer)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("evo2_megatron.model.stack.get_fp4_context", get_fp4_context)
+    model = tiny_model()
+    model.config.fp4 = "e2m1"
+    model(torch.zeros(1, 32, dtype=torch.int64))
+    assert layers == [0, 1, 2, 3]
