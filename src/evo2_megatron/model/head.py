@@ -187,10 +187,11 @@ def summed_loss(
     if config.head_task == "classification":
         class_B = targets_BT[:, 0].long()
         loss_BT = F.cross_entropy(outputs_BC, class_B, weight=weights, reduction="none")[:, None]
-        num_right = (outputs_BC.argmax(1) == class_B)[:, None][known_BT].sum()
+        # not an index, whose result has a size that the host waits for
+        num_right = ((outputs_BC.argmax(1) == class_B)[:, None] & known_BT).sum()
     elif config.head_task == "multilabel":
         loss_BT = F.binary_cross_entropy_with_logits(outputs_BC, targets_BT, pos_weight=weights, reduction="none")
-        num_right = ((outputs_BC > 0) == (targets_BT > 0.5))[known_BT].sum()
+        num_right = (((outputs_BC > 0) == (targets_BT > 0.5)) & known_BT).sum()
     else:
         mean_T, scale_T = map(outputs_BC.new_tensor, (config.head_target_mean, config.head_target_scale))
         loss_BT = (outputs_BC - (targets_BT - mean_T) / scale_T).square()
