@@ -56,7 +56,8 @@ def test_syntax():
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
-@pytest.mark.parametrize("num_nodes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_nodes", [1, 2])
 def test_agents_meet_and_train(tmp_path, num_nodes):
     done = submit(tmp_path, num_nodes, *TRAIN, "--result-dir", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr

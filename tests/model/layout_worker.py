@@ -42,7 +42,7 @@ def tokens():
     return ids_BL[:, :-1], ids_BL[:, 1:], mask_BL
 
 
-def build(checkpoint, layout, adapt=lambda stage: None):
+def build(checkpoint, layout, adapt=lambda stage: None, **fields):
     """This process's part of the model, after ``adapt``, behind Megatron's own data parallelism."""
     from megatron.bridge.training.config import DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads
@@ -64,6 +64,7 @@ def build(checkpoint, layout, adapt=lambda stage: None):
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.splits_activations,
+        **fields,
     )
     provider.finalize()
     stored = load.stored_shapes(checkpoint)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes of a test of LoRA: one step's gradients under several layouts, one after the other.
 
-Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT LAYOUT...``. Rank 0 saves, in ``<layout>.pt`` beside the
-checkpoint of adapters, the loss of every sequence and, as full tensors by global name, gradients of what is trained.
+Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT INT8 LAYOUT...``, INT8 1 for weights in 8 bits, else 0.
+Rank 0 saves, in ``<layout>.pt`` beside the checkpoint of adapters, the loss of every sequence and, as full tensors by
+global name, gradients of what is trained.
 """
 
 import sys
@@ -15,7 +16,7 @@ from model.layout_worker import LAYOUTS, build, global_name, merged, train_step,
 from processes import fork
 
 
-def run(base, adapter_checkpoint, layout):
+def run(base, adapter_checkpoint, layout, int8_weights=False):
     """What is compared, on every process."""
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
@@ -39,7 +40,7 @@ def run(base, adapter_checkpoint, layout):
         load_weights(stage, adapter_checkpoint, stored, dropped_layers=(), only=adapters.adapter_key_filter)
 
     with process_groups(layout, seed=1):
-        model = build(base, layout, adapt)
+        model = build(base, layout, adapt, int8_weights=int8_weights)
         inner, context = unwrap_model(model), parallel_state.get_context_parallel_rank()
         losses = train_step(model)
         if not parallel_state.is_pipeline_last_stage():
@@ -54,13 +55,14 @@ def run(base, adapter_checkpoint, layout):
         }
 
 
-def main(base, adapter_checkpoint, layout, output):
-    result = run(base, adapter_checkpoint, layout)
+def main(base, adapter_checkpoint, layout, int8_weights, output):
+    result = run(base, adapter_checkpoint, layout, int8_weights)
     if rank() == 0:
         torch.save(result, output)
 
 
 if __name__ == "__main__":
-    base, checkpoint, *layouts = sys.argv[1:]
+    base, checkpoint, int8_weights, *layouts = sys.argv[1:]
     for name in layouts:
-        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], Path(checkpoint).with_name(f"{name}.pt"))
+        output = Path(checkpoint).with_name(f"{name}.pt")
+        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], int8_weights == "1", output)

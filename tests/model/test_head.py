@@ -17,28 +17,6 @@ def head(megatron):
     return head
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 3, 1], [2, 2]])
-def test_pool(head, lengths):
-    torch.manual_seed(0)
-    B, L, H = len(lengths), 5, 7
-    hidden_LBH = torch.randn(L, B, H)
-    mask_BL = torch.zeros(B, L, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        mask_BL[row, :length] = True
-    hidden_LBH[~mask_BL.t()] = math.nan  # padding has no say, whatever is there
-    for how in ("mean", "last"):
-        got = head.pool(hidden_LBH, mask_BL, how)
-        for row, length in enumerate(lengths):
-            own_LH = hidden_LBH[:length, row]
-            torch.testing.assert_close(got[row], own_LH.mean(0) if how == "mean" else own_LH[-1])
-
-
-def test_pool_is_in_float32(head):
-    ones_LBH = torch.ones(1000, 1, 2, dtype=torch.bfloat16)  # whose sum bfloat16 does not hold
-    pooled = head.pool(ones_LBH, torch.ones(1, 1000, dtype=torch.bool), "mean")
-    assert pooled.dtype == torch.float32 and pooled.tolist() == [[1.0, 1.0]]
-
-
 def config(**values):
     fields = {
         "hidden_size": 6,

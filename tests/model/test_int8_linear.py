@@ -150,6 +150,22 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_alike(load, checkpoint):
         load(checkpoint, add_bias_output=True, share_embeddings_and_output_weights=False, **INT8)
 
 
+def test_gradients_of_adapters(load, checkpoint, adapters):
+    """They are those on the wide model whose weights are what 8 bits keep of them."""
+
+    def gradients(model):
+        # what is trained in 8 bits is no training, and is refused: see test_train_lora.py
+        trained = {n: p.requires_grad_() for n, p in model.named_parameters() if "adapter" in n}
+        token_BL = tokens()
+        model(token_BL, labels=token_BL.roll(-1, 1), loss_mask=torch.ones(token_BL.shape)).sum().backward()
+        return {name: parameter.grad for name, parameter in trained.items()}
+
+    want, got = gradients(round_weights(load(adapters))), gradients(load(adapters, **INT8))
+    assert got.keys() == want.keys() and len(got) > 4
+    for name, gradient in got.items():
+        assert distance(gradient, want[name]) < 0.03, name
+
+
 def test_the_wide_model_never_exists(load, deep):
     peaks = [largest(lambda overrides=overrides: load(deep, **overrides)) for overrides in ({}, INT8)]
     size = sum(p.numel() * p.element_size() for p in load(deep, **INT8).parameters())

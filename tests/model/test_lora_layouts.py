@@ -41,9 +41,29 @@ def test_every_layout_equals_one_process(base, tmp_path, fields, layouts):
     checkpoint = write_tiny_adapters(tmp_path, base, **fields)
     want = run(base, checkpoint, ParallelConfig())
     assert want["gradients"].keys() == expected_names(**fields)
-    launch(WORKER, base, checkpoint, *layouts)
+    launch(WORKER, base, checkpoint, 0, *layouts)
     for layout in layouts:
         compare(torch.load(tmp_path / f"{layout}.pt"), want, layout)
+
+
+@pytest.mark.slow
+def test_weights_in_8_bits(base, tmp_path):
+    """The scales of a part are the whole's; products are rounded to bfloat16, each part by itself."""
+    checkpoint, layouts = write_tiny_adapters(tmp_path, base), ("tensor 2", "tensor 2, sequence", "pipeline 2")
+    want = run(base, checkpoint, ParallelConfig(), int8_weights=True)
+    wide = run(base, checkpoint, ParallelConfig())
+    assert distance(want, wide) > 0
+    launch(WORKER, base, checkpoint, 1, *layouts)
+    for layout in layouts:
+        assert distance(torch.load(tmp_path / f"{layout}.pt"), want) < 0.03, layout
+
+
+def distance(got, want):
+    """Largest relative root mean square by which gradients differ."""
+    of_each = (
+        (got["gradients"][name] - gradient).norm() / gradient.norm() for name, gradient in want["gradients"].items()
+    )
+    return max(of_each).item()
 
 
 def compare(got, want, layout):

@@ -75,6 +75,25 @@ def test_channels_that_lie_apart():
     assert torch.equal(int8_product(x_TH, *pair), int8_product(x_TH.contiguous(), *pair))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, columns", [(1, 64), (127, 128), (131, 127)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 25, 129])
+def test_gradients(monkeypatch, rows, columns, num_tokens, dtype):
+    """Of the inputs: straight through the roundings, those of the rounded weights."""
+    monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 50 * columns)
+    q_DH, scale_D = quantize_rows(torch.randn(rows, columns))
+    x_TH = torch.randn(num_tokens, columns).to(dtype).requires_grad_()
+    grad_TD = torch.randn(num_tokens, rows).to(dtype)
+    int8_product(x_TH, q_DH, scale_D).backward(grad_TD)
+    want = grad_TD.double() @ (q_DH.double() * scale_D.double()[:, None])
+    # in bfloat16 what goes into the sums is rounded, too
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * LAST_DIGIT
+    assert x_TH.grad.dtype == dtype
+    assert (x_TH.grad.double() - want).norm() <= tolerance * want.norm()
+    with torch.no_grad():
+        assert not int8_product(x_TH, q_DH, scale_D).requires_grad
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 24, 25, 129])
 def test_products_on_a_gpu(num_tokens):

@@ -12,13 +12,11 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/machine_code.py"
 
+CASES = [(gpu, 8192) for gpu in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")] + [("sm_90", 700), ("sm_90", 1)]
 
-SLOW = [(gpu, 8192) for gpu in ("sm_80", "sm_89", "sm_100", "sm_120")] + [("sm_90", 700), ("sm_90", 1)]
 
-
-@pytest.mark.parametrize(
-    "gpu, length", [("sm_90", 8192), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu, length", CASES)
 def test_the_kernels_are_machine_code_that_fits(gpu, length, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, SCRIPT, "--gpus", gpu, "--length", str(length)]

@@ -126,7 +126,7 @@ def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(predict_head._HeadRunner, "__call__", never)
-    with pytest.raises(UserError, match=r"not enough memory for 1 sequence\(s\) of up to \d+ tokens; give shorter"):
+    with pytest.raises(UserError, match=r"not enough memory for 1 sequence\(s\) of up to \d+ tokens, even in pieces"):
         predicted(runs, "whole", tmp_path)
 
 

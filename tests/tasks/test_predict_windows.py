@@ -64,25 +64,26 @@ def values(out: Path) -> dict[tuple[str, int], float]:
 
 @pytest.fixture(scope="module")
 def by_context(checkpoint):
-    """For sequences and numbers of bases before each base: its log-probability after these alone; slow."""
+    """For sequences, each with numbers of bases before each base: its log-probability after these alone; slow."""
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.data.fasta_dataset import make_sample
     from evo2_megatron.runtime.distributed import process_groups
     from evo2_megatron.tasks.prediction_runner import Runner
     from evo2_megatron.tasks.prediction_settings import Output
 
-    def compute(bases: str, contexts: list[int], prepend_bos: bool) -> list[float | None]:
-        slices = [bases[at - context : at + 1].encode() for at, context in enumerate(contexts)]
-        samples = [make_sample(bases, 0, prepend_bos=prepend_bos) for bases in slices]
+    def compute(sequences: list[tuple[str, list[int]]], prepend_bos: bool) -> Iterator[list[float | None]]:
         with process_groups(ParallelConfig()):
             runner = Runner(
                 load_model(checkpoint, parallel=ParallelConfig()).model, Output(**PER_TOKEN), precision="fp32"
             )
-            found = runner(samples)["log_probs_seqs"]
-        return [
-            found[at, len(sample["tokens"]) - 2].item() if len(sample["tokens"]) > 1 else None
-            for at, sample in enumerate(samples)
-        ]
+            for bases, contexts in sequences:
+                slices = [bases[at - context : at + 1].encode() for at, context in enumerate(contexts)]
+                samples = [make_sample(bases, 0, prepend_bos=prepend_bos) for bases in slices]
+                found = runner(samples)["log_probs_seqs"]
+                yield [
+                    found[at, len(sample["tokens"]) - 2].item() if len(sample["tokens"]) > 1 else None
+                    for at, sample in enumerate(samples)
+                ]
 
     return compute
 
@@ -108,17 +109,21 @@ def test_every_base_is_scored_after_its_own_context(
     monkeypatch.setattr("evo2_megatron.tasks.prediction_results._BLOCK_BASES", 9)
     settings = {"window_length": length, "window_overlap": overlap, "prepend_bos": prepend_bos}
     out = run(fasta, checkpoint, tmp_path / "out", both_strands=both_strands, max_batch_tokens=100, **settings)
-    expected, totals = {}, {}
-    for name, bases in RECORDS.items():
+    expected, totals, sequences = {}, {}, []
+    for bases in RECORDS.values():
         before = contexts(len(bases), length, length // 2 if overlap is None else overlap)
-        strands = [by_context(bases, before, prepend_bos)]
+        sequences += [(bases, before), (reverse_complement(bases), before)][: 1 + both_strands]
+    each_strand = by_context(sequences, prepend_bos)
+    for name in RECORDS:
+        strands = [next(each_strand)]
         if both_strands:
-            strands.append(by_context(reverse_complement(bases), before, prepend_bos)[::-1])
+            strands.append(next(each_strand)[::-1])
         totals[name] = sum(x for strand in strands for x in strand if x is not None) / len(strands)
         for at, found in enumerate(zip(*strands)):
             found = [x for x in found if x is not None]
             if found:
                 expected[name, at] = sum(found) / len(found)
+    assert list(each_strand) == []
     found = values(out)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4, atol=1e-4)

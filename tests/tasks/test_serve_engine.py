@@ -16,7 +16,6 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.model.inference_state import KeyValueState
 from evo2_megatron.model.shared_caches import SharedCaches
-from evo2_megatron.tasks import prediction_runner
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
@@ -350,7 +349,7 @@ def test_who_goes_while_its_prompt_is_read_leaves_nothing(checkpoint):
 
 
 def test_bases_come_between_the_pieces_of_a_long_sequence(checkpoint, monkeypatch):
-    monkeypatch.setattr(prediction_runner, "CHUNK_LENGTH_CPU", 5)
+    monkeypatch.setattr("evo2_megatron.model.pieces.CHUNK_LENGTH_CPU", 5)
 
     async def count():
         settings = GenerationSettings(max_new_tokens=400, alphabet="ACGT", stop_at_eod=False)

@@ -62,3 +62,19 @@ def test_weights_that_are_kept_in_8_bits_are_made_again(model):
     # as Transformer Engine's layers are after a first pass
     load_and_compare(model, lambda: setattr(layer, "is_first_microbatch", False), "fp32")
     assert layer.is_first_microbatch
+
+
+def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
+    from evo2_megatron.model.int8_linear import in_full_width
+    from evo2_megatron.tasks.starting_weights import load_and_compare
+
+    narrow, wide = tiny_model(int8_weights=True), knows_dna(tiny_model())
+
+    def load():
+        with in_full_width(narrow, wide):
+            narrow.load_state_dict(wide)
+
+    caplog.set_level(logging.INFO)
+    load_and_compare(narrow, load, "fp32")
+    found = re.search(r"made-up bases with the loaded weights: (\S+) nat per base", caplog.text)
+    assert float(found[1]) == pytest.approx(1.386, abs=0.01) and "random" not in caplog.text

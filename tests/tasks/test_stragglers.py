@@ -97,6 +97,7 @@ def test_table_that_cannot_be_written(stragglers, tmp_path):
         stragglers.StragglerReport(tmp_path / "nowhere" / "table.tsv")._append(["x"])
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_slow(tmp_path):
     worker = Path(__file__).with_name("straggler_worker.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

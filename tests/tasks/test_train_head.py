@@ -56,6 +56,7 @@ def runs(megatron, tmp_path_factory):
             lora | {"experiment_name": "other", "classes": ["AT", "GC", "N"], "class_weights": "balanced"},
             lora | {"experiment_name": "bf16", "precision": "bf16_mixed", "recompute": True},
             common | long | {"experiment_name": "head", "class_weights": "balanced"},
+            common | {"experiment_name": "narrow", "int8_weights": True},
             common | long | numbers | {"experiment_name": "numbers", "embedding_layer": -3, "both_strands": True},
             lora
             | {"experiment_name": "labels", "task": "multilabel", "label_columns": ["starts", "rich"]}
@@ -133,7 +134,7 @@ def best_of(runs, name):
     return min(evaluations, key=lambda pair: pair[1])
 
 
-@pytest.mark.parametrize("name", ["whole", "head", "bf16", "labels"])
+@pytest.mark.parametrize("name", ["whole", "head", "narrow", "bf16", "labels"])
 def test_what_is_loaded_is_what_was_trained(runs, tmp_path, name):
     """The best validation's loss and accuracy again, from the files that the run left."""
     model, (step, loss) = model_section(runs, name), best_of(runs, name)

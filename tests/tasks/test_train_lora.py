@@ -30,6 +30,7 @@ def runs(megatron, tmp_path_factory):
     whole = SMALL | LORA | {"finetune_ckpt_dir": base, "result_dir": root / "whole"}
     halves = whole | {"result_dir": root / "halves"}
     kept = whole | {"result_dir": root / "kept", "lora_skip_freeze_modules": KEPT, "max_steps": 2, "eval_interval": 2}
+    narrow = whole | {"result_dir": root / "narrow", "int8_weights": True}
     named = {
         "whole": whole,
         "first half": halves | {"early_stop_on_step": 3},
@@ -41,6 +42,12 @@ def runs(megatron, tmp_path_factory):
         "on adapters": whole | {"result_dir": root / "other", "finetune_ckpt_dir": root / "whole/evo2/checkpoints"},
         "typing error": whole | {"result_dir": root / "other", "lora_target_modules": ["dense", "linear_qvk"]},
         "nothing": whole | {"result_dir": root / "other", "lora_target_modules": []},
+        "8 bits": narrow | {"early_stop_on_step": 3},
+        "8 bits on": narrow,
+        "wide on": narrow | {"int8_weights": False, "max_steps": 7},
+        "8 bits trained": narrow
+        | {"result_dir": root / "other", "lora_skip_freeze_modules": ["*.layers.1.*.dense"]}
+        | {"lora_target_modules": ["linear_fc1"]},
         "no attention": whole | {"result_dir": root / "other", "hybrid_override_pattern": "SDHS"},
     }
     done, different = train_all(
@@ -96,6 +103,33 @@ def test_a_resumed_run_equals_an_unbroken_one(runs):
     assert different == [[]]
 
 
+def test_on_weights_in_8_bits(runs, caplog):
+    """It learns much as on wide weights, and whoever uses the adapters has the same weights, unless told otherwise."""
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.runtime.distributed import process_groups
+
+    named, _, root = runs
+    losses = named["8 bits"].losses | named["8 bits on"].losses
+    assert list(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
+    # the text has four digits
+    assert list(losses.values()) == pytest.approx(list(named["whole"].losses.values()), rel=0.01)
+    assert losses != named["whole"].losses
+    folder = checkpoint(root / "narrow", 6)
+    assert weights(folder) == weights(checkpoint(root / "whole", 6))
+    for asked, narrow in (({}, True), ({"int8_weights": False}, False)):
+        with process_groups(ParallelConfig()):
+            loaded = load_model(folder, parallel=ParallelConfig(), provider_overrides=asked)
+        names = {name for name, p in loaded.model.named_parameters() if str(p.dtype) == "torch.int8"}
+        assert bool(names) == narrow
+
+
+def test_merged_they_are_wide(runs, tmp_path):
+    from evo2_megatron.tasks.merge_lora import merge_lora
+
+    merged = merge_lora(checkpoint(runs[2] / "narrow", 6), tmp_path, verify=True)
+    assert run_config(merged)["model"]["int8_weights"] is False
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -106,6 +140,8 @@ def test_a_resumed_run_equals_an_unbroken_one(runs):
         ("typing error", "'linear_qvk' matches no module with weights; this model has dense, dense_projection,"),
         ("nothing", "leave nothing to train"),
         ("no attention", "has hybrid_override_pattern SDHS, but"),
+        ("wide on", "was trained with --int8-weights; resume with it, or"),
+        ("8 bits trained", "matches decoder.layers.1.mixer.dense, whose weights --int8-weights keeps in 8 bits"),
     ],
 )
 def test_runs_that_cannot_begin(runs, name, message):
@@ -118,6 +154,19 @@ def test_runs_that_cannot_begin(runs, name, message):
     [
         ({"lora_dim": 4}, "--lora-dim goes with --lora-finetune"),
         ({"lora_skip_freeze_modules": []}, "--lora-skip-freeze-modules goes with --lora-finetune"),
+        ({"int8_weights": True}, "--int8-weights goes with --lora-finetune; add that, or leave it out"),
+        *(
+            (
+                LORA | {"finetune_ckpt_dir": Path("b"), "int8_weights": True, "precision": precision},
+                "takes and gives bf",
+            )
+            for precision in (
+                "fp16_mixed",
+                "fp16-mixed",
+                "bf16_with_fp8_current_scaling_mixed",
+                "bf16_with_nvfp4_mixed",
+            )
+        ),
         ({"lora_finetune": True}, "needs a pretrained checkpoint to adapt; give one with --finetune-ckpt-dir"),
         (LORA | {"finetune_ckpt_dir": Path("b"), "lora_dropout": 1.0}, "--lora-dropout is 1.0"),
         (LORA | {"finetune_ckpt_dir": Path("b"), "lora_dropout": float("nan")}, "--lora-dropout is nan"),

@@ -29,10 +29,9 @@ def add_int8_weights(parser: argparse._ActionsContainer) -> None:
     """Add ``--int8-weights``."""
     parser.add_argument(
         "--int8-weights",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="keep the weights of the linear layers in 8 bits: a quarter of the memory of float32, half of that of "
-        "16 bits, and results that differ a little (default: in the precision of the rest)",
+        "16 bits, and results that differ a little (default: if the checkpoint was trained so)",
     )
 
 

@@ -84,7 +84,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         both_strands=args.both_strands,
         base_ckpt_dir=groups.base_checkpoint(args),
         precision=groups.precision(args),
-        int8_weights=bool(args.int8_weights),
+        int8_weights=args.int8_weights,
         max_batch_tokens=args.max_batch_tokens,
     )
 

@@ -96,7 +96,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         **_COUNT,
     )
     add("--head-dropout", help="in the head (default: 0.1)", **_NUMBER)
-    groups.add_precision(parser.add_argument_group("precision"))
+    precision = parser.add_argument_group("precision")
+    groups.add_precision(precision)
+    precision.add_argument(
+        "--int8-weights",
+        action="store_true",
+        default=None,
+        help="keep the weights of the language model's linear layers in 8 bits: half the memory of bfloat16",
+    )
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +202,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "head_hidden_size": args.head_hidden_size,
         "head_dropout": args.head_dropout,
         "precision": groups.precision(args),
+        "int8_weights": args.int8_weights,
         "lora_finetune": args.lora_finetune,
         "lora_dim": args.lora_dim,
         "lora_alpha": args.lora_alpha,

@@ -11,14 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.bridge.training.state import GlobalState
-from megatron.core.utils import WrappedTensor, unwrap_model
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from evo2_megatron.model import pieces
+from evo2_megatron.model.frozen_features import FrozenFeatures
+from evo2_megatron.model.pooling import Pool, Pooling
 from evo2_megatron.model.provider import StripedHyenaProvider
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime import megatron
@@ -31,8 +33,6 @@ LOSS_NAMES = {"classification": "ce loss", "multilabel": "bce loss", "regression
 
 _SMALLEST_SCALE = 0.01
 """Of a channel's spread, as a share of the mean one: what hardly varies is not blown up."""
-
-Pooling = Literal["mean", "last"]
 
 
 @dataclass
@@ -71,21 +71,6 @@ HEAD_FIELDS = tuple(f.name for f in fields(HeadProvider) if f.name.startswith("h
 def is_backbone(name: str) -> bool:
     """Whether a parameter's name is one of the language model's."""
     return not name.startswith(f"{HEAD}.")
-
-
-def pool(hidden_LBH: Tensor, mask_BL: Tensor, how: Pooling) -> Tensor:
-    """One vector per sequence, float32 [B, H].
-
-    Args:
-        hidden_LBH: Hidden states in any float dtype.
-        mask_BL: True where there is a base; true somewhere in every sequence.
-        how: ``mean`` over the bases, or ``last``: the last base's, the only one that has seen all others.
-    """
-    if how == "last":
-        last_B = mask_BL.shape[1] - 1 - mask_BL.int().flip(1).argmax(1)
-        return hidden_LBH[last_B, torch.arange(len(last_B), device=last_B.device)].float()
-    mask_LB1 = mask_BL.t()[..., None]
-    return torch.where(mask_LB1, hidden_LBH.float(), 0.0).sum(0) / mask_LB1.sum(0)
 
 
 class PredictionHead(nn.Module):
@@ -138,6 +123,12 @@ class StripedHyenaWithHead(StripedHyenaModel):
     def __init__(self, config: HeadProvider, vocab_size: int) -> None:
         super().__init__(config, vocab_size, pre_process=True, post_process=True)
         self.prediction_head = PredictionHead(config)
+        self.frozen_features = FrozenFeatures(self)
+
+    @property
+    def backbone_learns(self) -> bool:
+        """Whether the language model has a parameter that wants a gradient."""
+        return any(p.requires_grad for name, p in self.named_parameters() if is_backbone(name))
 
     def forward(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
         """Outputs [B, C], before any softmax or sigmoid; of regression, standardised.
@@ -150,10 +141,26 @@ class StripedHyenaWithHead(StripedHyenaModel):
 
     def pooled(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
         """What the head sees, float32 [B, H]; arguments as of ``forward``."""
-        embedded = self.embedding(input_ids=input_ids, position_ids=None)
-        angles = self._rotary_angles(input_ids, embedded, None)
-        hidden_LBH = self.decoder(WrappedTensor(embedded), angles)
-        return pool(hidden_LBH, pool_mask, self.config.head_pooling)
+        pool = Pool(pool_mask, self.config.head_pooling)
+        pool.add(0, self.through_layers(input_ids).transpose(0, 1))
+        return pool.vector_BH
+
+    @torch.no_grad()
+    def pooled_in_pieces(self, input_ids: Tensor, pool_mask: Tensor, *, chunk_length: int | None = None) -> Tensor:
+        """As ``pooled``, without gradients, for a model in evaluation mode: memory does not grow with the length.
+
+        Args:
+            input_ids, pool_mask: As of ``forward``.
+            chunk_length: Tokens that go through at a time. None: what suits the device.
+        """
+        batch_size, num_tokens = input_ids.shape
+        size = pieces.of_each(chunk_length or pieces.chunk_length(), batch_size)
+        if num_tokens <= size:
+            return self.pooled(input_ids, pool_mask)
+        pool, state = Pool(pool_mask, self.config.head_pooling), self.new_inference_state(batch_size, num_tokens)
+        for start in range(0, num_tokens, size):
+            pool.add(start, self.through_layers(input_ids[:, start : start + size], state).transpose(0, 1))
+        return pool.vector_BH
 
 
 def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:
@@ -161,10 +168,15 @@ def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) 
     batch = next(data_iterator)
     # a micro-batch is as long as its longest sequence; what is beyond is padding in all
     length = int(batch["pool_mask"].any(0).nonzero().max()) + 1
-    device = megatron.device()
-    tokens_BL, mask_BL = (batch[name][:, :length].to(device, non_blocking=True) for name in ("tokens", "pool_mask"))
+    tokens_BL, mask_BL = (batch[name][:, :length] for name in ("tokens", "pool_mask"))
+    device, inner = megatron.device(), unwrap_model(model)
+    if inner.backbone_learns:
+        outputs_BC = model(tokens_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True))
+    else:
+        # the wrapper for 16 bits would round what tells sequences apart
+        outputs_BC = inner.prediction_head(inner.frozen_features(tokens_BL, mask_BL))
     targets_BT = batch["targets"].to(device, non_blocking=True)
-    return model(tokens_BL, mask_BL), partial(summed_loss, unwrap_model(model).config, targets_BT)
+    return outputs_BC, partial(summed_loss, inner.config, targets_BT)
 
 
 def summed_loss(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a loaded model with weights in 8 bits (see ``ops.int8``); such a model is not trained.
+"""The linear layers of a loaded model with weights in 8 bits (see ``ops.int8``), which are not trained; what is beside
+them, such as adapters, may be.
 
 Weights come from a checkpoint wide, a layer of the model at a time, so that the wide model never exists.
 Shape legend: L tokens, B batch, H and D channels of input and output, T = L * B.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -33,8 +35,13 @@ class Int8RMSNormColumnLinear(RMSNormColumnLinear):
 
     def product(self, norm_LBH: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
         assert weight is None
-        if self.sequence_parallel and self.tp_group.size() > 1:
-            norm_LBH = gather_from_sequence_parallel_region(norm_LBH, group=self.tp_group)
+        if self.tp_group.size() > 1:
+            whole = (
+                gather_from_sequence_parallel_region
+                if self.sequence_parallel
+                else copy_to_tensor_model_parallel_region
+            )
+            norm_LBH = whole(norm_LBH, group=self.tp_group)
         return _product(self, norm_LBH), None
 
 

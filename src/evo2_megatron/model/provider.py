@@ -93,7 +93,7 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
     """Multiply 8 bits in these projections, for scoring and generation (see ``model.fp8_linear``)."""
 
     int8_weights: bool = False
-    """Keep the weights of linear layers in 8 bits, for scoring and generation (see ``model.int8_linear``)."""
+    """Keep the weights of linear layers, which are then not trained, in 8 bits (see ``model.int8_linear``)."""
 
     restore_modelopt_state: bool = False
     hf_model_id: str | None = None

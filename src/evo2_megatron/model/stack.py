@@ -111,8 +111,6 @@ class HyenaStack(MegatronModule):
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
-        if isinstance(hidden_states, WrappedTensor):
-            hidden_states = hidden_states.unwrap()
         with _quantized(self.config) if self._one_fp8_context() else nullcontext():
             if self.training and self.config.recompute_granularity == "full":
                 hidden_states = self._forward_recomputed(hidden_states, rotary_pos_emb)
@@ -142,10 +140,12 @@ class HyenaStack(MegatronModule):
         self,
         start: int,
         end: int,
-        hidden_states: Tensor,
+        hidden_states: Tensor | WrappedTensor,
         rotary_pos_emb: Tensor,
         inference_context: InferenceState | None = None,
     ) -> Tensor:
+        if isinstance(hidden_states, WrappedTensor):  # of which no caller holds what is in it
+            hidden_states = hidden_states.unwrap()
         for layer in self.layers[start:end]:
             with nullcontext() if self._one_fp8_context() else _quantized(self.config, layer.layer_number - 1):
                 if len(hidden_states) > 1 and self._gives_the_last_token(layer, inference_context):
@@ -174,8 +174,10 @@ class HyenaStack(MegatronModule):
             inference_context=inference_context,
         )[0]
 
-    def _forward_recomputed(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def _forward_recomputed(self, hidden_states: Tensor | WrappedTensor, rotary_pos_emb: Tensor) -> Tensor:
         """Keep only the input of every block of layers, and run it again in the backward pass."""
+        if isinstance(hidden_states, WrappedTensor):
+            hidden_states = hidden_states.unwrap()
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # behind a frozen embedding: autograd skips a checkpointed block of which no input wants a gradient, and
             # with it the gradients of what is trained inside

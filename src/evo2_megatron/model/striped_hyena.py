@@ -116,16 +116,7 @@ class StripedHyenaModel(LanguageModule):
             earlier stages.
         """
         assert attention_mask is None, "attention is causal; a mask would be ignored"
-        hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        rotary_pos_emb = self._rotary_angles(input_ids, hidden_states, inference_context)
-        hidden_states = self.decoder(
-            WrappedTensor(hidden_states) if self.pre_process else None,
-            rotary_pos_emb,
-            inference_context,
-            hidden_after_layers=hidden_after_layers,
-        )
-        if inference_context is not None:
-            inference_context.advance(input_ids.shape[1])
+        hidden_states = self.through_layers(input_ids, inference_context, hidden_after_layers=hidden_after_layers)
         if hidden_after_layers is not None:
             return tuple(hidden_LBH.transpose(0, 1).contiguous() for hidden_LBH in hidden_states)
         if not self.post_process:
@@ -138,6 +129,25 @@ class StripedHyenaModel(LanguageModule):
                 return -values_BL2[..., 1], values_BL2[..., 0]
             return -self._by_blocks(self._loss, hidden_states, self._output_weight(), log_probs_of)
         return self._head(hidden_states, labels, loss_mask, inference_context, runtime_gather_output)
+
+    def through_layers(
+        self,
+        input_ids: Tensor | None,
+        inference_context: InferenceState | None = None,
+        *,
+        hidden_after_layers: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What ``HyenaStack`` gives for these tokens, [L, B, H]; arguments as of ``forward``."""
+        embedded_LBH = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        rotary_pos_emb = self._rotary_angles(input_ids, embedded_LBH, inference_context)
+        wrapped = WrappedTensor(embedded_LBH) if self.pre_process else None
+        del embedded_LBH
+        hidden_states = self.decoder(
+            wrapped, rotary_pos_emb, inference_context, hidden_after_layers=hidden_after_layers
+        )
+        if inference_context is not None:
+            inference_context.advance(input_ids.shape[1])
+        return hidden_states
 
     def _rotary_angles(
         self, input_ids: Tensor | None, hidden_states: Tensor | None, inference_context: InferenceState | None

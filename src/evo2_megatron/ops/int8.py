@@ -3,11 +3,14 @@
 
 ``y = bf16(s * sum(bf16(x) * q))`` with sums in float32 and ``q = round(W / s)`` in -127..127 (symmetric weight-only
 quantisation by channel, as in LLM.int8() without its outliers, arXiv 2208.07339). Only weights are rounded to 8 bits,
-so a result does not depend on what else is in a batch.
+so a result does not depend on what else is in a batch. Gradients go to inputs, straight through their rounding, and
+not to weights (Dettmers et al., QLoRA, arXiv 2305.14314).
 Shape legend: T tokens, H input channels, D output channels.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +60,34 @@ def largest_of_rows(weight_DH: Tensor) -> Tensor:
 
 
 def int8_product(x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
-    """``x W^T`` with W as ``quantize_rows`` gives it, in the dtype of x, rounded to bfloat16.
+    """``x W^T`` with W as ``quantize_rows`` gives it, in the dtype of x, rounded to bfloat16; with a gradient for x.
 
     On a CPU few tokens take a kernel of torch's that reads the 8 bits themselves; else a block of rows at a time is
     made wide, and thrown away.
     """
+    return _Int8Product.apply(x_TH, q_DH, scale_D)
+
+
+class _Int8Product(torch.autograd.Function):
+    """The product, which keeps nothing but the 8 bits for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
+        ctx.save_for_backward(q_DH, scale_D)
+        return _product(x_TH, q_DH, scale_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        """``grad W``, summed up in float32 over blocks of rows that are made wide, in the dtype of the gradient."""
+        q_DH, scale_D = ctx.saved_tensors
+        wide = torch.float32 if grad_TD.device.type == "cpu" else torch.bfloat16
+        grad_TH = grad_TD.new_zeros(len(grad_TD), q_DH.shape[1], dtype=torch.float32)
+        for rows in row_blocks(q_DH):
+            grad_TH += (grad_TD[:, rows] * scale_D[rows]).to(wide) @ q_DH[rows].to(wide)
+        return grad_TH.to(grad_TD.dtype), None, None
+
+
+def _product(x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
     x16_TH = x_TH.bfloat16()
     is_few = len(x_TH) <= _FEW_TOKENS and q_DH.shape[1] % _KERNEL_STEP == 0
     if is_few and x_TH.device.type == "cpu":

@@ -42,6 +42,7 @@ class HeadOptions:
     head_dropout: float = 0.1
     tokenizer: Path | None = None  # None: the checkpoint's
     precision: str | None = None  # None: bf16_mixed on a GPU, fp32 without one
+    int8_weights: bool = False  # of the backbone's linear layers
 
     # adapters
     lora_finetune: bool = False
@@ -109,6 +110,7 @@ class HeadOptions:
             warmup_steps=warmup,
             decay_steps=self.decay_steps or max(steps, warmup + 1),
             precision=self.precision,
+            int8_weights=self.int8_weights,
             result_dir=self.result_dir,
             experiment_name=self.experiment_name,
             finetune_ckpt_dir=self.base_ckpt_dir,

@@ -68,6 +68,7 @@ class TrainingOptions:
     fp32_residual_connection: bool = False
     spike_no_more_embedding_init: bool = False
     use_subquadratic_ops: bool = False
+    int8_weights: bool = False  # of linear layers, which are not trained then
     cross_entropy_loss_fusion: bool = False
     renormalize_loss: bool = True
     lowercase_loss_weight: float = 0.1

@@ -61,8 +61,8 @@ def plan_batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int 
 class RunsBatches(Protocol):
     """What runs a batch, as ``prediction_runner.Runner`` does."""
 
-    chunk_length: int | None
-    """Tokens of the pieces that long sequences go through in; None: they go through whole."""
+    chunk_length: int
+    """Tokens of the pieces that long sequences go through in."""
 
     def __call__(self, items: Sequence[Item]) -> Batch | None: ...
 
@@ -110,8 +110,6 @@ class Backoff:
             self._max_tokens = num_tokens // 2
             logger.warning("Not enough memory for %s; going on with batches half as large", advice)
             return
-        if self._runner.chunk_length is None:
-            raise UserError(f"not enough memory for {advice}; give shorter ones")
         shorter = min(self._runner.chunk_length, longest) // 2
         if shorter < MIN_CHUNK:
             raise UserError(f"not enough memory for {advice}, even in pieces of {2 * shorter}; use more processes")

@@ -8,12 +8,37 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.core.utils import unwrap_model
 
 from evo2_megatron.checkpoint.evaluations import Evaluation, best, has_stalled, write_evaluations
 from evo2_megatron.runtime import distributed
 
 logger = logging.getLogger(__name__)
+
+
+_NUM_FITTED = 256
+"""Sequences that say how the head's norm begins."""
+
+
+class FittedNorm(Callback):
+    """Lets the head's norm begin with what it will see, in training sequences that are the same on all processes."""
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Called by Bridge when everything is built and loaded."""
+        config, model = context.state.cfg, unwrap_model(context.model[0])
+        train = config.dataset.training_data()
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.rng.seed))[:_NUM_FITTED]
+        pooled = []
+        for places in chosen.split(config.train.micro_batch_size):
+            samples = [train[place] for place in places.tolist()]
+            tokens_BL, mask_BL = (
+                torch.stack([sample[name] for sample in samples]) for name in ("tokens", "pool_mask")
+            )
+            pooled.append(model.frozen_features(tokens_BL, mask_BL))
+        model.prediction_head.begin_with(torch.cat(pooled))
+        context.optimizer.reload_model_params()
 
 
 class WholeTestSet(Callback):

@@ -73,7 +73,8 @@ def merge_lora(
         check_space(folder, total)
         with moving(len(tensors), total) as on_bytes:
             distcp.write_tensors(tensors, folder, on_bytes=on_bytes)
-        sections = {**run_config.sections, "peft": None, **origin}
+        model = {**run_config.model, "int8_weights": False}
+        sections = {**run_config.sections, "model": model, "peft": None, **origin}
         describe_as(folder, sections, tokenizer=tokenizer, iteration=iteration)
         if self_test.wants_numbers(with_self_test, total):
             self_test.store(folder, _architecture(run_config))
@@ -102,7 +103,7 @@ def _logits(checkpoint: Path, base: Path | None, batches: list[Tensor]) -> list[
     one = ParallelConfig()
     with process_groups(one), torch.inference_mode():
         # how a model is meant to be run is not what is being checked
-        overrides = {"vortex_style_fp8": False}
+        overrides = {"vortex_style_fp8": False, "int8_weights": False}
         model = load_model(
             checkpoint, parallel=one, precision="fp32", provider_overrides=overrides, base_ckpt_dir=base
         ).model

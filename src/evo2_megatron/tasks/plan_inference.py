@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.architectures import architecture
 from evo2_megatron.layouts import sequence_multiple
+from evo2_megatron.model.pieces import CHUNK_LENGTH_CUDA
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.tasks.generate import PREFILL_CHUNK
 from evo2_megatron.tasks.generation_model import layout_of_generation
 from evo2_megatron.tasks.plan import StagePlan, on_stage, planned_options
-from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CUDA
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule

@@ -25,6 +25,7 @@ from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.data.labelled import Labelled, Labels, is_table, read_labelled
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.tokenizer import encode_sequence
+from evo2_megatron.model import pieces
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import head_tables
 from evo2_megatron.tasks.batch_progress import Words
@@ -54,7 +55,7 @@ def predict_head(
     both_strands: bool | None = None,
     base_ckpt_dir: Path | None = None,
     precision: str | None = None,
-    int8_weights: bool = False,
+    int8_weights: bool | None = None,
     max_batch_tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Predict every sequence of a file; where it has labels, too, also tell how good that is. Call on every process.
@@ -69,7 +70,7 @@ def predict_head(
         both_strands: Mean of the outputs of a sequence and of its reverse complement; None: as in training.
         base_ckpt_dir: Where the backbone is now; None: where it was in training.
         precision: Recipe of number formats; None: the checkpoint's.
-        int8_weights: Keep the weights of the backbone's linear layers in 8 bits.
+        int8_weights: Keep the weights of the backbone's linear layers in 8 bits; None: as in training.
         max_batch_tokens: Most tokens of a forward pass, padding included; None: what suits the device.
 
     Returns:
@@ -88,7 +89,7 @@ def predict_head(
     with distributed.process_groups(ParallelConfig(), seed=run_config.seed):
         first = distributed.rank() == 0
         digest = CheckpointDigest(checkpoint) if first else None
-        how = {"precision": precision, "provider_overrides": {"int8_weights": int8_weights}}
+        how = {"precision": precision, "provider_overrides": _overrides(int8_weights=int8_weights)}
         loaded = load_model(checkpoint, parallel=ParallelConfig(), base_ckpt_dir=base_ckpt_dir, head=True, **how)
         _log_cut(rows.ids, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)
@@ -104,6 +105,11 @@ def predict_head(
             sidecar.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     log_metrics(metrics)
     return metrics
+
+
+def _overrides(**fields: Any) -> dict[str, Any]:
+    """Of the checkpoint's model, where something was asked for."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def find_checkpoint(ckpt_dir: Path) -> Path:
@@ -185,18 +191,20 @@ def run_head(
 
 
 class _HeadRunner:
-    """One forward pass per batch."""
-
-    chunk_length = None
+    """Batches through the language model, in pieces where they are long, and then through the head."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self._model = loaded.model
+        from megatron.core.utils import unwrap_model
+
+        self._model = unwrap_model(loaded.model)
+        self.chunk_length = pieces.chunk_length()
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Batch:
         batch = collate(items)
         tokens_BL, mask_BL = batch["tokens"].to(megatron.device()), batch["loss_mask"].bool().to(megatron.device())
-        return {"outputs": self._model(tokens_BL, mask_BL).float().cpu(), "seq_idx": batch["seq_idx"]}
+        pooled_BH = self._model.pooled_in_pieces(tokens_BL, mask_BL, chunk_length=self.chunk_length)
+        return {"outputs": self._model.prediction_head(pooled_BH).float().cpu(), "seq_idx": batch["seq_idx"]}
 
 
 def to_values(outputs_NC: np.ndarray, provider: HeadProvider) -> np.ndarray:

@@ -8,8 +8,9 @@ piece, V vocabulary rows, H hidden channels, X either of the two.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 from evo2_megatron import layouts
 from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.data.tokenizer import PAD
+from evo2_megatron.model import pieces
+from evo2_megatron.model.pooling import Pool
 from evo2_megatron.ops.zigzag import zigzag_split, zigzag_unsplit
-from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.prediction_settings import CHUNK_LENGTH_CPU, CHUNK_LENGTH_CUDA, Output, Window
+from evo2_megatron.tasks.prediction_settings import Output, Window
 from evo2_megatron.tasks.steps import finished
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class Runner:
         # results are padded to the length asked for; what the layout wants beyond it is cut off again
         self._shown_length = min_length
         self.min_length = max(min_length, layouts.min_sequence_length(layout))
-        self.chunk_length = chunk_length or (CHUNK_LENGTH_CUDA if megatron.on_cuda() else CHUNK_LENGTH_CPU)
+        self.chunk_length = chunk_length or pieces.chunk_length()
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """Results of one batch, on the CPU; None on all pipeline stages but the last.
@@ -147,15 +149,15 @@ class Runner:
 
     def _pooled(self, tokens_BS: Tensor, mask_BS: Tensor) -> Generator[None, None, dict[str, Tensor] | None]:
         """One vector for each sequence, summed up piece by piece."""
-        weight_BS = _pooling_weights(mask_BS, self.output.pooling).to(self._device)
-        sums: dict[str, Tensor] = {}
+        mask_BS, how = mask_BS.to(self._device), self.output.pooling
+        pools: defaultdict[str, Pool] = defaultdict(
+            lambda: Pool(mask_BS, range(how.first, how.last + 1) if isinstance(how, Window) else how)
+        )
         for start, values in self._pieces(tokens_BS):
             for name, values_BCH in values.items():
-                weight_BC = weight_BS[:, start : start + values_BCH.shape[1]]
-                part_BH = torch.einsum("bc,bch->bh", weight_BC, values_BCH.float())
-                sums[name] = part_BH if name not in sums else sums[name] + part_BH
+                pools[name].add(start, values_BCH)
             yield
-        return {name: sum_BH.cpu() for name, sum_BH in sums.items()} or None
+        return {name: pool.vector_BH.cpu() for name, pool in pools.items()} or None
 
     def _pieces(self, tokens_BS: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Run the model, over long sequences piece by piece with its caches; yield (start, results [B, C, ...]).
@@ -200,13 +202,13 @@ class Runner:
             tokens_BS, next_BS: Ids, S a multiple of ``multiple``.
         """
         tokens_BS, next_BS = tokens_BS.to(self._device), next_BS.to(self._device)
-        pieces = self._pieces_from(state, tokens_BS, next_BS, self._chunk(tokens_BS.shape[0]))
-        joined = finished(_joined(pieces, tokens_BS.shape[1]))
+        values = self._pieces_from(state, tokens_BS, next_BS, self._chunk(tokens_BS.shape[0]))
+        joined = finished(_joined(values, tokens_BS.shape[1]))
         return None if joined is None else joined["log_probs"]
 
     def _chunk(self, batch_size: int) -> int:
         """Tokens of a piece; of several sequences at a time the pieces are shorter."""
-        return math.ceil(self.chunk_length / batch_size / self.multiple) * self.multiple
+        return pieces.of_each(self.chunk_length, batch_size, multiple=self.multiple)
 
     def _wanted(self, next_BC: Tensor) -> dict[str, object]:
         if self.output.log_probs is not None:
@@ -253,19 +255,6 @@ def _joined(
             joined[name][:, start : start + part.shape[1]] = part
         yield
     return joined or None
-
-
-def _pooling_weights(mask_BS: Tensor, pooling: Literal["mean", "last"] | Window) -> Tensor:
-    """What each token counts in the pooled vector: float32 [B, S], rows of sum 1, 0 where no base is."""
-    # bases counted from 1: a token in front and masked tags are none
-    number_BS = mask_BS.cumsum(1) * mask_BS
-    if pooling == "last":
-        kept_BS = (number_BS == number_BS.amax(1, keepdim=True)) & (mask_BS > 0)
-    elif pooling == "mean":
-        kept_BS = mask_BS > 0
-    else:
-        kept_BS = (number_BS >= pooling.first) & (number_BS <= pooling.last)
-    return kept_BS / kept_BS.sum(1, keepdim=True).clamp(min=1)
 
 
 def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tensor]:

@@ -12,12 +12,6 @@ from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import Fp8Choice, UserError
 from evo2_megatron.data.record_windows import Windows
 
-CHUNK_LENGTH_CUDA = 65_536
-"""Longer sequences go through the model in pieces of this many tokens: activations then stop growing with length."""
-
-CHUNK_LENGTH_CPU = 4_096
-"""The same without a GPU, where larger tensors than these make, mapped and unmapped every time, cost 6 %."""
-
 LogProbs = Literal["sum", "mean", "per_token"]
 
 BaseValue = Literal["log_prob", "entropy"]

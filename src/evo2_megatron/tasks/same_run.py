@@ -101,6 +101,13 @@ def check_same_precision(own: RunConfig, config: ConfigContainer) -> None:
             f"{own.path.parent} was trained with parameters in {before}, not {now}; resume with the "
             f"--mixed-precision-recipe that it had, or {_ELSEWHERE}"
         )
+    was_narrow = own.model.get("int8_weights", False)
+    if was_narrow != config.model.int8_weights:
+        instead = "resume with it" if was_narrow else "leave it out"
+        raise UserError(
+            f"{own.path.parent} was trained {'with' if was_narrow else 'without'} --int8-weights; {instead}, or "
+            f"{_ELSEWHERE}"
+        )
 
 
 def _differences(trained: RunConfig, provider: StripedHyenaProvider) -> list[tuple[str, Any, Any]]:

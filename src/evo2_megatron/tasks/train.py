@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.checkpoint import layout, load, run_checkpoints
 from evo2_megatron.checkpoint.adapter import check_whole
@@ -201,6 +201,8 @@ def run(
     start: Start,
     forward_step: Callable[..., tuple[Tensor, Any]],
     callbacks: Sequence[Callback] = (),
+    *,
+    unit: Literal["tokens", "samples"] = "tokens",
 ) -> None:
     """Run Megatron Bridge's loop in the folder of a run, which no other run may use meanwhile.
 
@@ -210,6 +212,7 @@ def run(
         start: Where it begins; what belongs to resuming is set in ``config`` here.
         forward_step: One micro-batch through the model, as Bridge asks for it.
         callbacks: What else Bridge is to call.
+        unit: What speed is counted in.
 
     Raises:
         UserError: The folder cannot be used, or a checkpoint cannot be written.
@@ -230,7 +233,7 @@ def run(
     with run_checkpoints.locked(options.run_dir) if first else nullcontext():
         if first:
             run_checkpoints.tidy(options.checkpoint_dir, start.checkpoint if start.resumes else None)
-        _run_loop(config, options, start, forward_step, callbacks)
+        _run_loop(config, options, start, forward_step, callbacks, unit)
 
 
 def _run_loop(
@@ -239,6 +242,7 @@ def _run_loop(
     start: Start,
     forward_step: Callable[..., tuple[Tensor, Any]],
     further: Sequence[Callback],
+    unit: Literal["tokens", "samples"],
 ) -> None:
     from megatron.bridge.training.callbacks import CallbackManager
     from megatron.bridge.training.pretrain import pretrain
@@ -250,6 +254,7 @@ def _run_loop(
     speaks = distributed.rank() == distributed.world_size() - 1  # where Megatron writes its log lines
     progress = TrainingProgress(
         bar=speaks and os.isatty(2) and not options.debug,
+        unit=unit,
         peak_tflops=options.peak_tflops or peak_tflops(precision_recipe(options)),
     )
     callbacks = CallbackManager()
@@ -334,8 +339,9 @@ def _log_plan(options: TrainingOptions, start: Start) -> None:
 def _log_result(options: TrainingOptions, progress: TrainingProgress) -> None:
     # on the first pipeline stage, which has no loss, the log lines of the last have to do
     loss = "" if progress.loss is None else f", loss {progress.loss:.4f} nat per token"
-    speed = progress.num_tokens / progress.step_seconds if progress.num_tokens else 0.0
+    speed = progress.num_units / progress.step_seconds if progress.num_units else 0.0
     logger.info(
-        "Step %s of %s%s, %s tokens in %.1f s of training (%.0f per second); checkpoints in %s", progress.step,
-        options.max_steps, loss, progress.num_tokens, progress.step_seconds, speed, options.checkpoint_dir,
+        "Step %s of %s%s, %s %s in %.1f s of training (%.0f per second); checkpoints in %s", progress.step,
+        options.max_steps, loss, progress.num_units, progress.unit, progress.step_seconds, speed,
+        options.checkpoint_dir,
     )  # fmt: skip

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NUM_FITTED = 256
-"""Sequences that say how the head's norm begins."""
-
 _TOLD_BY_DATA = ("head_weights", "head_target_mean", "head_target_scale")
 """Fields of the head that are computed from the training data."""
 
@@ -65,7 +62,9 @@ def train_head(options: HeadOptions) -> None:
         UserError: Options, data or a checkpoint that cannot work, before any work is done.
     """
     check(options)
-    start = training.find_start(options.of_training(seq_length=1, num_train=1, num_val=0, num_test=0))
+    nominal = options.of_training(seq_length=1, num_train=1, num_val=0, num_test=0)
+    train_lora.check_int8(nominal)
+    start = training.find_start(nominal)
     base = read_run_config(start.base)
     check_whole(base)
     data = _read_data(options, base)
@@ -78,7 +77,7 @@ def train_head(options: HeadOptions) -> None:
         return
     training.enter()
     from evo2_megatron.model.head import forward_step
-    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, WholeTestSet
+    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, FittedNorm, WholeTestSet
 
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
@@ -86,9 +85,12 @@ def train_head(options: HeadOptions) -> None:
     _begin_with(start, config)
     _log_plan(options, of_training, start, data)
     callbacks = [WholeTestSet()] if options.test_data is not None and options.eval_iters is None else []
+    # adapters move what all sequences share, which a norm that looks at what differs would blow up
+    if not start.resumes and not options.lora_finetune:
+        callbacks.append(FittedNorm())
     if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
-    training.run(config, of_training, start, forward_step, callbacks)
+    training.run(config, of_training, start, forward_step, callbacks, unit="samples")
 
 
 def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
@@ -173,6 +175,8 @@ def _config(
         raise UserError(f"the tokenizer in {folder} has {tokens} tokens, the model {rows}; choose another")
     config = pretrain_config(of_training)
     override(config.tokenizer, tokenizer_model=str(folder.absolute()))
+    # Bridge counts operations of a language model that learns
+    override(config.logger, log_throughput=False, log_throughput_to_tensorboard=False)
     if options.save_interval is not None:
         override(config.checkpoint, save_interval=options.save_interval)
     if options.wandb_save_dir is not None:
@@ -222,6 +226,7 @@ def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_
             "vocab_size": vocab_size,
             "should_pad_vocab": False,
             "vortex_style_fp8": False,
+            "int8_weights": options.int8_weights,
             "seq_length": data.seq_length,
             "calculate_per_token_loss": True,
             "head_hidden_size": options.head_hidden_size,
@@ -276,13 +281,9 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
 
     dropped = range(config.model.num_layers, read_run_config(start.base).num_layers)
     stored = load.stored_shapes(start.base)
-    # adapters move what all sequences share, which a norm that looks at what differs would blow up
-    fits_norm = not start.resumes and not config.peft.target_modules
 
     def fill(model: list[StripedHyenaWithHead]) -> list[StripedHyenaWithHead]:
         load_weights(model[0], start.base, stored, dropped_layers=dropped, only=is_backbone)
-        if fits_norm:
-            _fit_norm(model[0], config)
         return model
 
     config.model.register_pre_wrap_hook(fill)
@@ -290,24 +291,6 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
         own = Evo2LoRA(target_modules=config.peft.target_modules, dim=config.peft.dim)
         train_lora.check_modules(own, config.model)
     train_lora.add_adapters(config, distributed.rank())
-
-
-def _fit_norm(model: StripedHyenaWithHead, config: ConfigContainer) -> None:
-    """Let the head's norm begin with what it will see, from training sequences that are the same on all processes."""
-    import torch
-
-    train = config.dataset.training_data()
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.rng.seed))[:_NUM_FITTED]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        pooled = []
-        for places in chosen.split(config.train.micro_batch_size):
-            samples = [train[place] for place in places.tolist()]
-            tokens, mask = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "pool_mask"))
-            pooled.append(model.pooled(tokens.to(megatron.device()), mask.to(megatron.device())))
-        model.prediction_head.begin_with(torch.cat(pooled))
-    model.train(was_training)
 
 
 def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: training.Start, data: _Data) -> None:
@@ -319,3 +302,7 @@ def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: trainin
         "Steps %s to %s of %s samples x %s tokens: %.3g passes over %s samples", start.step, of_training.max_steps,
         options.global_batch_size, data.seq_length, passes, data.num_samples["train"],
     )  # fmt: skip
+    if not options.lora_finetune:
+        logger.info(
+            "The language model does not learn: each sequence goes through it once, and what comes out is kept"
+        )

@@ -13,7 +13,7 @@ from evo2_megatron.checkpoint.adapter import read_adapters, trained_tensors
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.names import is_trained, parameter_shapes
 from evo2_megatron.checkpoint.run_config import RunConfig
-from evo2_megatron.config import UserError
+from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.recipes.options import LORA_TARGETS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def check_options(options: TrainingOptions, given: Collection[str]) -> None:
     """
     if not options.lora_finetune:
         for name in given:
-            if name.startswith("lora_"):
+            if name.startswith("lora_") or name == "int8_weights":
                 raise UserError(f"--{name.replace('_', '-')} goes with --lora-finetune; add that, or leave it out")
         return
+    check_int8(options)
     if options.finetune_ckpt_dir is None:
         raise UserError("--lora-finetune needs a pretrained checkpoint to adapt; give one with --finetune-ckpt-dir")
     if options.lora_dim % options.parallel.tensor:
@@ -47,6 +48,16 @@ def check_options(options: TrainingOptions, given: Collection[str]) -> None:
         )
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout is {options.lora_dropout}; it must be from 0 to below 1")
+
+
+def check_int8(options: TrainingOptions) -> None:
+    """Raise UserError where weights in 8 bits meet a number format that does not go with them."""
+    precision = options.precision or ""
+    if options.int8_weights and (uses_fp8(precision) or precision.startswith("fp16")):
+        raise UserError(
+            f"--int8-weights takes and gives bfloat16, and precision {precision} is something else; choose "
+            "--mixed-precision-recipe bf16_mixed or fp32"
+        )
 
 
 def base_of_own(checkpoint: Path, run_config: RunConfig, options: TrainingOptions) -> Path:
@@ -108,6 +119,7 @@ def check_modules(adapters: Evo2LoRA, provider: StripedHyenaProvider) -> None:
                 f"--lora-target-modules and --lora-skip-freeze-modules: {pattern!r} matches no module with weights; "
                 f"this model has {', '.join(names)}"
             )
+    _check_wide(choice.kept, provider)
     if not trained:
         raise UserError("--lora-target-modules and --lora-skip-freeze-modules leave nothing to train; name modules")
     _check_stages(trained, provider)
@@ -116,6 +128,17 @@ def check_modules(adapters: Evo2LoRA, provider: StripedHyenaProvider) -> None:
         "LoRA: %d parameters of adapters on %d layers and %d of the model's own are trained, %d are frozen",
         _num_parameters(trained.values()) - kept, len(choice.adapted), kept, _num_parameters(whole.values()) - kept,
     )  # fmt: skip
+
+
+def _check_wide(kept: Iterable[str], provider: StripedHyenaProvider) -> None:
+    """What is trained whole must not be in 8 bits."""
+    narrow = {name for name in LORA_TARGETS if provider.int8_weights}
+    for path in sorted(kept):
+        if path.rpartition(".")[2] in narrow:
+            raise UserError(
+                f"--lora-skip-freeze-modules matches {path}, whose weights --int8-weights keeps in 8 bits; give it an "
+                "adapter with --lora-target-modules, or leave --int8-weights out"
+            )
 
 
 def _check_stages(trained: Iterable[str], provider: StripedHyenaProvider) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TextIO
+from typing import Literal, TextIO
 
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
@@ -44,29 +44,33 @@ class TrainingProgress(Callback):
     The losses are on the last pipeline stage, so the bar and Megatron's log lines belong to the last rank.
     """
 
-    def __init__(self, *, bar: bool, peak_tflops: float | None = None) -> None:
+    def __init__(
+        self, *, bar: bool, unit: Literal["tokens", "samples"] = "tokens", peak_tflops: float | None = None
+    ) -> None:
         """Nothing is shown yet.
 
         Args:
             bar: Show a progress bar on stderr, in place of Megatron's log lines.
+            unit: What is counted. Tokens: every sample goes through the whole model, forward and back.
             peak_tflops: 10^12 operations per second that one device can do; None: utilisation is not shown.
         """
+        self.unit = unit
         self.step = 0
         """Optimizer steps done, those of earlier runs included."""
 
         self.loss: float | None = None
         """Loss of the last step, nat per token."""
 
-        self.num_tokens = 0
-        """Tokens trained on in this run, all processes together."""
+        self.num_units = 0
+        """Tokens or samples trained on in this run, all processes together."""
 
         self.step_seconds = 0.0
         """Time spent in training steps: not in evaluation or in writing checkpoints."""
 
         self._wants_bar, self._bar = bar, None
-        self._peak_flops = None if peak_tflops is None else 1e12 * peak_tflops
+        self._peak_flops = None if peak_tflops is None or unit != "tokens" else 1e12 * peak_tflops
         self._rates: dict[str, float] = {}
-        self._since_log = (0, 0.0)  # tokens, seconds
+        self._since_log = (0, 0.0)  # units, seconds
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Called by Bridge when everything is built and loaded."""
@@ -74,9 +78,9 @@ class TrainingProgress(Callback):
         self.step = context.state.train_state.step
         self._last_step = train.train_iters
         model = context.state.cfg.model
-        self._tokens_per_step = train.global_batch_size * model.seq_length
+        self._units_per_step = train.global_batch_size * (model.seq_length if self.unit == "tokens" else 1)
         self._flops_per_token = model._get_num_floating_point_operations(train.global_batch_size) / (
-            self._tokens_per_step * world_size()
+            train.global_batch_size * model.seq_length * world_size()
         )
         self._first_step_end: tuple[int, float] | None = None
         logger.info("%s parameters", f"{total_over_parameters(context.model, torch.Tensor.numel):,}")
@@ -96,9 +100,9 @@ class TrainingProgress(Callback):
         now = time.perf_counter()
         seconds = now - self._step_start
         self.step = context.state.train_state.step + 1
-        self.num_tokens += self._tokens_per_step
+        self.num_units += self._units_per_step
         self.step_seconds += seconds
-        self._since_log = (self._since_log[0] + self._tokens_per_step, self._since_log[1] + seconds)
+        self._since_log = (self._since_log[0] + self._units_per_step, self._since_log[1] + seconds)
         if self.step % context.state.cfg.logger.log_interval == 0:
             self._write_rates(context)
         if "lm loss" in (context.loss_dict or {}):
@@ -107,19 +111,19 @@ class TrainingProgress(Callback):
             self._first_step_end = (self.step, now)
         if self._bar is not None:
             loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
-            self._bar.set_postfix_str(f"{loss}{self._tokens_per_step / seconds:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{loss}{self._units_per_step / seconds:,.0f} {self.unit}/s", refresh=False)
             self._bar.update()
 
     def _write_rates(self, context: CallbackContext) -> None:
         """Speed since the last time, for the log line and, on the rank that has them, TensorBoard and W&B."""
-        tokens, seconds = self._since_log
+        units, seconds = self._since_log
         self._since_log = (0, 0.0)
         self._rates = {
-            "throughput/tokens-per-second": tokens / seconds,
-            "throughput/tokens-per-second/device": tokens / seconds / world_size(),
+            f"throughput/{self.unit}-per-second": units / seconds,
+            f"throughput/{self.unit}-per-second/device": units / seconds / world_size(),
         }
         if self._peak_flops is not None:
-            self._rates["throughput/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
+            self._rates["throughput/mfu"] = units / seconds * self._flops_per_token / self._peak_flops
         writer = context.state.tensorboard_logger
         for tag, value in self._rates.items() if writer else ():
             writer.add_scalar(tag, value, self.step)
@@ -146,13 +150,12 @@ class TrainingProgress(Callback):
         return self._bar is not None
 
     def rates(self) -> str:
-        """What a log line is given: tokens per second and utilisation since the last one, and the time left."""
-        speed, each, utilisation = (
-            self._rates.get(f"throughput/{name}") for name in ("tokens-per-second", "tokens-per-second/device", "mfu")
-        )
-        each = f" tokens per second and process: {each:.1f} |" if world_size() > 1 else ""
+        """What a log line is given: units per second and utilisation since the last one, and the time left."""
+        name = f"{self.unit}-per-second"
+        speed, each, utilisation = (self._rates.get(f"throughput/{name}") for name in (name, f"{name}/device", "mfu"))
+        each = f" {self.unit} per second and process: {each:.1f} |" if world_size() > 1 else ""
         share = "" if utilisation is None else f" model FLOP utilisation: {100 * utilisation:.1f} % |"
-        return f" tokens per second: {speed:.1f} | time left: {self.time_left()} |{each}{share}"
+        return f" {self.unit} per second: {speed:.1f} | time left: {self.time_left()} |{each}{share}"
 
     def time_left(self) -> timedelta:
         """Whole seconds until the last step; evaluations and checkpoints so far are part of the pace.
@@ -170,7 +173,7 @@ class TrainingProgress(Callback):
 def quiet_console(progress: TrainingProgress) -> Iterator[None]:
     """Let through only what a user wants of the hundreds of lines that Megatron prints while a block runs.
 
-    Its log lines get the tokens per second and the time left; under a progress bar they are left out.
+    Its log lines get the speed and the time left; under a progress bar they are left out.
     """
 
     def shown(line: str) -> str | None:
