@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +98,24 @@ def test_squared_error_and_that_unknown_targets_have_no_gradient(head):
     assert count.item() == 3 and "accuracy" not in report and "mse loss" in report
     loss.backward()
     assert outputs.grad.tolist() == [[-1.0, 0.0], [-2.0, -4.0]]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_lengths_are_what_8_bit_products_want(one_process, head, pooling):
+    from evo2_megatron.model.provider import provider_for
+
+    settings = {
+        f.name: getattr(provider_for("evo2_tiny"), f.name) for f in fields(head.StripedHyenaProvider) if f.init
+    }
+    settings |= {"vocab_size": 512, "params_dtype": torch.float32, "bf16": False}
+    provider = head.HeadProvider(**settings, head_outputs=["a", "b"], head_pooling=pooling)
+    provider.finalize()
+    model = provider.provide().eval()
+    tokens_BL, mask_BL = torch.randint(65, 90, (2, 70)), torch.ones(2, 70, dtype=torch.bool)
+    want = model.pooled(tokens_BL, mask_BL)
+    lengths = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+    model.config.fp8 = "hybrid"
+    for got in (model.pooled(tokens_BL, mask_BL), model.pooled_in_pieces(tokens_BL, mask_BL, chunk_length=100)):
+        torch.testing.assert_close(got, want)
+    assert lengths == [96, 64, 32]

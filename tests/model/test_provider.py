@@ -6,6 +6,7 @@ import torch
 
 from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime import cuda_on_cpu
 from helpers import PARAMETERS, tiny_model
 
 EVERY_LAYER = {
@@ -60,6 +61,17 @@ def test_parameters_on_the_meta_device(one_process, model_size):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[model_size]
     tensors = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     assert tensors == expected_tensors(ARCHITECTURES[model_size], 512)
+
+
+@pytest.mark.parametrize("settings", [{}, {"int8_weights": True}])
+def test_all_is_made_on_the_gpu_where_there_is_one(one_process, monkeypatch, settings):
+    if torch.cuda.is_available():
+        assert {value.device.type for value in tiny_model(**settings).state_dict().values()} == {"cuda"}
+        return
+    monkeypatch.setattr("evo2_megatron.model.provider.on_cuda", lambda: True)
+    with cuda_on_cpu.on_device("meta"):  # stands for the GPU
+        model = tiny_model(perform_initialization=False, **settings)
+    assert {name for name, value in model.state_dict().items() if value is not None and not value.is_meta} == set()
 
 
 @pytest.mark.parametrize(

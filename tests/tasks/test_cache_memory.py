@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 
 from evo2_megatron.tasks import cache_memory
 from evo2_megatron.tasks.cache_memory import CACHE_SHARE, memory_limit, tokens_like_weights
@@ -28,3 +29,11 @@ def test_what_fits_while_a_layer_moves(one_process, monkeypatch, pattern, num_at
         assert memory_limit(model, BATCH, layers_move=layers_move) == 999
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     assert tokens_like_weights(model) == weights // (num_attention * per_token)
+
+
+def test_what_pytorch_holds_on_to_is_free(monkeypatch):
+    held = [1000]
+    monkeypatch.setattr(cache_memory.megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", held.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5000 - sum(held), 8000))
+    assert cache_memory._free_bytes() == 5000

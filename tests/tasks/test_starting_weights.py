@@ -54,6 +54,16 @@ def test_weights_that_know_nothing(model, caplog):
     assert loaded == random and "no better there than random ones" in caplog.text
 
 
+def test_weights_that_are_kept_in_8_bits_are_made_again(model):
+    from evo2_megatron.tasks.starting_weights import load_and_compare
+
+    layer = model.decoder.layers[0].mixer.dense
+    model.config.fp8 = "hybrid"
+    # as Transformer Engine's layers are after a first pass
+    load_and_compare(model, lambda: setattr(layer, "is_first_microbatch", False), "fp32")
+    assert layer.is_first_microbatch
+
+
 def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
     from evo2_megatron.model.int8_linear import in_full_width
     from evo2_megatron.tasks.starting_weights import load_and_compare

@@ -6,7 +6,7 @@ Shape legend: L new tokens, B batch, H channels, N heads, C channels per head, S
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,6 +21,9 @@ from evo2_megatron.model.gated_mlp import GatedMLP
 from evo2_megatron.model.inference_state import InferenceState, KeyValueState
 from evo2_megatron.model.layer_specs import layer_modules
 from evo2_megatron.model.torch_modules import causal_attention, one_query_attention
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.provider import StripedHyenaProvider
 
 
 class CachedSelfAttention(SelfAttention):
@@ -96,14 +99,9 @@ class AttentionLayer(TransformerLayer):
         self.self_attention.see(hidden_states, rotary_pos_emb, inference_context)
 
 
-def attention_layer_spec(*, output_bias: bool, int8_weights: bool = False) -> ModuleSpec:
-    """An ``AttentionLayer``: causal self-attention and a gated MLP, each behind its fused norm.
-
-    Args:
-        output_bias: Give the attention's output projection a bias (Arc's models).
-        int8_weights: See ``layer_specs.layer_modules``.
-    """
-    modules = layer_modules(int8_weights=int8_weights)
+def attention_layer_spec(config: StripedHyenaProvider) -> ModuleSpec:
+    """An ``AttentionLayer``: causal self-attention and a gated MLP, each behind its fused norm."""
+    modules = layer_modules(config)
     return ModuleSpec(
         module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
@@ -113,7 +111,7 @@ def attention_layer_spec(*, output_bias: bool, int8_weights: bool = False) -> Mo
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=modules.norm_column_linear,
                     core_attention=modules.core_attention,
-                    linear_proj=_with_bias(modules.row_linear) if output_bias else modules.row_linear,
+                    linear_proj=_with_bias(modules.row_linear) if config.add_attn_proj_bias else modules.row_linear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -28,7 +28,7 @@ class GatedMLP(MLP):
     """``W2 (g(W1 x) * V1 x)``: rows [0, F) of ``linear_fc1`` are the gate, rows [F, 2F) the linear half."""
 
     def __init__(self, config: StripedHyenaProvider, **kwargs: Any) -> None:
-        modules = layer_modules(int8_weights=config.int8_weights)
+        modules = layer_modules(config)
         super().__init__(
             config,
             MLPSubmodules(linear_fc1=modules.norm_column_linear, linear_fc2=modules.row_linear),

@@ -141,6 +141,7 @@ class StripedHyenaWithHead(StripedHyenaModel):
 
     def pooled(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
         """What the head sees, float32 [B, H]; arguments as of ``forward``."""
+        input_ids, pool_mask = self._padded(input_ids, pool_mask)
         pool = Pool(pool_mask, self.config.head_pooling)
         pool.add(0, self.through_layers(input_ids).transpose(0, 1))
         return pool.vector_BH
@@ -153,14 +154,24 @@ class StripedHyenaWithHead(StripedHyenaModel):
             input_ids, pool_mask: As of ``forward``.
             chunk_length: Tokens that go through at a time. None: what suits the device.
         """
+        input_ids, pool_mask = self._padded(input_ids, pool_mask)
         batch_size, num_tokens = input_ids.shape
-        size = pieces.of_each(chunk_length or pieces.chunk_length(), batch_size)
+        size = pieces.of_each(chunk_length or pieces.chunk_length(), batch_size, multiple=self._multiple)
         if num_tokens <= size:
             return self.pooled(input_ids, pool_mask)
         pool, state = Pool(pool_mask, self.config.head_pooling), self.new_inference_state(batch_size, num_tokens)
         for start in range(0, num_tokens, size):
             pool.add(start, self.through_layers(input_ids[:, start : start + size], state).transpose(0, 1))
         return pool.vector_BH
+
+    @property
+    def _multiple(self) -> int:
+        return pieces.LOW_PRECISION_TOKENS if self.config.fp8 or self.config.fp4 else 1
+
+    def _padded(self, *values_BL: Tensor) -> tuple[Tensor, ...]:
+        """Token ids and masks with zeros behind them, for formats that want lengths of their own."""
+        missing = -values_BL[0].shape[1] % self._multiple
+        return tuple(F.pad(value_BL, (0, missing)) for value_BL in values_BL)
 
 
 def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:
@@ -199,10 +210,11 @@ def summed_loss(
     if config.head_task == "classification":
         class_B = targets_BT[:, 0].long()
         loss_BT = F.cross_entropy(outputs_BC, class_B, weight=weights, reduction="none")[:, None]
-        num_right = (outputs_BC.argmax(1) == class_B)[:, None][known_BT].sum()
+        # not an index, whose result has a size that the host waits for
+        num_right = ((outputs_BC.argmax(1) == class_B)[:, None] & known_BT).sum()
     elif config.head_task == "multilabel":
         loss_BT = F.binary_cross_entropy_with_logits(outputs_BC, targets_BT, pos_weight=weights, reduction="none")
-        num_right = ((outputs_BC > 0) == (targets_BT > 0.5))[known_BT].sum()
+        num_right = (((outputs_BC > 0) == (targets_BT > 0.5)) & known_BT).sum()
     else:
         mean_T, scale_T = map(outputs_BC.new_tensor, (config.head_target_mean, config.head_target_scale))
         loss_BT = (outputs_BC - (targets_BT - mean_T) / scale_T).square()

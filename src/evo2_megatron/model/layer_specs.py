@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from evo2_megatron.model.int8_linear import Int8RMSNormColumnLinear, Int8RowLinear
 from evo2_megatron.model.torch_modules import RMSNorm, RMSNormColumnLinear, RowLinear, TorchCoreAttention
 from evo2_megatron.runtime.megatron import have_transformer_engine
+
+if TYPE_CHECKING:
+    from evo2_megatron.model.provider import StripedHyenaProvider
 
 
 class LayerModules(NamedTuple):
@@ -25,16 +30,24 @@ class LayerModules(NamedTuple):
     core_attention: type
 
 
-def layer_modules(*, int8_weights: bool = False) -> LayerModules:
-    """The classes for this machine; ``int8_weights``: linear layers that are loaded to 8 bits, on any device."""
-    plain = _layer_modules()
-    if not int8_weights:
+def uses_transformer_engine(config: StripedHyenaProvider) -> bool:
+    """Whether a model's norms, linear layers and attention are Transformer Engine's: where it is, in 16 bits and less.
+
+    It multiplies float32 in TF32, and of attention in float32 it has only the form that holds all L x L scores.
+    """
+    return have_transformer_engine() and config.params_dtype != torch.float32
+
+
+def layer_modules(config: StripedHyenaProvider) -> LayerModules:
+    """The classes for a model on this machine; with ``int8_weights`` its linear layers are the same on any device."""
+    plain = _layer_modules(config)
+    if not config.int8_weights:
         return plain
     return plain._replace(norm_column_linear=Int8RMSNormColumnLinear, row_linear=Int8RowLinear)
 
 
-def _layer_modules() -> LayerModules:
-    if have_transformer_engine():
+def _layer_modules(config: StripedHyenaProvider) -> LayerModules:
+    if uses_transformer_engine(config):
         from megatron.core.extensions import transformer_engine as te
 
         return LayerModules(

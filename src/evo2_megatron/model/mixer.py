@@ -37,7 +37,7 @@ class HyenaMixer(MegatronModule):
 
     def __init__(self, config: StripedHyenaProvider, symbol: str) -> None:
         super().__init__(config=config)
-        modules = layer_modules(int8_weights=config.int8_weights)
+        modules = layer_modules(config)
         groups = config.process_groups()
         hidden, tp_group = config.hidden_size, groups.tp
         self._split = SplitSequence(groups.cp) if groups.cp.size() > 1 else None
@@ -52,7 +52,8 @@ class HyenaMixer(MegatronModule):
             gather_output=False,
             bias=False,
             skip_bias_add=False,
-            tp_comm_buffer_name="intermediate",
+            # Transformer Engine overlaps communication for four names; an attention layer's have these shapes
+            tp_comm_buffer_name="qkv",
             **linear,
         )
         self.hyena_proj_conv = DepthwiseFilter(config, 3 * hidden, INPUT_FILTER_LENGTH)
@@ -64,7 +65,7 @@ class HyenaMixer(MegatronModule):
             input_is_parallel=True,
             bias=True,
             skip_bias_add=True,
-            tp_comm_buffer_name="intermediate",
+            tp_comm_buffer_name="proj",
             **linear,
         )
 

@@ -12,6 +12,10 @@ CHUNK_LENGTH_CUDA = 65_536
 CHUNK_LENGTH_CPU = 4_096
 """Larger tensors than these make, mapped and unmapped every time, cost 6 %."""
 
+LOW_PRECISION_TOKENS = 32
+"""What a process's number of tokens must be divisible by for products of 8 or 4 bits: rows of a block of MXFP8, the
+largest of all formats."""
+
 
 def chunk_length() -> int:
     """Tokens of a piece that suit the device."""

@@ -21,10 +21,11 @@ from evo2_megatron import layouts
 from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture, architecture
 from evo2_megatron.config import UserError
 from evo2_megatron.model.flops import training_flops
+from evo2_megatron.model.layer_specs import uses_transformer_engine
 from evo2_megatron.model.loss import LOWERCASE_WEIGHT, Normalization
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.ops.backends import can_run_compiled
-from evo2_megatron.runtime.megatron import have_transformer_engine, on_cuda
+from evo2_megatron.runtime.megatron import on_cuda
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +163,11 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
 
     def _fit_to_machine(self) -> None:
         """The only place where the configuration depends on the machine."""
-        with_te = have_transformer_engine()
+        with_te = uses_transformer_engine(self)
         self.transformer_impl = "transformer_engine" if with_te else "local"
-        # local turns Transformer Engine's backends off; without it the name has no other effect
-        self.attention_backend = AttnBackend.flash if with_te else AttnBackend.local
+        # read by Transformer Engine alone, once for all models of a process. Flash would mean the package flash-attn
+        # and nothing else; from Hopper on Transformer Engine takes cuDNN's kernel even where that is, too
+        self.attention_backend = AttnBackend.auto
         self.apply_rope_fusion = with_te
         self.persist_layer_norm = with_te
         self.masked_softmax_fusion = with_te

@@ -6,8 +6,8 @@ Shape legend: L tokens, B batch, H channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.enums import Fp8Recipe
+from megatron.core.fp4_utils import get_fp4_context
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -43,6 +44,16 @@ def stage_layers(num_layers: int, *, stage: int, num_stages: int) -> range:
     return range(start, start + size + (stage >= first_larger))
 
 
+def _quantized(
+    config: StripedHyenaProvider, layer: int = -1, *, is_init: bool = False
+) -> AbstractContextManager[object]:
+    """Within it, Transformer Engine's layers multiply 8 or 4 bits if the recipe says so, of this layer (-1: of any).
+
+    With ``is_init`` they are made with such parameters instead, if the recipe says that.
+    """
+    return (get_fp4_context if config.fp4 else get_fp8_context)(config, layer, is_init)
+
+
 class HyenaStack(MegatronModule):
     """This pipeline stage's contiguous share of the layers, and on the last stage the final norm."""
 
@@ -55,12 +66,12 @@ class HyenaStack(MegatronModule):
         self.layers = nn.ModuleList()
         for index in stage_layers(config.num_layers, stage=groups.pp.rank(), num_stages=groups.pp.size()):
             symbol = config.hybrid_override_pattern[index]
-            with get_fp8_context(config, index, is_init=True):
+            with _quantized(config, index, is_init=True):
                 if symbol == "*":
                     # a TransformerLayer adds to its number what the layers before its stage would be if all were equal
                     added = get_transformer_layer_offset(config, pp_rank=groups.pp.rank())
                     layer = build_module(
-                        attention_layer_spec(output_bias=config.add_attn_proj_bias, int8_weights=config.int8_weights),
+                        attention_layer_spec(config),
                         config=config,
                         layer_number=index + 1 - added,
                         pg_collection=groups,
@@ -70,7 +81,7 @@ class HyenaStack(MegatronModule):
             self.layers.append(layer)
         self.final_norm = None
         if post_process:
-            self.final_norm = layer_modules().norm(
+            self.final_norm = layer_modules(config).norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
 
@@ -100,7 +111,7 @@ class HyenaStack(MegatronModule):
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
-        with get_fp8_context(self.config) if self._one_fp8_context() else nullcontext():
+        with _quantized(self.config) if self._one_fp8_context() else nullcontext():
             if self.training and self.config.recompute_granularity == "full":
                 hidden_states = self._forward_recomputed(hidden_states, rotary_pos_emb)
             elif hidden_after_layers is None:
@@ -136,7 +147,7 @@ class HyenaStack(MegatronModule):
         if isinstance(hidden_states, WrappedTensor):  # of which no caller holds what is in it
             hidden_states = hidden_states.unwrap()
         for layer in self.layers[start:end]:
-            with nullcontext() if self._one_fp8_context() else get_fp8_context(self.config, layer.layer_number - 1):
+            with nullcontext() if self._one_fp8_context() else _quantized(self.config, layer.layer_number - 1):
                 if len(hidden_states) > 1 and self._gives_the_last_token(layer, inference_context):
                     layer.see(hidden_states[:-1], rotary_pos_emb[:-1], inference_context)
                     with inference_context.ahead(len(hidden_states) - 1):
@@ -181,11 +192,18 @@ class HyenaStack(MegatronModule):
             def run(hidden: Tensor, rotary: Tensor, start: int = start, end: int = end) -> Tensor:
                 return self._forward_layers(start, end, hidden, rotary)
 
-            hidden_states = tensor_parallel.checkpoint(
-                run, self.config.distribute_saved_activations, hidden_states, rotary_pos_emb
-            )
+            hidden_states = self._checkpoint(run, hidden_states, rotary_pos_emb)
         done = num_layers if uniform else len(starts)
         return self._forward_layers(done, num_layers, hidden_states, rotary_pos_emb)
+
+    def _checkpoint(self, run: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        distribute = self.config.distribute_saved_activations
+        if not (self.config.fp8 or self.config.fp4):
+            return tensor_parallel.checkpoint(run, distribute, *arguments)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        # the backward pass is outside the context for 8 bits around the whole forward pass: this one enters it again
+        return te_checkpoint(run, distribute, tensor_parallel.random.get_cuda_rng_tracker, self.tp_group, *arguments)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

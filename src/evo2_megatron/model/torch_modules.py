@@ -42,7 +42,9 @@ _UNMASKED_QUERIES = 64
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
-    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
+    # where Megatron's own layers have theirs: a model computes before Bridge moves it to the GPU
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
     # its gradient is a sum over tokens, which sequence parallelism spreads over the tensor-parallel processes
     weight.sequence_parallel = config.sequence_parallel
     return weight

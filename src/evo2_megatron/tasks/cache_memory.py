@@ -50,6 +50,7 @@ def tokens_like_weights(model: StripedHyenaModel) -> int:
 
 def _free_bytes() -> int:
     if megatron.on_cuda():
+        torch.cuda.empty_cache()  # what loading and a self-test took, and PyTorch holds on to
         return torch.cuda.mem_get_info()[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -128,10 +128,10 @@ def decoder_of(loaded: LoadedModel) -> StripedHyenaModel:
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out
     model = unwrap_model(loaded.model)
-    if model.config.fp8:
+    if model.config.fp8 or model.config.fp4:
         from megatron.core.fp8_utils import prepare_model_for_fp8_inference
 
-        # 8-bit matrix products want multiples of 8 or 16 rows, and a decoding step has one: pads them
+        # such matrix products want multiples of 8 or 16 rows, and a decoding step has one: pads them
         prepare_model_for_fp8_inference(model)
     return model
 

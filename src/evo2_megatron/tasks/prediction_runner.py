@@ -266,7 +266,7 @@ def _of_all(values: Tensor, group: torch.distributed.ProcessGroup) -> list[Tenso
 def _precision_multiple(provider: StripedHyenaProvider, precision: str) -> int:
     """What the number of tokens that a process has must be divisible by for 8-bit products."""
     if provider.fp8 or provider.fp4 or uses_fp8(precision):
-        return 32  # rows of a block of MXFP8, the largest of all formats
+        return pieces.LOW_PRECISION_TOKENS
     return 1
 
 

@@ -42,6 +42,8 @@ def load_and_compare(stage: MegatronModule, load: Callable[[], None], precision:
     narrow = unwrap_model(stage).config.int8_weights
     before = None if narrow else _loss(stage, precision)
     load()
+    # Transformer Engine keeps weights in 8 bits from the first pass on, until it is told that there are new ones
+    stage.set_is_first_microbatch()
     after = _loss(stage, precision)
     stage.train(was_training)
     if after is None or distributed.rank() != distributed.world_size() - 1:
