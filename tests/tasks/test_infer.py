@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import cache_memory, self_test
@@ -240,3 +241,18 @@ def test_two_processes_give_the_records_of_one(checkpoint, tmp_path, layout):
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert got == infer(PROMPTS, checkpoint, GenerationSettings(max_new_tokens=8))
     assert done.stdout.count("Generated Text ===") == len(PROMPTS), "one process prints"
+
+
+def test_adapters_in_an_8_bit_recipe(checkpoint, tmp_path):
+    """What pads single tokens there does not know what a layer with an adapter returns."""
+    from evo2_megatron.checkpoint.load import load_model
+    from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks.generation_model import decoder_of
+
+    adapters = write_tiny_adapters(tmp_path, checkpoint)
+    with process_groups(ParallelConfig()):
+        loaded = load_model(adapters, parallel=ParallelConfig())
+        assert decoder_of(loaded) is loaded.model
+        loaded.model.config.fp8 = "e4m3"
+        with pytest.raises(UserError, match="cannot generate with LoRA adapters .*; merge them with evo2_merge_lora"):
+            decoder_of(loaded)

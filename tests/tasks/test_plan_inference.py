@@ -117,7 +117,8 @@ def test_command(megatron, capsys):
         (["--for", "score", "--micro-batch-size", "2"], "--micro-batch-size says nothing about --for score"),
         (["--for", "generate", "--no-activation-checkpointing"], "--no-activation-checkpointing says nothing"),
         (["--num-sequences", "2"], "--num-sequences says nothing about --for train"),
-        (["--int8-weights"], "--int8-weights says nothing about --for train"),
+        (["--int8-weights"], "--int8-weights goes with --lora-finetune"),
+        (["--for", "score", "--lora-finetune"], "--lora-finetune says nothing about --for score"),
     ],
 )
 def test_flags_of_another_use(flags, message, capsys):

@@ -123,12 +123,21 @@ def _load(
 
 
 def decoder_of(loaded: LoadedModel) -> StripedHyenaModel:
-    """The part of a loaded model that generates; the whole goes on to score as before."""
+    """The part of a loaded model that generates; the whole goes on to score as before.
+
+    Raises:
+        UserError: Adapters in an 8-bit recipe, which Megatron cannot run one token at a time.
+    """
     from megatron.core.utils import unwrap_model
 
     # of the wrapper for 16 bits, which only casts what goes in and comes out
     model = unwrap_model(loaded.model)
     if model.config.fp8 or model.config.fp4:
+        if loaded.run_config.is_lora:
+            raise UserError(
+                f"precision {loaded.precision} cannot generate with LoRA adapters beside the weights; merge them with "
+                "evo2_merge_lora, or choose --mixed-precision-recipe bf16_mixed"
+            )
         from megatron.core.fp8_utils import prepare_model_for_fp8_inference
 
         # such matrix products want multiples of 8 or 16 rows, and a decoding step has one: pads them
