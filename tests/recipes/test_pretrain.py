@@ -154,6 +154,8 @@ LANDS = [
     ("--lora-finetune --lora-dropout 0.25", "peft.dropout", 0.25),
     ("--lora-finetune --lora-target-modules dense,*.linear_fc1", "peft.target_modules", ["dense", "*.linear_fc1"]),
     ("--lora-finetune --lora-skip-freeze-modules final_norm", "peft.skip_freeze_modules", ["final_norm"]),
+    ("--lora-finetune --int8-weights", "model.int8_weights", True),
+    ("--lora-finetune --int8-weights", "logger.log_params_norm", False),
     ("--log-interval 3", "logger.log_interval", 3),
     ("--log-interval 0", "logger.log_interval", 10),
     ("--disable-tensorboard-logger", "logger.tensorboard_dir", None),
