@@ -78,6 +78,7 @@ def run(megatron, tmp_path_factory):
     return root, samples[:12]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_training(classifier, run):
     root, samples = run
     sequences, labels = ([sample[key] for sample in samples] for key in ("sequence", "label"))
@@ -91,6 +92,7 @@ def test_scores_are_those_of_the_training(classifier, run):
     assert np.array_equal(classifier.predict(**arguments)["predictions"], logits.argmax(1))
 
 
+@pytest.mark.slow
 def test_counts(classifier, run):
     H, h, C, base, F, rank = 128, 16, 2, 884_192, 352, 4
     head = 2 * H + (H + 1) * h + (h + 1) * C
@@ -106,6 +108,7 @@ def test_counts(classifier, run):
     }
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_kind(classifier, run):
     with pytest.raises(UserError, match="has no prediction head"):
         classifier.predict(trained_ckpt_dir=run[0] / "base", sequences=["ACGT"])
@@ -113,6 +116,7 @@ def test_a_checkpoint_of_another_kind(classifier, run):
         classifier.count_params_from_checkpoint(run[0] / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sequences, message",
     [(["ACGT", ""], "sequence 2: sequence is ''"), ([3], "sequence 1: "), ("ACGT", "give a list")],
@@ -122,6 +126,7 @@ def test_sequences_that_are_none(classifier, run, sequences, message):
         classifier.predict(trained_ckpt_dir=run[0] / "run", sequences=sequences)
 
 
+@pytest.mark.slow
 def test_no_sequences(classifier, run):
     result = classifier.predict(trained_ckpt_dir=run[0] / "run", sequences=[], return_logits=True)
     assert result["predictions"].shape == (0,) and result["logits"].shape == (0, 2)

@@ -287,7 +287,8 @@ def test_verification_notices_a_wrong_conversion(state, result, tmp_path):
     assert not left_behind(result)
 
 
-@pytest.mark.parametrize("unfused_names", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unfused_names", [True, False])
 def test_training_starts_from_a_converted_checkpoint(state, result, tmp_path, unfused_names):
     folder = savanna_to_mbridge(save(state, tmp_path / "model.pt"), result, unfused_names=unfused_names)
     flags = {
