@@ -35,6 +35,20 @@ def test_snapshot_is_not_what_training_goes_on_to_change(repairs):
     assert (file, key, in_bytes, item) == ("file", "key", ["b"], "item")
 
 
+def test_operations_beside_frozen_weights(repairs):
+    """Bridge's own count is of a Transformer with the layers that it knows the letters of."""
+    from megatron.bridge.training.utils import flop_utils, train_utils
+
+    from evo2_megatron.model.lora import Evo2LoRA
+    from evo2_megatron.model.provider import provider_for
+
+    model = provider_for("evo2_tiny", vocab_size=512, seq_length=64)
+    for peft, share in ((None, 1), (Evo2LoRA(), 2 / 3)):
+        for module in (flop_utils, train_utils):
+            found = module.num_floating_point_operations(SimpleNamespace(model=model, peft=peft), 3)
+            assert found == pytest.approx(share * model._get_num_floating_point_operations(3))
+
+
 class UpstreamOptimizer:
     """The methods that are repaired, as Megatron Core 0.16.1's distributed optimizer has them."""
 

@@ -28,6 +28,7 @@ def started(megatron, monkeypatch):
         model=SimpleNamespace(seq_length=16, _get_num_floating_point_operations=lambda batch_size: 16e9 * batch_size),
         logger=SimpleNamespace(log_interval=1),
         checkpoint=SimpleNamespace(save_interval=5),
+        peft=None,
     )
     scalars = []
     writer = SimpleNamespace(add_scalar=lambda *event: scalars.append(event))

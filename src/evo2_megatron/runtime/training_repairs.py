@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
-machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And a
-defect of the curves that it leaves, and one of how it ends by Ctrl-C.
+machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And two
+defects of the curves that it leaves, and one of how it ends by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ def install() -> None:
     """Put the repairs that this machine needs in place; call after ``megatron.enter``."""
     from megatron.bridge.data import loaders
     from megatron.bridge.training import pretrain
+    from megatron.bridge.training.utils import flop_utils, train_utils
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
 
     _repair_sample_counts(loaders)
     _name_test_losses(pretrain)
+    # Megatron Bridge 0.3.1 counts what a run with adapters computes as if the model were a Transformer. Ends when it
+    # asks the model there, too
+    flop_utils.num_floating_point_operations = train_utils.num_floating_point_operations = operations_of_step
     _repair_padded_buckets(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
@@ -64,6 +68,16 @@ def samples_left(train: Any, step: int) -> tuple[int, int]:
     evaluations = train.train_iters // train.eval_interval - step // train.eval_interval + 1
     steps = train.train_iters - step
     return steps * train.global_batch_size, evaluations * train.eval_iters * train.global_batch_size
+
+
+def operations_of_step(config: Any, batch_size: int = 1) -> float:
+    """Operations of an optimizer step over so many samples, all processes together, by the model's own count.
+
+    Two thirds of it where weights are frozen: there are no gradients of weights then but for what is trained beside
+    them, which does not count, as adapters do not.
+    """
+    whole = config.model._get_num_floating_point_operations(batch_size)
+    return whole if config.peft is None else whole * 2 / 3
 
 
 def _name_test_losses(pretrain: Any) -> None:

@@ -13,6 +13,7 @@ from evo2_megatron.config import ParallelConfig, UserError, uses_fp8
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.recipes.published import training_options
 from evo2_megatron.runtime import megatron, quiet_loggers
+from evo2_megatron.runtime.training_repairs import operations_of_step
 from evo2_megatron.tasks import train_lora
 
 if TYPE_CHECKING:
@@ -143,9 +144,9 @@ def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int)
     from evo2_megatron.tasks.plan_step import step_config
 
     with fake_processes(whole.parallel, rank=0, world_size=1):
-        model = step_config(whole, vocab_size).model
-        parameters = sum(p.numel() for p in model.provide().parameters())
-        flops = model._get_num_floating_point_operations(options.global_batch_size)
+        config = step_config(whole, vocab_size)
+        parameters = sum(p.numel() for p in config.model.provide().parameters())
+        flops = operations_of_step(config, options.global_batch_size)
     return Plan(stages=stages, parameters=parameters, model_flops=flops)
 
 

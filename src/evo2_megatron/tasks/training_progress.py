@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from evo2_megatron.runtime import quiet_loggers
 from evo2_megatron.runtime.distributed import total_over_parameters, world_size
+from evo2_megatron.runtime.training_repairs import operations_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,7 @@ class TrainingProgress(Callback):
         self._last_step = train.train_iters
         model = context.state.cfg.model
         self._units_per_step = train.global_batch_size * (model.seq_length if self.unit == "tokens" else 1)
-        self._flops_per_token = model._get_num_floating_point_operations(train.global_batch_size) / (
-            train.global_batch_size * model.seq_length * world_size()
-        )
+        self._flops_per_token = operations_of_step(context.state.cfg) / (model.seq_length * world_size())
         self._first_step_end: tuple[int, float] | None = None
         logger.info("%s parameters", f"{total_over_parameters(context.model, torch.Tensor.numel):,}")
         if self._wants_bar:
