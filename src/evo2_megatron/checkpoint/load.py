@@ -254,6 +254,8 @@ def _provider(
             "should_pad_vocab": False,
             # every weight is about to be overwritten
             "perform_initialization": False,
+            # on a GPU Megatron compiles that at run time: seconds, a C compiler, and again for other lengths
+            "bias_dropout_fusion": False,
         }
         | overrides
     )
