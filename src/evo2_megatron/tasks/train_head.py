@@ -227,6 +227,7 @@ def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_
             "should_pad_vocab": False,
             "vortex_style_fp8": False,
             "int8_weights": options.int8_weights,
+            "bias_dropout_fusion": False,  # compiled on a GPU, for each length again
             "seq_length": data.seq_length,
             "calculate_per_token_loss": True,
             "head_hidden_size": options.head_hidden_size,
