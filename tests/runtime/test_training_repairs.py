@@ -35,6 +35,13 @@ def test_snapshot_is_not_what_training_goes_on_to_change(repairs):
     assert (file, key, in_bytes, item) == ("file", "key", ["b"], "item")
 
 
+def test_a_writer_that_has_ended_is_forgotten_in_silence(repairs):
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    assert not torch.distributed.is_initialized()
+    PersistentAsyncCaller().close()
+
+
 class UpstreamOptimizer:
     """The methods that are repaired, as Megatron Core 0.16.1's distributed optimizer has them."""
 
