@@ -93,3 +93,17 @@ def test_what_learns(model):
 
 def test_processes_tell_each_other():
     launch(Path(__file__).with_name("frozen_features_worker.py"))
+
+
+def test_padding_is_not_computed(model, monkeypatch):
+    from evo2_megatron.model.frozen_features import FrozenFeatures
+
+    through_layers, shapes = model.through_layers, []
+
+    def noted(input_ids, *args):
+        shapes.append(tuple(input_ids.shape))
+        return through_layers(input_ids, *args)
+
+    monkeypatch.setattr(model, "through_layers", noted)
+    FrozenFeatures(model)(*pad([b"ACG", b"ACGTA"], 30))
+    assert shapes == [(2, 5)]

@@ -49,6 +49,13 @@ def test_operations_beside_frozen_weights(repairs):
             assert found == pytest.approx(share * model._get_num_floating_point_operations(3))
 
 
+def test_a_writer_that_has_ended_is_forgotten_in_silence(repairs):
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    assert not torch.distributed.is_initialized()
+    PersistentAsyncCaller().close()
+
+
 class UpstreamOptimizer:
     """The methods that are repaired, as Megatron Core 0.16.1's distributed optimizer has them."""
 

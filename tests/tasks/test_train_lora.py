@@ -31,6 +31,10 @@ def runs(megatron, tmp_path_factory):
     halves = whole | {"result_dir": root / "halves"}
     kept = whole | {"result_dir": root / "kept", "lora_skip_freeze_modules": KEPT, "max_steps": 2, "eval_interval": 2}
     narrow = whole | {"result_dir": root / "narrow", "int8_weights": True}
+    half = root / "half"
+    shutil.copytree(base.parent, half)
+    described = half / base.name / "run_config.yaml"
+    described.write_text(yaml.safe_dump(run_config(half / base.name) | {"mixed_precision": "fp16_mixed"}))
     named = {
         "whole": whole,
         "first half": halves | {"early_stop_on_step": 3},
@@ -45,6 +49,7 @@ def runs(megatron, tmp_path_factory):
         "8 bits": narrow | {"early_stop_on_step": 3},
         "8 bits on": narrow,
         "wide on": narrow | {"int8_weights": False, "max_steps": 7},
+        "8 bits of half": narrow | {"result_dir": root / "other", "finetune_ckpt_dir": half},
         "8 bits trained": narrow
         | {"result_dir": root / "other", "lora_skip_freeze_modules": ["*.layers.1.*.dense"]}
         | {"lora_target_modules": ["linear_fc1"]},
@@ -141,6 +146,7 @@ def test_merged_they_are_wide(runs, tmp_path):
         ("nothing", "leave nothing to train"),
         ("no attention", "has hybrid_override_pattern SDHS, but"),
         ("wide on", "was trained with --int8-weights; resume with it, or"),
+        ("8 bits of half", "--int8-weights takes and gives bfloat16, and precision fp16_mixed is something else"),
         ("8 bits trained", "matches decoder.layers.1.mixer.dense, whose weights --int8-weights keeps in 8 bits"),
     ],
 )

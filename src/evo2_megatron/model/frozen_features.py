@@ -58,7 +58,10 @@ class FrozenFeatures:
         device = next(self._model.parameters()).device
         for part in (self._model.embedding, self._model.decoder):
             part.eval()  # no dropout, no recomputation; nothing in them learns
-        pooled_NH = self._model.pooled_in_pieces(tokens_BL[rows].to(device), mask_BL[rows].to(device))
+        # samples are padded to the longest of all, and most are much shorter
+        length = int(mask_BL[rows].any(0).nonzero().max()) + 1
+        tokens_NL, mask_NL = (values_BL[rows, :length].to(device) for values_BL in (tokens_BL, mask_BL))
+        pooled_NH = self._model.pooled_in_pieces(tokens_NL, mask_NL)
         # rows of their own: none keeps the others of its batch in memory
         return {key: vector_H.clone() for key, vector_H in zip(new, pooled_NH.cpu())}
 

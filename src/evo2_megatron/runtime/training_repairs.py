@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
 machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And two
-defects of the curves that it leaves, and one of how it ends by Ctrl-C.
+defects of the curves that it leaves, and two of how it ends, by Ctrl-C and by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def install() -> None:
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
     PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
+    _close_writer_once(PersistentAsyncCaller)
     if not megatron.on_cuda():
         _keep_random_state_when_loading_data()
 
@@ -231,6 +232,22 @@ def _keep_random_state_when_loading_data() -> None:
             torch.set_rng_state(state)
 
     DataLoader.__iter__ = iterate
+
+
+def _close_writer_once(cls: Any) -> None:
+    """Megatron Core 0.16.1 closes the writer of checkpoints once more when it is forgotten, after the process groups,
+    and asks for its rank then: a traceback below a run that went well.
+
+    Ends when ``close`` looks for a process first.
+    """
+    upstream = cls.close
+
+    @functools.wraps(upstream)
+    def close(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.process is not None:
+            upstream(self, *args, **kwargs)
+
+    cls.close = close
 
 
 def write_checkpoints(*args: Any) -> None:

@@ -75,6 +75,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
         same_run.check_same_layout(start.checkpoint, options)
     if start.checkpoint is not None:
         options = _with_defaults_of(start, options, given)
+        train_lora.check_int8(options)  # the precision may be the checkpoint's
     options = train_checks.fit_to_machine(options)
     end = min(options.max_steps, options.early_stop_on_step or options.max_steps)
     if start.step >= end:
