@@ -136,6 +136,7 @@ def plain_and_compiled():
 
 
 @pytest.mark.any_device
+@pytest.mark.slow
 def test_compiled_kernels_give_the_same_gradients(one_process, plain_and_compiled):
     ids = torch.randint(0, 512, (2, 130), device=next(plain_and_compiled[0].parameters()).device)
     losses, gradients = [], []

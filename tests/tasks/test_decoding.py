@@ -15,7 +15,7 @@ from evo2_megatron.tasks.sampling import Sampling
 from helpers import TOLERANCE, random_tokens, sensitive_model
 
 
-@pytest.fixture(scope="module", params=["evo2_tiny", "striped_hyena_tiny_nv"])
+@pytest.fixture(scope="module", params=["evo2_tiny", pytest.param("striped_hyena_tiny_nv", marks=pytest.mark.slow)])
 def model(one_process, request):
     return sensitive_model(request.param)
 

@@ -28,7 +28,7 @@ def test_activations_are_what_a_real_step_takes(megatron, monkeypatch, pattern, 
     assert planned == pytest.approx(of_training_step(**given), rel=0.015)
 
 
-@pytest.mark.parametrize("int8_weights", [False, True])
+@pytest.mark.parametrize("int8_weights", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters(megatron, monkeypatch, caplog, int8_weights):
     as_on_a_cpu(monkeypatch)
     caplog.set_level(logging.INFO)
