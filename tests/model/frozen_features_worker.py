@@ -8,21 +8,15 @@ import torch
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.data.labelled_dataset import pad
 from evo2_megatron.runtime.distributed import process_groups, rank
-from model.test_frozen_features import SEQUENCES, head_model, pooled_alone
+from model.test_frozen_features import SEQUENCES, count_passes, head_model, pooled_alone
 from processes import fork
 
 
 def check() -> None:
     with process_groups(ParallelConfig()):
-        model, sizes = head_model(), []
+        model = head_model()
         expected = torch.stack([pooled_alone(model, sequence) for sequence in SEQUENCES])
-        through_layers = model.through_layers
-
-        def counted(input_ids, *args):
-            sizes.append(len(input_ids))
-            return through_layers(input_ids, *args)
-
-        model.through_layers = counted
+        sizes = count_passes(model)
         mine = [[0, 1], [2, 0]][rank()]
         for rows in (mine, [2, 1], [0, 3]):
             got = model.frozen_features(*pad([SEQUENCES[row] for row in rows], 30))

@@ -33,17 +33,21 @@ def model(one_process):
     return head_model()
 
 
-@pytest.fixture
-def passes(model, monkeypatch):
-    """Sequences of each pass through the model."""
+def count_passes(model):
+    """From now on, the sequences of each pass through the model."""
     sizes, through_layers = [], model.through_layers
 
     def counted(input_ids, *args):
         sizes.append(len(input_ids))
         return through_layers(input_ids, *args)
 
-    monkeypatch.setattr(model, "through_layers", counted)
+    model.through_layers = counted
     return sizes
+
+
+@pytest.fixture
+def passes(model):
+    return count_passes(model)
 
 
 def pooled_alone(model, sequence):

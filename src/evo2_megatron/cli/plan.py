@@ -26,15 +26,6 @@ _RECOMPUTE = (
     "--activation-checkpoint-recompute-num-layers",
 )
 
-_LORA = (
-    "--lora-finetune",
-    "--lora-dim",
-    "--lora-alpha",
-    "--lora-dropout",
-    "--lora-target-modules",
-    "--lora-skip-freeze-modules",
-)
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train_evo2 that decide about memory, and the machine."""
@@ -102,7 +93,8 @@ def _main(argv: Sequence[str] | None) -> None:
         _refuse(args, "--num-sequences", "--chunk-length")
         _plan_training(args)
     else:
-        _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE, *_LORA)
+        lora = (f"--{name.replace('_', '-')}" for name in training_groups.lora(args) if name != "int8_weights")
+        _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE, *lora)
         _plan_inference(args)
 
 

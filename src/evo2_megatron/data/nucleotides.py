@@ -8,7 +8,11 @@ complement of A is T: the reverse complement of RNA is DNA. Everything else (gap
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TypeVar
+
+logger = logging.getLogger(__name__)
 
 Sequence = TypeVar("Sequence", bytes, str)
 
@@ -55,6 +59,23 @@ def letter_of_no_base(sequence: bytes) -> str | None:
     """
     found = sequence.upper().translate(None, _NOT_ASKED_ABOUT)
     return chr(found[0]) if found and not any(sign in sequence for sign in b"|_;<") else None
+
+
+def log_no_dna(letters: Mapping[str, str], total: int, what: str) -> None:
+    """Warn in one line of letters that no DNA has, if there are any.
+
+    Args:
+        letters: Names of those that have one, and what ``letter_of_no_base`` gives for each.
+        total: How many were looked at.
+        what: Sequences or prompts.
+    """
+    if letters:
+        name, letter = next(iter(letters.items()))
+        logger.warning(
+            "%d of %d %s have letters that no DNA has; the first is %r in %r. They are tokens as they are, which "
+            "models of DNA do not know: give the DNA of a protein, and T for U",
+            len(letters), total, what, letter, name,
+        )  # fmt: skip
 
 
 def transcribe(sequence: Sequence) -> Sequence:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evo2_megatron.model.pooling import without_padding
+
 if TYPE_CHECKING:
     from evo2_megatron.model.head import StripedHyenaWithHead
 
@@ -59,9 +61,8 @@ class FrozenFeatures:
         for part in (self._model.embedding, self._model.decoder):
             part.eval()  # no dropout, no recomputation; nothing in them learns
         # samples are padded to the longest of all, and most are much shorter
-        length = int(mask_BL[rows].any(0).nonzero().max()) + 1
-        tokens_NL, mask_NL = (values_BL[rows, :length].to(device) for values_BL in (tokens_BL, mask_BL))
-        pooled_NH = self._model.pooled_in_pieces(tokens_NL, mask_NL)
+        tokens_NL, mask_NL = without_padding(tokens_BL[rows], mask_BL[rows])
+        pooled_NH = self._model.pooled_in_pieces(tokens_NL.to(device), mask_NL.to(device))
         # rows of their own: none keeps the others of its batch in memory
         return {key: vector_H.clone() for key, vector_H in zip(new, pooled_NH.cpu())}
 

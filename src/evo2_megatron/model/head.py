@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evo2_megatron.model import pieces
 from evo2_megatron.model.frozen_features import FrozenFeatures
-from evo2_megatron.model.pooling import Pool, Pooling
+from evo2_megatron.model.pooling import Pool, Pooling, without_padding
 from evo2_megatron.model.provider import StripedHyenaProvider
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime import megatron
@@ -177,11 +177,10 @@ class StripedHyenaWithHead(StripedHyenaModel):
 def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:
     """One micro-batch, as Bridge's training loop asks for it: outputs [B, C], and what makes the loss of them."""
     batch = next(data_iterator)
-    # a micro-batch is as long as its longest sequence; what is beyond is padding in all
-    length = int(batch["pool_mask"].any(0).nonzero().max()) + 1
-    tokens_BL, mask_BL = (batch[name][:, :length] for name in ("tokens", "pool_mask"))
+    tokens_BL, mask_BL = batch["tokens"], batch["pool_mask"]
     device, inner = megatron.device(), unwrap_model(model)
     if inner.backbone_learns:
+        tokens_BL, mask_BL = without_padding(tokens_BL, mask_BL)
         outputs_BC = model(tokens_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True))
     else:
         # the wrapper for 16 bits would round what tells sequences apart

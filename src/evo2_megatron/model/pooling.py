@@ -14,6 +14,12 @@ from torch import Tensor
 Pooling = Literal["mean", "last"]
 
 
+def without_padding(tokens_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as long as the longest sequence: what is beyond its last base is padding in all."""
+    length = int(mask_BS.any(0).nonzero().max()) + 1
+    return tokens_BS[:, :length], mask_BS[:, :length]
+
+
 class Pool:
     """Adds up a mean over the tokens that count."""
 

@@ -19,6 +19,7 @@ from evo2_megatron.checkpoint.load import LoadedModel, language_model_config
 from evo2_megatron.checkpoint.run_config import RunConfig
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset, WindowDataset
+from evo2_megatron.data.nucleotides import log_no_dna
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test
 from evo2_megatron.tasks.batch_progress import Words
@@ -289,13 +290,7 @@ def _log_setup(loaded: LoadedModel, output: Output, num_layers: int, dataset: Fa
         len(dataset.ids), sum(dataset.lengths), provider.tensor_model_parallel_size, distributed.data_parallel_size(),
         loaded.precision, megatron.device(),
     )  # fmt: skip
-    if dataset.no_dna:
-        name, letter = next(iter(dataset.no_dna.items()))
-        logger.warning(
-            "%d of %d sequences have letters that no DNA has; the first is %r in %r. They are tokens as they are, "
-            "which models of DNA do not know: give the DNA of a protein, and T for U",
-            len(dataset.no_dna), len(dataset.ids), letter, name,
-        )  # fmt: skip
+    log_no_dna(dataset.no_dna, len(dataset.ids), "sequences")
 
 
 def _tensor_files(files: Files) -> TensorFiles:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import string
 import zlib
 from collections.abc import Sequence
@@ -19,9 +18,7 @@ from typing import NamedTuple
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.data.fasta import FastaRecord, read_fasta
-from evo2_megatron.data.nucleotides import letter_of_no_base
-
-logger = logging.getLogger(__name__)
+from evo2_megatron.data.nucleotides import letter_of_no_base, log_no_dna
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".frn")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -100,13 +97,7 @@ def encode_prompt(prompt: Prompt, vocab_size: int, *, keep_case: bool = False) -
 def warn_of_no_dna(prompts: Sequence[Prompt]) -> None:
     """Log one line if prompts have letters that no DNA has: of a protein, U, or those of another kind of file."""
     letters = {prompt.id: letter_of_no_base(prompt.text.encode()) for prompt in prompts}
-    found = [(name, letter) for name, letter in letters.items() if letter]
-    if found:
-        logger.warning(
-            "%d of %d prompts have letters that no DNA has; the first is %r in %r. They are tokens as they are, which "
-            "models of DNA do not know: give the DNA of a protein, and T for U",
-            len(found), len(prompts), found[0][1], found[0][0],
-        )  # fmt: skip
+    log_no_dna({name: letter for name, letter in letters.items() if letter}, len(prompts), "prompts")
 
 
 def _read(path: Path) -> bytes:
