@@ -242,8 +242,6 @@ def main() -> None:
         check_within(genes, genome, args.genes)
         check(genes, args.insert, args.offset, args.window)
         labels = read_labels(args.labels, genes) if args.labels else None
-        if labels:
-            harness.check_installed("sklearn")
         longest = min(args.window, max(map(len, genome.values()))) + len(args.insert)
         with harness.open_model(args.ckpt_dir, longest=longest, max_batch_tokens=args.max_batch_tokens) as model:
             _, area = essentiality(

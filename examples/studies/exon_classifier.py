@@ -244,12 +244,11 @@ def main() -> None:
 
     def work() -> None:
         harness.check_output_dir(args.output_dir)
-        harness.check_installed("sklearn")
         genome, transcripts = harness.read_genome(args.fasta), read_transcripts(args.gtf)
         check_within(spans(transcripts)[0], genome, args.gtf)
         for name in args.test_contigs:
             harness.contig_of(genome, name, "--test-contigs")
-        settings = {"layer": args.layer, "max_batch_tokens": args.max_batch_tokens}
+        settings = {"layers": [args.layer], "max_batch_tokens": args.max_batch_tokens}
         longest = min(args.window, max(map(len, genome.values())))
         with harness.open_model(args.ckpt_dir, longest=longest, **settings) as model:
             measured = exon_classifier(

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -38,6 +37,10 @@ after those before it. The first row, before which nothing is, has ln 1/4."""
 
 Embed = Callable[[Sequence[bytes]], Iterable[np.ndarray]]
 """Sequences to hidden states, float32 [L, H] each, in their order."""
+
+
+Pooling = Literal["mean", "last"] | range
+"""Of the hidden states of a sequence: the mean of all, the last one's, or the mean of those at these positions."""
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -74,11 +77,11 @@ def run(name: str, main: Callable[[], None]) -> None:
 class Model:
     """A loaded model; ``log_probs``, ``distributions`` and ``embed`` are what the studies' cores take."""
 
-    def __init__(self, loaded: LoadedModel, layer: int | None, max_batch_tokens: int | None) -> None:
-        """``layer``: counted from 0, the last of ``loaded``; None: for scores."""
+    def __init__(self, loaded: LoadedModel, layers: Sequence[int], max_batch_tokens: int | None) -> None:
+        """``layers``: of embeddings, counted from 0, ascending, to the last of ``loaded``; none: for scores."""
         from evo2_megatron.tasks.batching import batch_tokens
 
-        self._loaded, self._layer = loaded, layer
+        self._loaded, self.layers = loaded, list(layers)
         self._max_tokens = max_batch_tokens or batch_tokens()
 
     def log_probs(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
@@ -118,11 +121,25 @@ class Model:
         """``Embed``, after the layer that the model was opened with."""
         from evo2_megatron.tasks.prediction_settings import Output
 
-        assert self._layer is not None, "opened for scores"
+        (layer,) = self.layers
         results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
-        for indices, batch in self._batches(sequences, Output(embedding_layers=(self._layer,))):
+        for indices, batch in self._batches(sequences, Output(embedding_layers=(layer,))):
             for row, index in enumerate(indices):
                 results[index] = batch["hidden_embeddings"][row, : len(sequences[index])].numpy()
+        return results
+
+    def pooled(self, sequences: Sequence[bytes], pooling: Pooling) -> dict[int, np.ndarray]:
+        """Of each layer, float32 [sequences, H]."""
+        from evo2_megatron.tasks.prediction_settings import Output, Window
+
+        how = Window(pooling.start + 1, pooling.stop) if isinstance(pooling, range) else pooling
+        output = Output(embedding_layers=tuple(self.layers), pooling=how)
+        size = self._loaded.provider.hidden_size
+        results = {layer: np.zeros((len(sequences), size), np.float32) for layer in self.layers}
+        for indices, batch in self._batches(sequences, output):
+            for layer, values in results.items():
+                name = "hidden_embeddings" if len(self.layers) == 1 else f"hidden_embeddings_layer_{layer}"
+                values[indices] = batch[name].numpy()
         return results
 
     def _batches(self, sequences: Sequence[bytes], output) -> Iterator[tuple[list[int], dict]]:
@@ -133,8 +150,7 @@ class Model:
         from evo2_megatron.tasks.batching import Backoff, plan_batches
         from evo2_megatron.tasks.prediction_runner import Runner
 
-        layers = [] if self._layer is None else [self._layer]
-        runner = Runner(self._loaded.model, output, precision=self._loaded.precision, layers=layers)
+        runner = Runner(self._loaded.model, output, precision=self._loaded.precision, layers=self.layers)
         forward = Backoff(runner, can_split=True)
         lengths = [len(sequence) for sequence in sequences]
         for indices in tqdm(
@@ -146,14 +162,19 @@ class Model:
 
 @contextlib.contextmanager
 def open_model(
-    ckpt_dir: Path, *, longest: int, layer: int | None = None, max_batch_tokens: int | None = None
+    ckpt_dir: Path,
+    *,
+    longest: int,
+    layers: Sequence[int] | Literal["all"] = (),
+    max_batch_tokens: int | None = None,
 ) -> Iterator[Model]:
     """Load a model in this process, on the GPU if there is one.
 
     Args:
         ckpt_dir: Checkpoint.
         longest: Bases of the longest sequence that it will see.
-        layer: For ``embed``: counted from 0, or from -1 backwards; later layers are not loaded. None: for scores.
+        layers: For ``pooled``, and one for ``embed``: counted from 0, or from -1 backwards; later layers are not
+            loaded. None: for scores.
         max_batch_tokens: Most tokens per forward pass; None: what suits the device.
 
     Raises:
@@ -177,12 +198,13 @@ def open_model(
             "trained for; ask for shorter ones"
         )
     pattern, overrides = run_config.pattern, {}
-    if layer is not None:
-        (layer,) = Output(embedding_layers=(layer,)).layers_of(len(pattern))
-        overrides = {"num_layers": layer + 1, "hybrid_override_pattern": pattern[: layer + 1]}
+    wanted = tuple(range(len(pattern)) if layers == "all" else layers)
+    kept = Output(embedding_layers=wanted).layers_of(len(pattern))
+    if kept:
+        overrides = {"num_layers": kept[-1] + 1, "hybrid_override_pattern": pattern[: kept[-1] + 1]}
     with process_groups(ParallelConfig()):
         loaded = load_model(checkpoint, parallel=ParallelConfig(), provider_overrides=overrides)
-        yield Model(loaded, layer, max_batch_tokens)
+        yield Model(loaded, kept, max_batch_tokens)
 
 
 def read_genome(path: Path) -> dict[str, bytes]:
@@ -232,12 +254,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     finally:
         plt.close(figure)
     sys.stdout.write(f"{path}\n")
-
-
-def check_installed(package: str) -> None:
-    """Raise UserError unless a package of the extra ``notebooks`` is there; does not import it."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"this needs {package}, which is not installed; pip install 'evo2-megatron[notebooks]'")
 
 
 def check_output_dir(path: Path) -> None:

@@ -261,7 +261,6 @@ def main() -> None:
 
     def work() -> None:
         harness.check_output_dir(args.output_dir)
-        harness.check_installed("scipy")
         if args.k >= args.num_latents:
             raise UserError(f"--k {args.k} of --num-latents {args.num_latents} is not sparse; give a smaller --k")
         if not args.lr > 0:
@@ -276,7 +275,7 @@ def main() -> None:
         from evo2_megatron.runtime import megatron
 
         chosen = {name: vars(args)[name] for name in ("num_latents", "k", "steps", "batch_size", "lr", "seed")}
-        of_model = {"layer": args.layer, "max_batch_tokens": args.max_batch_tokens}
+        of_model = {"layers": [args.layer], "max_batch_tokens": args.max_batch_tokens}
         with harness.open_model(args.ckpt_dir, longest=args.window, **of_model) as model:
             report, _ = sparse_autoencoder(
                 model.embed,

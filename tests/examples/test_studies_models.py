@@ -16,7 +16,9 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
-SCRIPTS = ("mutational_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "sparse_autoencoder")
+SCRIPTS = (
+    "mutational_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "probe", "sparse_autoencoder"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_numbers_are_those_of_predict(study, checkpoint, tmp_path):
     with harness.open_model(checkpoint, longest=250, max_batch_tokens=300) as model:
         scores, log_probs = model.log_likelihoods(sequences), model.log_probs(sequences)
         rows = model.distributions(sequences)
-    with harness.open_model(checkpoint, longest=250, layer=-3, max_batch_tokens=300) as model:
+    with harness.open_model(checkpoint, longest=250, layers=[-3], max_batch_tokens=300) as model:
         hidden = model.embed(sequences)
     Path("s.fa").write_text("".join(f">{n}\n{s.decode()}\n" for n, s in enumerate(sequences)))
     predict(
@@ -177,14 +179,6 @@ def test_bad_input_is_one_line(study, capsys, name, flags, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"{name}.py: error: ") and message in error
     assert list(Path(f"out_{name}").iterdir()) == []
-
-
-def test_a_missing_package_is_named(study, capsys, monkeypatch):
-    importlib.import_module("harness")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        study("exon_classifier", "--fasta", "g.fa", "--gtf", "g.gtf", "--layer", 1, "--test-contigs", "c1")
-    assert "this needs sklearn, which is not installed; pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
