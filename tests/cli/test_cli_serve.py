@@ -24,11 +24,11 @@ def test_every_flag_arrives(monkeypatch):
     serve.main(["--ckpt-dir", "c"])
     flags = """
     --ckpt-dir c --host ::1 --port 0 --max-seq-length 9 --max-batch-size 3 --max-queue 5 --base-ckpt-dir b --self-test
-    --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops
+    --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops --fasta g.fa
     """
     serve.main(flags.split())
 
-    assert seen[0] == (ModelSettings(ckpt_dir=Path("c")), {"host": "127.0.0.1", "port": 8000})
+    assert seen[0] == (ModelSettings(ckpt_dir=Path("c")), {"fasta": None, "host": "127.0.0.1", "port": 8000})
     settings = ModelSettings(
         ckpt_dir=Path("c"),
         base_ckpt_dir=Path("b"),
@@ -40,7 +40,7 @@ def test_every_flag_arrives(monkeypatch):
         max_batch_size=3,
         max_queue=5,
     )
-    assert seen[1] == (settings, {"host": "::1", "port": 0})
+    assert seen[1] == (settings, {"fasta": Path("g.fa"), "host": "::1", "port": 0})
 
 
 def refused(capsys, *flags):
@@ -74,6 +74,12 @@ def test_what_cannot_be_loaded(checkpoint, capsys):
     """Found by the engine's thread, when the port is open already."""
     (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0", "--vortex-style-fp8")
     assert "FP8" in line
+
+
+def test_no_such_genome(checkpoint, tmp_path, capsys):
+    """Said before the model is loaded."""
+    (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0", "--fasta", tmp_path / "none.fa")
+    assert "none.fa" in line
 
 
 def test_several_processes(checkpoint, capsys, monkeypatch):

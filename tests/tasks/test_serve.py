@@ -46,7 +46,8 @@ def servers():
 def server(servers, checkpoint, tmp_path_factory):
     """One for the whole module, or the next if a test has ended it."""
     if not servers or servers[-1].process.poll() is not None:
-        servers.append(Server(checkpoint, tmp_path_factory.mktemp("server"), "--max-batch-size", "8"))
+        (genome := tmp_path_factory.mktemp("server") / "genome.fa").write_text(">chr1\nACGT\n")
+        servers.append(Server(checkpoint, genome.parent, "--max-batch-size", "8", "--fasta", str(genome)))
     return servers[-1]
 
 
@@ -213,6 +214,7 @@ def test_status(server, checkpoint):
     about = server.get("/v1/metadata").json()
     assert about["checkpoint"] == str(checkpoint) and about["precision"] == "fp32"
     assert about["limits"]["max_seq_length"] == MAX_LENGTH and about["limits"]["max_batch_size"] == 8
+    assert about["fasta"].endswith("genome.fa")
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/generate", "/v1/score", "/v1/embed", "/biology/arc/evo2/generate"} <= set(paths)
     parts = re.findall(r'(?:src|href)="([^"]+)"', server.get("/docs").text)

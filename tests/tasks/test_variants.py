@@ -182,11 +182,11 @@ def test_common_starts_are_computed_once(score, monkeypatch):
     from evo2_megatron.tasks.prediction_runner import Runner
 
     tokens = []
-    extend = Runner.extend
+    extending = Runner.extending
     monkeypatch.setattr(
         Runner,
-        "extend",
-        lambda self, state, ids, following: tokens.append(ids.numel()) or extend(self, state, ids, following),
+        "extending",
+        lambda self, state, ids, following: tokens.append(ids.numel()) or extending(self, state, ids, following),
     )
     score()
     num_alleles = sum(len(alts) for _, _, _, alts in LINES[:-5]) + 1
@@ -320,15 +320,15 @@ def test_memory_that_runs_out(score, monkeypatch):
     from evo2_megatron.tasks.prediction_runner import Runner
 
     longer = {"window_length": 600, "max_seq_length": 600, "max_batch_tokens": 2400}
-    whole, extend, failures = score(**longer), Runner.extend, []
+    whole, extending, failures = score(**longer), Runner.extending, []
 
     def small(self, state, ids, following):
         if ids.numel() > 700:
             failures.append(ids.numel())
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return extend(self, state, ids, following)
+        return (yield from extending(self, state, ids, following))
 
-    monkeypatch.setattr(Runner, "extend", small)
+    monkeypatch.setattr(Runner, "extending", small)
     for one, halves in zip(whole, score(**longer), strict=True):
         if one["status"] == "scored":
             assert float(halves["delta"]) == pytest.approx(float(one["delta"]), abs=1e-5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a trained model over HTTP: generate, score and embed, one request or many at a time."""
+"""Serve a trained model over HTTP: generate, score, embed, effects of variants; one request or many at a time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
     groups.add_base_checkpoint(checkpoint)
     groups.add_self_test(checkpoint)
+    parser.add_argument_group("variants").add_argument(
+        "--fasta",
+        type=Path,
+        metavar="FILE",
+        help="genome of the variants that /v1/variants is asked about, plain, gzip or bgzip (default: they come with "
+        "their sequence)",
+    )
     network = parser.add_argument_group("network")
     network.add_argument(
         "--host",
@@ -78,7 +85,7 @@ def _main(argv: Sequence[str] | None) -> None:
         max_batch_size=args.max_batch_size,
         max_queue=args.max_queue,
     )
-    serve(settings, host=args.host, port=args.port)
+    serve(settings, fasta=args.fasta, host=args.host, port=args.port)
 
 
 def _port(text: str) -> int:

@@ -50,6 +50,7 @@ class Genome:
         Raises:
             UserError: No such file; damaged; not FASTA; or two contigs of the same name.
         """
+        self.path = Path(path)
         self._contigs: dict[bytes, _Contig] = {}
         self._cached: tuple[bytes, int, bytes] = (b"", 0, b"")
         self._cached_blocks: dict[tuple[int, int, bool], bytes] = {}

@@ -188,14 +188,16 @@ class Runner:
                 yield start, {name: self._all_parts(part, name) for name, part in self._named(values).items()}
 
     def new_state(self, batch_size: int, max_tokens: int) -> InferenceState:
-        """Caches of sequences that have seen nothing, for ``extend``."""
+        """Caches of sequences that have seen nothing, for ``extending``."""
         return self._inner.new_inference_state(batch_size, max_tokens)
 
     @torch.no_grad()
-    def extend(self, state: InferenceState, tokens_BS: Tensor, next_BS: Tensor) -> Tensor | None:
+    def extending(
+        self, state: InferenceState, tokens_BS: Tensor, next_BS: Tensor
+    ) -> Generator[None, None, Tensor | None]:
         """Log-probabilities of ``next_BS``, the tokens after each of ``tokens_BS``, float32 [B, S] on the CPU.
 
-        Long sequences go through in pieces. None on all pipeline stages but the last.
+        Long sequences go through in pieces, with an item after each. None on all pipeline stages but the last.
 
         Args:
             state: What has been seen before, brought up to date in place.
@@ -203,7 +205,7 @@ class Runner:
         """
         tokens_BS, next_BS = tokens_BS.to(self._device), next_BS.to(self._device)
         values = self._pieces_from(state, tokens_BS, next_BS, self._chunk(tokens_BS.shape[0]))
-        joined = finished(_joined(values, tokens_BS.shape[1]))
+        joined = yield from _joined(values, tokens_BS.shape[1])
         return None if joined is None else joined["log_probs"]
 
     def _chunk(self, batch_size: int) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.vcf import VcfRecord, read_vcf, why_not_scored
-from evo2_megatron.tasks.variant_windows import Edit, WindowSettings, edit_of, why_no_window
+from evo2_megatron.tasks.variant_windows import Bases, Comparison, Edit, WindowSettings, edit_of, why_no_window
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def read_alleles(vcf: Path, genome: Genome, settings: WindowSettings) -> list[Al
         UserError: The file is not VCF, or nothing can be scored and it is about another genome than the FASTA file.
     """
     lengths = genome.lengths
-    alleles = [_allele(record, alt, genome, lengths, settings) for record in read_vcf(vcf) for alt in record.alts]
+    alleles = [find_allele(record, alt, genome, lengths, settings) for record in read_vcf(vcf) for alt in record.alts]
     counts = Counter(allele.status for allele in alleles)
     if not counts[SCORED] and (counts["unknown_contig"] or counts["ref_mismatch"]):
         first = next(a for a in alleles if a.status in ("unknown_contig", "ref_mismatch"))
@@ -72,9 +72,28 @@ def read_alleles(vcf: Path, genome: Genome, settings: WindowSettings) -> list[Al
     return alleles
 
 
-def _allele(
-    record: VcfRecord, alt: bytes, genome: Genome, lengths: dict[bytes, int], settings: WindowSettings
+def comparisons(alleles: Iterable[Allele], *, both_strands: bool) -> list[Comparison]:
+    """Of those that are scored, one for each strand."""
+    strands = (False, True) if both_strands else (False,)
+    return [
+        Comparison(allele.record.contig, allele.edit, reverse)
+        for allele in alleles
+        if allele.edit is not None
+        for reverse in strands
+    ]
+
+
+def find_allele(
+    record: VcfRecord, alt: bytes, genome: Bases, lengths: Mapping[bytes, int], settings: WindowSettings
 ) -> Allele:
+    """What an ALT of a record changes, or why it is not scored.
+
+    Args:
+        record, alt: The variant.
+        genome, lengths: Contigs, and their bases.
+        settings: Windows.
+    """
+
     def skipped(status: str, detail: str = "") -> Allele:
         return Allele(record, alt, None, status, detail)
 
@@ -87,7 +106,7 @@ def _allele(
         return skipped("outside_contig", f"{contig.decode()} has {lengths[contig]} bases")
     found = genome.bases(contig, start, start + len(record.ref)).upper()
     if found != record.ref:
-        return skipped("ref_mismatch", f"REF {_short(record.ref)}, FASTA {_short(found)}")
+        return skipped("ref_mismatch", f"REF {_short(record.ref)}, there {_short(found)}")
     edit = edit_of(genome, contig, start, record.ref, alt)
     if reason := why_no_window(edit, lengths[contig], settings):
         return skipped(reason)
@@ -99,7 +118,7 @@ def _short(bases: bytes) -> str:
     return text if len(text) <= 20 else f"{text[:20]}... ({len(text)} bases)"
 
 
-def _contig_hint(contig: bytes, lengths: dict[bytes, int]) -> str:
+def _contig_hint(contig: bytes, lengths: Mapping[bytes, int]) -> str:
     name = contig.decode()
     other = [contig.removeprefix(b"chr"), b"chr" + contig]
     other += [b"chrM"] if contig in (b"MT", b"M") else [b"MT", b"M"] if contig in (b"chrM", b"chrMT") else []

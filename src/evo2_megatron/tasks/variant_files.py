@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from evo2_megatron.data.bgzf import BgzfWriter
 from evo2_megatron.data.vcf import InfoField, write_annotated
+from evo2_megatron.tasks.allele_scoring import Score
 from evo2_megatron.tasks.prediction_files import ResultNames, write_beside
 from evo2_megatron.tasks.variant_alleles import Allele
 
@@ -28,15 +29,6 @@ SKIPPED_FILE = "skipped.tsv"
 RESULTS = ResultNames(r"variants\.(tsv|parquet|vcf|vcf\.gz)|skipped\.tsv|manifest\.json")
 
 _ROWS_AT_A_TIME = 1 << 16
-
-
-class Score(NamedTuple):
-    """What was computed for an ALT; in nat."""
-
-    delta: float
-    reference: float
-    alternative: float
-    num_scored: int
 
 
 class Row(NamedTuple):

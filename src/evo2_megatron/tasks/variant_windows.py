@@ -11,14 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.nucleotides import reverse_complement
+
+WINDOW_LENGTH = 8_192
+"""Bases, unless others are asked for."""
 
 _ALIGN_BASES = 1_024
 _CUTS_PER_WINDOW = 256
 """Shared context is cut to a multiple of this part of the window: more windows then go through together."""
+
+
+class Bases(Protocol):
+    """Where windows come from: a ``Genome``, or sequences in memory."""
+
+    def bases(self, contig: bytes, start: int, end: int) -> bytes:
+        """Bases from ``start`` to ``end``, 0-based, end excluded, within the contig."""
 
 
 class Edit(NamedTuple):
@@ -37,7 +46,7 @@ class Edit(NamedTuple):
 class WindowSettings(NamedTuple):
     """How long windows are and where they begin."""
 
-    length: int = 8_192
+    length: int = WINDOW_LENGTH
     """Bases."""
 
     step: int = 1
@@ -61,15 +70,15 @@ class Group:
     jobs: list[int] = field(default_factory=list)
     """Number of the comparison that each edit belongs to."""
 
-    def reference(self, genome: Genome) -> bytes:
+    def reference(self, genome: Bases) -> bytes:
         """Upper-case bases as they are read."""
         return _as_read(genome.bases(self.contig, self.start, self.start + self.length), self.reverse)
 
-    def alternatives(self, genome: Genome) -> list[bytes]:
+    def alternatives(self, genome: Bases) -> list[bytes]:
         """The same with each edit made."""
         return [self._alternative(genome, edit) for edit in self.edits]
 
-    def _alternative(self, genome: Genome, edit: Edit) -> bytes:
+    def _alternative(self, genome: Bases, edit: Edit) -> bytes:
         end = self.start + self.length
         if self.reverse:
             bases = edit.bases + genome.bases(self.contig, edit.end, end)
@@ -84,7 +93,7 @@ def _as_read(bases: bytes, reverse: bool) -> bytes:
     return (reverse_complement(bases) if reverse else bases).upper()
 
 
-def edit_of(genome: Genome, contig: bytes, position: int, ref: bytes, alt: bytes) -> Edit:
+def edit_of(genome: Bases, contig: bytes, position: int, ref: bytes, alt: bytes) -> Edit:
     """What REF and ALT do, without the bases they share, as far to the left as it goes (as ``bcftools norm``).
 
     Different spellings of one variant so have the same window.

@@ -18,9 +18,9 @@ from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import prediction_parts, self_test, variant_files
-from evo2_megatron.tasks.allele_scoring import Batch, SharedContext, WholeWindows, make_item
+from evo2_megatron.tasks.allele_scoring import Batch, Score, SharedContext, WholeWindows, batch_tokens, make_item
 from evo2_megatron.tasks.batch_progress import Words
-from evo2_megatron.tasks.batching import BATCH_TOKENS_CUDA, Backoff
+from evo2_megatron.tasks.batching import Backoff
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.predict import position_range
 from evo2_megatron.tasks.prediction_files import write_manifest
@@ -30,17 +30,12 @@ from evo2_megatron.tasks.prediction_parts import Parts
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, check_window_length
 from evo2_megatron.tasks.shared_batches import SharedBatches
-from evo2_megatron.tasks.variant_alleles import Allele, read_alleles, report_skipped
-from evo2_megatron.tasks.variant_files import Score
-from evo2_megatron.tasks.variant_windows import Comparison, Group, WindowSettings, make_groups, plan_groups
+from evo2_megatron.tasks.variant_alleles import Allele, comparisons, read_alleles, report_skipped
+from evo2_megatron.tasks.variant_windows import WINDOW_LENGTH, Group, WindowSettings, make_groups, plan_groups
 
 logger = logging.getLogger(__name__)
 
 _WORDS = Words("Scoring", "Scored", "comparisons")
-
-WINDOW_LENGTH = 8_192
-BATCH_TOKENS_CPU = 8_448
-"""The second halves of two windows, with what the cut leaves of the first: half of what suits whole sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,17 +192,11 @@ class _Scoring:
 
     @property
     def _max_tokens(self) -> int:
-        return self.settings.max_batch_tokens or (BATCH_TOKENS_CUDA if megatron.on_cuda() else BATCH_TOKENS_CPU)
+        return self.settings.max_batch_tokens or batch_tokens()
 
     def _plan(self) -> tuple[list[Group], list[list[int]]]:
-        strands = (False, True) if self.settings.both_strands else (False,)
-        comparisons = [
-            Comparison(allele.record.contig, allele.edit, reverse)
-            for allele in self.alleles
-            if allele.is_scored
-            for reverse in strands
-        ]
-        groups = make_groups(comparisons, self.genome.lengths, self.windows)
+        compared = comparisons(self.alleles, both_strands=self.settings.both_strands)
+        groups = make_groups(compared, self.genome.lengths, self.windows)
         return groups, plan_groups(groups, max_tokens=self._max_tokens)
 
     def _results(self, batches: list[list[Group]], shared: SharedBatches) -> Iterator[tuple[int, Batch]]:
@@ -236,22 +225,14 @@ class _Scoring:
         if not all(values.isfinite().all() for values in result.values()):
             contigs = sorted({group.contig.decode("utf-8", "backslashreplace") for group in batch})
             raise UserError(f"variants on contig {', '.join(contigs)}: {OUTPUT_NOT_FINITE}")
-        lengths = [len(item["tokens"]) - 1 for item in items for _ in item["alternatives"]]
-        return result | {"num_scored": torch.tensor(lengths)}
+        return result
 
     def _scores(self, parts: Parts) -> Iterator[Score]:
         """Of the alleles that have one, in their order."""
         strands = 1 + self.settings.both_strands
         for number in range(sum(allele.is_scored for allele in self.alleles)):
             found = [parts.sequence(strands * number + strand) for strand in range(strands)]
-            reference, alternative = (
-                sum(f[name].item() for f in found) / strands for name in ("reference", "alternative")
-            )
-            num_scored = int(found[0]["num_scored"])
-            delta = alternative - reference
-            yield Score(
-                delta / num_scored if self.settings.score == "mean" else delta, reference, alternative, num_scored
-            )
+            yield Score.of_strands(found, self.settings.score)
 
     def _write(self, parts: Parts) -> None:
         strands = ", mean of both strands" if self.settings.both_strands else ""

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data.genome import Genome
 from evo2_megatron.tasks.server.engine import Engine, still_loading
 from evo2_megatron.tasks.server.jobs import Refused
 from evo2_megatron.tasks.server.routes import make_router, max_body_bytes, refusal
@@ -23,13 +24,21 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_DESCRIPTION = "Continue, score and embed DNA with an Evo 2 model. Routes under /biology take what NVIDIA's NIM takes."
+_DESCRIPTION = (
+    "Continue, score and embed DNA, and tell effects of variants, with an Evo 2 model. Routes under /biology take "
+    "what NVIDIA's NIM takes."
+)
 
 
-def make_app(engine: Engine) -> FastAPI:
-    """The application in front of an engine, which may still be loading."""
+def make_app(engine: Engine, genome: Genome | None = None) -> FastAPI:
+    """The application in front of an engine, which may still be loading.
+
+    Args:
+        engine: What computes.
+        genome: What variants are in that come without a sequence; in use until the application ends.
+    """
     app = FastAPIOffline(title="evo2_serve", description=_DESCRIPTION, version=metadata.version("evo2-megatron"))
-    app.include_router(make_router(engine))
+    app.include_router(make_router(engine, genome))
     app.add_middleware(_BodyLimit, engine=engine)
 
     @app.exception_handler(RequestValidationError)

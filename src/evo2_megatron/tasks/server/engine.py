@@ -19,7 +19,8 @@ from torch import Tensor
 from evo2_megatron.checkpoint.load import LoadedModel
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks import self_test
+from evo2_megatron.tasks import allele_scoring, self_test
+from evo2_megatron.tasks.allele_scoring import SharedContext
 from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
 from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
@@ -28,8 +29,9 @@ from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.server.attempt import RETRY_SECONDS, attempt
 from evo2_megatron.tasks.server.generations import Generations
-from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, Vectors
+from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, VariantsJob, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
+from evo2_megatron.tasks.variant_windows import plan_groups
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -186,7 +188,7 @@ class Engine:
             self._answering = []
         return True
 
-    def _take(self) -> tuple[list[GenerateJob], list[PassJob] | list[LayersJob]]:
+    def _take(self) -> tuple[list[GenerateJob], list[PassJob] | list[LayersJob] | list[VariantsJob]]:
         """Generations for which there is room; and of the rest the oldest job, with others that go with it, unless
         there are some already."""
         room = self.settings.max_batch_size - self.num_generating
@@ -274,9 +276,12 @@ def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
     return job.output == first.output and num_tokens + job.num_tokens <= batch_tokens()
 
 
-def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob], model: _Model) -> Iterator[None]:
+def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob] | Sequence[VariantsJob], model: _Model) -> Iterator[None]:
     """Run one batch at each item, so that generations go on between them; answer when all is done."""
-    work = _run_layers(jobs[0], model) if isinstance(jobs[0], LayersJob) else _run_passes(jobs, model)
+    if isinstance(jobs[0], PassJob):
+        work = _run_passes(jobs, model)
+    else:
+        work = (_run_layers if isinstance(jobs[0], LayersJob) else _run_variants)(jobs[0], model)
     while (refused := attempt(next, work, _DONE)) is None:
         yield
     if refused is _DONE:
@@ -305,6 +310,21 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
     for job in jobs:
         finite = all(np.isfinite(values).all() for row in job.rows for values in row.values())
         job.reply.put(Vectors(job.rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
+
+
+def _run_variants(job: VariantsJob, model: _Model) -> Iterator[None]:
+    most = allele_scoring.batch_tokens()
+    run = Backoff(SharedContext(model.runner(Output(log_probs="sum")), max_tokens=most), can_split=True)
+    rows: list[dict[str, np.ndarray]] = [{} for group in job.groups for _ in group.jobs]
+    for batch in plan_groups(job.groups, max_tokens=most):
+        if job.reply.cancelled:
+            return
+        result = yield from run.in_pieces([job.items[index] for index in batch])
+        numbers = [number for index in batch for number in job.groups[index].jobs]
+        for place, number in enumerate(numbers):
+            rows[number] = {name: values[place].numpy() for name, values in result.items()}
+    finite = all(np.isfinite(values).all() for row in rows for values in row.values())
+    job.reply.put(Vectors(rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
 
 
 def _own(values: Tensor, length: int, output: Output) -> np.ndarray:

@@ -16,6 +16,7 @@ from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.completion import Generation
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.variant_windows import Group
 
 
 class Refused(Exception):
@@ -111,4 +112,16 @@ class LayersJob:
     reply: Reply = field(default_factory=Reply)
 
 
-Job = GenerateJob | PassJob | LayersJob
+@dataclass(kw_only=True, eq=False, slots=True)
+class VariantsJob:
+    """Windows of variants beside those of the reference; the reply gets ``Vectors`` with a row for each comparison of
+    the groups: ``reference``, ``alternative`` and ``num_scored``, scalars."""
+
+    groups: list[Group]
+    items: list[Item]
+    """Of ``allele_scoring.make_item`` for each group."""
+
+    reply: Reply = field(default_factory=Reply)
+
+
+Job = GenerateJob | PassJob | LayersJob | VariantsJob

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from evo2_megatron.data.fasta_dataset import make_sample
+from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.tokenizer import INVALID, SEQUENCE_TOKENS
 from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.completion import Generation
@@ -24,10 +25,10 @@ from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.prompts import Prompt, encode_prompt
 from evo2_megatron.tasks.sampling import Sampling
-from evo2_megatron.tasks.server import schemas
+from evo2_megatron.tasks.server import schemas, variants
 from evo2_megatron.tasks.server.arrays import MAX_JSON_VALUES, MAX_NPZ_VALUES, check_values, json_in_pieces, npz
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, still_loading
-from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Job, LayersJob, PassJob, Refused
+from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Job, LayersJob, PassJob, Refused, VariantsJob
 from evo2_megatron.tasks.server.layer_outputs import megatron_name
 
 _LOOK_SECONDS = 0.25  # how often a waiting request looks whether its client is still there
@@ -47,12 +48,13 @@ def max_body_bytes(info: ModelInfo) -> int:
     return 2**20 + 4 * info.max_seq_length
 
 
-def make_router(engine: Engine) -> APIRouter:
-    """All routes of an engine."""
+def make_router(engine: Engine, genome: Genome | None) -> APIRouter:
+    """All routes of an engine; ``genome``: of the variants that come without a sequence."""
     router = APIRouter()
     _add_ours(router, engine)
+    _add_variants(router, engine, genome)
     _add_nim(router, engine)
-    _add_status(router, engine)
+    _add_status(router, engine, genome)
     return router
 
 
@@ -105,6 +107,25 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         return JSONResponse(answer | {"data": await asyncio.to_thread(npz, named)})
 
 
+def _add_variants(router: APIRouter, engine: Engine, genome: Genome | None) -> None:
+    one_reads = asyncio.Lock()
+
+    @router.post(
+        "/v1/variants", response_model=schemas.VariantsResponse, responses=REFUSALS, tags=["Evo 2"],
+        summary="Effects of variants",
+    )  # fmt: skip
+    async def effects(body: schemas.VariantsRequest, request: Request) -> Any:
+        start, info = time.perf_counter(), _info(engine)
+        given = None if body.sequence is None else _encode(body.sequence, "sequence")
+        async with one_reads:  # and not in the loop, where others would wait for the disk
+            asked = await asyncio.to_thread(variants.read, body, given, genome, info.max_seq_length)
+        rows = []
+        if asked.groups:
+            rows = (await _result(engine, VariantsJob(groups=asked.groups, items=asked.items), request)).rows
+        answer = {"effects": asked.effects(rows), "window_length": asked.window_length}
+        return answer | {"elapsed_ms": _since(start)}
+
+
 def _add_nim(router: APIRouter, engine: Engine) -> None:
     @router.post(
         "/biology/arc/evo2/generate", response_model=schemas.NimGenerateResponse, responses=REFUSALS, tags=["NIM"],
@@ -154,7 +175,7 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
         return JSONResponse({"data": await asyncio.to_thread(npz, arrays), "elapsed_ms": round(_since(start))})
 
 
-def _add_status(router: APIRouter, engine: Engine) -> None:
+def _add_status(router: APIRouter, engine: Engine, genome: Genome | None) -> None:
     @router.get("/v1/health/live", response_model=schemas.Health, tags=["status"], summary="Is the server up?")
     async def live() -> Any:
         return {"status": "live"}
@@ -180,12 +201,14 @@ def _add_status(router: APIRouter, engine: Engine) -> None:
             "max_batch_size": settings.max_batch_size,
             "max_queue": settings.max_queue,
             "max_sequences": schemas.MAX_SEQUENCES,
+            "max_window_bases": variants.MAX_TOKENS,
             "max_body_bytes": max_body_bytes(info),
             "max_json_values": MAX_JSON_VALUES,
             "max_npz_values": MAX_NPZ_VALUES,
         }
         load = {"waiting": engine.num_waiting, "generating": engine.num_generating}
         about = {"version": package.version("evo2-megatron"), "checkpoint": str(known.pop("checkpoint"))}
+        about["fasta"] = None if genome is None else str(genome.path)
         return about | known | {"limits": limits, "load": load, "modules": sorted(names)}
 
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from evo2_megatron.data.vcf import MAX_POSITION
+
 MAX_SEQUENCES = 128
-"""Of one request to score or embed."""
+"""Of one request to score or embed; and variants."""
 
 _DNA = "GGGCGGCGACCTCGCGGGTTTTCGCTATTT"  # lambda phage, bases 1 to 30
 
@@ -84,6 +86,55 @@ class ScoreResponse(BaseModel):
     """In the order of the sequences."""
 
     scores: list[Score]
+    elapsed_ms: float
+
+
+Text = Annotated[str, Field(min_length=1, pattern="^[!-~]+$")]
+
+
+class Variant(Request):
+    """A line of a VCF file with one ALT."""
+
+    chrom: Text | None = Field(None, description="contig of the server's genome; null: of the sequence given")
+    position: int = Field(ge=1, le=MAX_POSITION, description="of the first base of ref, counted from 1")
+    ref: Text = Field(description="bases that are there", examples=["C"])
+    alt: Text = Field(description="bases instead", examples=["G"])
+
+
+class VariantsRequest(Request):
+    """Variants whose effect on the likelihood is asked for."""
+
+    variants: list[Variant] = Field(
+        min_length=1, max_length=MAX_SEQUENCES, examples=[[{"position": 11, "ref": "C", "alt": "G"}]]
+    )
+    sequence: Sequence | None = Field(
+        None, description="what the variants are in; null: the genome of the server (--fasta), with chrom"
+    )
+    window_length: int | None = Field(
+        None, ge=4, description="bases around each variant; null: 8192, or as many as the server takes"
+    )
+    both_strands: bool = Field(False, description="mean with the reverse complement")
+    prepend_bos: bool = Field(False, description="put the token between documents in front of each window")
+
+
+class Effect(BaseModel):
+    """Of one variant, in nat; null where it was not scored."""
+
+    status: str = Field(description="scored, or why not: see docs/variants.md")
+    detail: str | None = Field(None, description="what else there is to say of it")
+    delta: float | None = Field(
+        None, description="alt_log_likelihood minus ref_log_likelihood, by num_scored; below 0: alt is less probable"
+    )
+    ref_log_likelihood: float | None = Field(None, description="of the window as it is; sum, of two strands the mean")
+    alt_log_likelihood: float | None = Field(None, description="of the window with alt")
+    num_scored: int | None = Field(None, description="tokens that are scored of each window")
+
+
+class VariantsResponse(BaseModel):
+    """In the order of the variants."""
+
+    effects: list[Effect]
+    window_length: int
     elapsed_ms: float
 
 
@@ -173,7 +224,8 @@ class Limits(BaseModel):
     max_seq_length: int = Field(description="tokens of a sequence, prompt and completion together")
     max_batch_size: int = Field(description="sequences that are generated at a time")
     max_queue: int = Field(description="requests that wait")
-    max_sequences: int = Field(description="sequences of one request")
+    max_sequences: int = Field(description="sequences, or variants, of one request")
+    max_window_bases: int = Field(description="bases of all windows of the variants of one request")
     max_body_bytes: int
     max_json_values: int = Field(description="numbers of an answer in JSON")
     max_npz_values: int = Field(description="numbers of an answer in an NPZ archive")
@@ -199,6 +251,7 @@ class Metadata(BaseModel):
     precision: str
     int8_weights: bool = Field(description="whether linear layers keep their weights in 8 bits")
     device: str
+    fasta: str | None = Field(description="genome that /v1/variants knows")
     limits: Limits
     load: Load
     modules: list[str] = Field(description="names that output_layers knows")

@@ -12,10 +12,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data.genome import Genome
 from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
@@ -26,18 +28,19 @@ _STALLED_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
 
 
-def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way is finished, and nothing new is taken.
 
     Call it from the main thread of a single process.
 
     Args:
         settings: Which model.
+        fasta: Genome that variants may be about; plain, gzip or bgzip.
         host: Name or address of an interface of this machine.
         port: 0 takes a free one; the log says which.
 
     Raises:
-        UserError: The port is taken, or the model cannot be loaded.
+        UserError: The port is taken, or the genome cannot be read, or the model not loaded.
     """
     if distributed.world_size() > 1:
         raise UserError("evo2_serve runs in one process, on one device; start it without torchrun")
@@ -52,10 +55,10 @@ def serve(settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000)
             time.perf_counter() - start, url, url, info.max_seq_length, settings.max_batch_size,
         )  # fmt: skip
 
-    with listener:
+    with listener, contextlib.nullcontext() if fasta is None else Genome(fasta) as genome:
         engine = Engine(settings, on_ready=ready)
         # None: log lines go where ours go
-        config = uvicorn.Config(make_app(engine), log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(make_app(engine, genome), log_config=None, access_log=False, lifespan="off")
         server = _Server(config, engine)
         with _already_ended(), concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
             work = threads.submit(engine.run)
