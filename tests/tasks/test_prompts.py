@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
+import os
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,15 @@ def test_fasta(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(FASTA) if name.endswith("gz") else FASTA)
     assert read_prompts(path) == [Prompt("one", "ACGTacgtN"), Prompt("two", "|d__B|G")]
+
+
+@pytest.mark.parametrize("content", [FASTA, gzip.compress(FASTA)])
+def test_fasta_of_a_pipe(content):
+    read_end, write_end = os.pipe()
+    os.write(write_end, content)
+    os.close(write_end)
+    assert [prompt.id for prompt in read_prompts(Path(f"/dev/fd/{read_end}"))] == ["one", "two"]
+    os.close(read_end)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.txt.gz"])
@@ -78,6 +89,9 @@ def test_encode_prompt():
     assert encode_prompt(Prompt("x", "AC<EOS>"), 512) == [65, 67, 0]
     assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512) == [*b"|D__B|AC", 0]
     assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512, keep_case=True) == [*b"|d__B|aC", 0]
+    warn_of_no_dna([Prompt("x", "\ud800")])  # which comes first, has nothing to say
+    with pytest.raises(UserError, match=r"Prompt 'x' has '\\ud800' at character 1"):
+        encode_prompt(Prompt("x", "\ud800"), 256)
     with pytest.raises(UserError, match="Prompt 'x' is empty"):
         encode_prompt(Prompt("x", ""), 512)
     with pytest.raises(UserError, match="Prompt 'x' has '\u0101' at character 2.*256 tokens"):
