@@ -186,6 +186,7 @@ def test_the_prompt_is_computed_once_and_caches_are_dropped(model):
         states.append(sum(isinstance(thing, InferenceState) for thing in gc.get_objects()))
         return gc_content(texts)
 
+    gc.collect()  # what other tests left
     hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     try:
         search(model, score, beams=2, samples=4, chunk=16)

@@ -40,7 +40,7 @@ def test_fasta(tmp_path, name):
     assert read_prompts(path) == [Prompt("one", "ACGTacgtN"), Prompt("two", "|d__B|G")]
 
 
-@pytest.mark.parametrize("content", [FASTA, gzip.compress(FASTA)])
+@pytest.mark.parametrize("content", [FASTA, gzip.compress(FASTA)], ids=["plain", "gzip"])
 def test_fasta_of_a_pipe(content):
     read_end, write_end = os.pipe()
     os.write(write_end, content)
@@ -76,6 +76,7 @@ def test_json_lines_under_other_names(tmp_path, name):
         ("x.fa", b">\nACGT\n", "a record has no name"),
         ("x.txt.gz", gzip.compress(b"ACGT" * 100, mtime=0)[:20], "damaged or cut off"),
         ("x.txt", b"ACGT\n\xff", "not UTF-8"),
+        ("x.fastq", b"@read\nACGT\n+\n!!!!\n", "is FASTQ"),
     ],
 )
 def test_files_that_are_not_what_they_seem(tmp_path, name, content, message):

@@ -73,6 +73,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
     if suffix in JSONL_SUFFIXES or start == b"{":
         return [_of_json(line, number, path) for number, line in lines]
+    if start == b"@" and len(lines) > 2 and lines[2][1].startswith("+"):
+        raise UserError(f"Prompt file {path} is FASTQ, whose lines are not all sequences; make FASTA of it")
     return [Prompt(str(number), line) for number, line in lines]
 
 
