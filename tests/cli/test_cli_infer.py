@@ -263,7 +263,7 @@ def test_a_reader_that_leaves_ends_the_run(checkpoint, tmp_path):
         ("--top-p 1.5", "top_p is 1.5"),
         ("--temperature -1", "temperature is -1.0"),
         ("--seed -1", "seed is -1"),
-        ("--prompt-segmentation-threshold -1", "prefill_chunk is -1"),
+        ("--prompt-segmentation-threshold -1", "--prompt-segmentation-threshold: -1 is not 0 or more"),
         ("--max-new-tokens 0", "0 is not 1 or more"),
         ("--max-batch-size 0", "0 is not 1 or more"),
         ("--mixed-precision-recipe fp12", "invalid choice"),

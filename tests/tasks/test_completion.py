@@ -77,6 +77,12 @@ def test_pieces_make_the_text_up_to_the_first_stop(include):
             want, reason = text[: end if include else end + minus_length], "stop"
         pieces, completion = fill(text, stop_strings=stops, include_stop_string=include)
         assert completion.finish_reason == reason
+        before = generator.randrange(min(ends)[0] if ends else len(text))
+        later = Completion(max_new_tokens=1000, stop_strings=stops, include_stop_string=include)
+        later.go_on_from(list(map(ord, text[:before])), [0.0] * before)
+        for character in text[before : min(ends)[0] if ends else None]:
+            later.add(ord(character), 0.0)
+        assert (later.token_ids, later.stop_string) == (completion.token_ids, completion.stop_string)
         if reason:
             assert "".join(pieces) == completion.generation(log_probs=False).text == want
         else:

@@ -88,6 +88,18 @@ def test_one_sample_of_one_beam_is_plain_generation(model, chunk):
     )
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 48])
+def test_a_stop_string_may_begin_in_an_earlier_chunk(model, chunk, include):
+    stop = plain(model, [1])[0].text[12:18]
+    settings = dataclasses.replace(SETTINGS, stop_strings=(stop,), include_stop_string=include)
+    (want,) = plain(model, [1], settings)
+    assert want.stop_string == stop
+    (got,) = search(model, lambda texts: [0] * len(texts), settings=settings, beams=1, samples=1, chunk=chunk)
+    assert got.generation._replace(log_probs=None) == want._replace(log_probs=None)
+    assert len(got.generation.log_probs) == len(want.token_ids)
+
+
 def test_a_scorer_that_says_nothing_changes_nothing(model):
     (got,) = search(model, lambda texts: [0] * len(texts), beams=1, samples=4)
     assert got.generation.token_ids == plain(model, [1])[0].token_ids
@@ -174,6 +186,7 @@ def test_the_prompt_is_computed_once_and_caches_are_dropped(model):
         states.append(sum(isinstance(thing, InferenceState) for thing in gc.get_objects()))
         return gc_content(texts)
 
+    gc.collect()  # what other tests left
     hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     try:
         search(model, score, beams=2, samples=4, chunk=16)

@@ -38,6 +38,13 @@ def test_smoothing(size, expected):
     assert curve.values.tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("spike", [np.inf, np.nan, 1e30])
+def test_a_spike_leaves_what_comes_after_it(spike):
+    curve = Curve(np.arange(9), np.array([2.0, 2.0, spike, *[0.5] * 6]))
+    assert curve.smoothed(1).values[3:].tolist() == [0.5] * 6
+    assert curve.smoothed(3).values[[0, *range(4, 9)]].tolist() == [2.0] + [0.5] * 5
+
+
 def test_picture(tmp_path, capsys):
     import matplotlib.image
 

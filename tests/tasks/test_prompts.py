@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
+import os
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,15 @@ def test_fasta(tmp_path, name):
     assert read_prompts(path) == [Prompt("one", "ACGTacgtN"), Prompt("two", "|d__B|G")]
 
 
+@pytest.mark.parametrize("content", [FASTA, gzip.compress(FASTA)], ids=["plain", "gzip"])
+def test_fasta_of_a_pipe(content):
+    read_end, write_end = os.pipe()
+    os.write(write_end, content)
+    os.close(write_end)
+    assert [prompt.id for prompt in read_prompts(Path(f"/dev/fd/{read_end}"))] == ["one", "two"]
+    os.close(read_end)
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.txt.gz"])
 def test_text(tmp_path, name):
     content = b"ACGT\r\n\n  |d__B;s__Escherichia coli|\t\nN"
@@ -65,6 +76,7 @@ def test_json_lines_under_other_names(tmp_path, name):
         ("x.fa", b">\nACGT\n", "a record has no name"),
         ("x.txt.gz", gzip.compress(b"ACGT" * 100, mtime=0)[:20], "damaged or cut off"),
         ("x.txt", b"ACGT\n\xff", "not UTF-8"),
+        ("x.fastq", b"@read\nACGT\n+\n!!!!\n", "is FASTQ"),
     ],
 )
 def test_files_that_are_not_what_they_seem(tmp_path, name, content, message):
@@ -78,6 +90,9 @@ def test_encode_prompt():
     assert encode_prompt(Prompt("x", "AC<EOS>"), 512) == [65, 67, 0]
     assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512) == [*b"|D__B|AC", 0]
     assert encode_prompt(Prompt("x", "|d__B|aC<EOS>"), 512, keep_case=True) == [*b"|d__B|aC", 0]
+    warn_of_no_dna([Prompt("x", "\ud800")])  # which comes first, has nothing to say
+    with pytest.raises(UserError, match=r"Prompt 'x' has '\\ud800' at character 1"):
+        encode_prompt(Prompt("x", "\ud800"), 256)
     with pytest.raises(UserError, match="Prompt 'x' is empty"):
         encode_prompt(Prompt("x", ""), 512)
     with pytest.raises(UserError, match="Prompt 'x' has '\u0101' at character 2.*256 tokens"):

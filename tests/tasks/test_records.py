@@ -194,9 +194,12 @@ def test_record_file_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         RecordFile(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/null")):
+    read_end, write_end = os.pipe()  # a name that leads to nothing that has one, like /dev/stdout of a pipeline
+    for path in (tmp_path / "pipe", Path("/dev/null"), Path(f"/dev/fd/{write_end}")):
         with pytest.raises(UserError, match="is a device or a pipe"):
             RecordFile(path)
+    os.close(read_end)
+    os.close(write_end)
     with pytest.raises(UserError, match="cannot be written"):
         RecordFile(tmp_path / "file" / "out.jsonl")
 

@@ -36,6 +36,12 @@ def fails(sequences):
 def one_number(sequences):
     return 0.5
 
+def text(sequences):
+    return "123"
+
+def huge(sequences):
+    return [10**400] * 3
+
 def too_few(sequences):
     return [1]
 
@@ -97,6 +103,8 @@ def test_a_command_is_started_once(folder):
     [
         ("scorer.py:fails", r"failed: ZeroDivisionError: division by zero \(.*scorer.py, line 17\)"),
         ("scorer.py:one_number", "failed: it gave float, not a list of numbers"),
+        ("scorer.py:text", "failed: it gave str, not a list of numbers"),
+        ("scorer.py:huge", "failed: it gave list, not a list of numbers .int too large"),
         ("scorer.py:too_few", "gave 1 scores for 3 sequences; it must give one for each"),
         ("scorer.py:nan", "gave nan for sequence 0; a score must be a finite number"),
         ("scorer.py:leaves", "ended with exit status 3 instead of answering"),
@@ -125,6 +133,7 @@ def test_functions_that_do_not_work(folder, function, message):
         ("input(); print('{\"scores\": [1, 2]}')", "gave 2 scores for 3 sequences"),
         ("input(); print('{\"scores\": [1, 2, NaN]}')", "gave nan for sequence 2"),
         ("input(); print('{\"scores\": [1, 2, null]}')", "gave None for sequence 2"),
+        ("input(); print('{\"scores\": [1, 2, 1' + '0' * 400 + ']}')", "gave 1000+.* for sequence 2; a score"),
         ("input(); print('{\"scores\": 5}')", "gave 5 for 3 sequences; it must give a list of numbers"),
     ],
 )

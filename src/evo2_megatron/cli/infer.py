@@ -178,7 +178,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompt-segmentation-threshold",
-        type=int,
+        type=groups.non_negative_int,
         metavar="N",
         help="most tokens of a prompt that are processed at once, 0: all; less memory, same result "
         "(default: EVO2_PST, else 2048)",

@@ -53,14 +53,18 @@ class ReadState:
     """Lines that ended as on Windows."""
 
 
-def read_fasta(path: str | os.PathLike[str], *, unique_ids: bool = False) -> Iterator[FastaRecord]:
+def read_fasta(
+    path: str | os.PathLike[str], *, unique_ids: bool = False, content: bytes | None = None
+) -> Iterator[FastaRecord]:
     """Yield the records in the order of the file; memory is that of the longest record.
+
+    ``content``: what is in the file, if it has been read already, as a pipe can be only once.
 
     Raises:
         UserError: No such file; not FASTA; a header without a name; or, with ``unique_ids``, a name that occurs twice.
     """
     seen: set[str] = set()
-    pieces = read_pieces(path)
+    pieces = read_pieces(path, content=content)
     header, sequence = next(pieces)
     parts: list[bytes] = []
     while header is not None:
@@ -93,7 +97,7 @@ def record_id(header: bytes) -> str:
 
 
 def read_pieces(
-    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None
+    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None, content: bytes | None = None
 ) -> Iterator[tuple[bytes | None, bytes]]:
     """Yield ``(header, bases)`` for the start of a record and ``(None, bases)`` for what follows of a long one.
 
@@ -104,11 +108,12 @@ def read_pieces(
         path: The file.
         threads: How many decompress at a time, if it is bgzip.
         state: Kept up to date while reading.
+        content: As for ``read_fasta``.
 
     Raises:
         UserError: As ``read_fasta``.
     """
-    with open_fasta(path, threads=threads, state=state) as stream:
+    with open_fasta(path, threads=threads, state=state, content=content) as stream:
         data, at_line_start, ended = first_block(path, stream), True, False
         while not ended:
             block = stream.read(BLOCK_BYTES)
@@ -182,14 +187,20 @@ def _split_tidy(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
 
 @contextlib.contextmanager
 def open_fasta(
-    path: str | os.PathLike[str], *, threads: int = 1, state: ReadState | None = None, kind: str = "FASTA"
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    state: ReadState | None = None,
+    kind: str = "FASTA",
+    content: bytes | None = None,
 ) -> Iterator[BinaryIO | _WatchedStream]:
     """Open a file for reading bytes, decompressing gzip (recognised by its first bytes, not by its name).
 
-    ``kind``: of file, for errors.
+    ``kind``: of file, for errors. ``content``: as for ``read_fasta``.
     """
     try:
-        raw = Path(path).open("rb")  # noqa: SIM115 (closed below)
+        # closed below
+        raw = Path(path).open("rb") if content is None else io.BufferedReader(io.BytesIO(content))  # noqa: SIM115
     except FileNotFoundError:
         raise UserError(f"no such {kind} file: {path}") from None
     except OSError as error:

@@ -76,6 +76,13 @@ class Completion:
         if len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
 
+    def go_on_from(self, token_ids: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Take the tokens of an earlier continuation that had not ended, as if they had been added here."""
+        self.token_ids += token_ids
+        self.log_probs += log_probs
+        for match in self._matches:
+            match.go_on_from(token_ids)
+
     def release(self) -> tuple[list[int], list[float]]:
         """Tokens that will stay, and their log-probabilities; each is handed out once."""
         end = len(self.token_ids) - (0 if self.finish_reason or self._include_stop_string else self._num_uncertain())
@@ -111,6 +118,11 @@ class _Match:
     def add(self, token: int) -> None:
         """Take the next token."""
         self.length = self._longer(self.length, token)
+
+    def go_on_from(self, tokens: Sequence[int]) -> None:
+        """Take tokens that do not hold the whole text: only the last ones can begin it."""
+        for token in tokens[max(len(tokens) - len(self._ids) + 1, 0) :]:
+            self.add(token)
 
     def _longer(self, length: int, token: int) -> int:
         while length and (length == len(self._ids) or self._ids[length] != token):

@@ -103,8 +103,7 @@ class _Candidate(NamedTuple):
     def row(self, settings: GenerationSettings) -> Completion:
         """Takes the tokens that continue it."""
         row = settings.new_completion()
-        row.token_ids += self.token_ids
-        row.log_probs += self.log_probs
+        row.go_on_from(self.token_ids, self.log_probs)
         return row
 
     def guided(self) -> Guided:

@@ -39,11 +39,13 @@ class Curve(NamedTuple):
         Around, and not before: a mean of earlier values lags behind, so that falling training losses would look higher
         than the validation losses of the same steps.
         """
-        sums = np.concatenate([[0.0], np.cumsum(self.values, dtype=np.float64)])
-        places = np.arange(len(self.values))
-        starts = np.maximum(places - (size - 1) // 2, 0)
-        ends = np.minimum(places + size // 2 + 1, len(self.values))
-        return Curve(self.steps, (sums[ends] - sums[starts]) / (ends - starts))
+        if size == 1:
+            return self
+        # each mean by itself: in differences of running sums, a value that is infinite, no number or huge would take
+        # all later ones with it
+        places = range(len(self.values))
+        around = (self.values[max(place - (size - 1) // 2, 0) : place + size // 2 + 1] for place in places)
+        return Curve(self.steps, np.array([part.mean(dtype=np.float64) for part in around]))
 
 
 def plot_runs(runs: Sequence[Path], output: Path, *, smooth: int = 1) -> None:

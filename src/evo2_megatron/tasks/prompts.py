@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not start:
         return []
     if suffix in FASTA_SUFFIXES or (suffix not in JSONL_SUFFIXES and start == b">"):
-        return [_of_fasta(record, path) for record in read_fasta(path)]
+        return [_of_fasta(record, path) for record in read_fasta(path, content=content)]
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -73,6 +73,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
     if suffix in JSONL_SUFFIXES or start == b"{":
         return [_of_json(line, number, path) for number, line in lines]
+    if start == b"@" and len(lines) > 2 and lines[2][1].startswith("+"):
+        raise UserError(f"Prompt file {path} is FASTQ, whose lines are not all sequences; make FASTA of it")
     return [Prompt(str(number), line) for number, line in lines]
 
 
@@ -96,7 +98,7 @@ def encode_prompt(prompt: Prompt, vocab_size: int, *, keep_case: bool = False) -
 
 def warn_of_no_dna(prompts: Sequence[Prompt]) -> None:
     """Log one line if prompts have letters that no DNA has: of a protein, U, or those of another kind of file."""
-    letters = {prompt.id: letter_of_no_base(prompt.text.encode()) for prompt in prompts}
+    letters = {prompt.id: letter_of_no_base(prompt.text.encode("utf-8", "surrogatepass")) for prompt in prompts}
     log_no_dna({name: letter for name, letter in letters.items() if letter}, len(prompts), "prompts")
 
 

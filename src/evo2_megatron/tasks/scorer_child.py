@@ -48,9 +48,11 @@ def load_function(spec: str) -> Callable[[list[str]], Any]:
 
 def numbers(scores: Any) -> list[float]:
     """Floats of a list, an array or a tensor; UserError if it is none of them."""
+    if isinstance(scores, (str, bytes, dict, set, frozenset)):  # their items would be taken for scores
+        raise UserError(f"it gave {type(scores).__name__}, not a list of numbers")
     try:
         return [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"it gave {type(scores).__name__}, not a list of numbers ({error})") from error
 
 

@@ -43,9 +43,16 @@ def check_scores(scores: Any, count: int, name: str) -> list[float]:
     if len(scores) != count:
         raise UserError(f"{name} gave {len(scores)} scores for {count} sequences; it must give one for each")
     for number, score in enumerate(scores):
-        if not isinstance(score, Real) or not math.isfinite(score):
+        if not isinstance(score, Real) or not _is_finite(score):
             raise UserError(f"{name} gave {_short(score)} for sequence {number}; a score must be a finite number")
     return [float(score) for score in scores]
+
+
+def _is_finite(score: Real) -> bool:
+    try:
+        return math.isfinite(score)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 @contextlib.contextmanager

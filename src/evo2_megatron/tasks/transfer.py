@@ -83,12 +83,13 @@ def file_behind(path: Path) -> Path:
     Raises:
         UserError: The name is that of a folder, a device or a pipe, none of which can be replaced.
     """
-    file = Path(os.path.realpath(path))
-    if file.is_dir():
+    path = Path(path)
+    if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
-    if file.exists() and not file.is_file():
+    # asked of the path itself: what /dev/stdout leads to, if it is a pipe, has no name
+    if path.exists() and not path.is_file():
         raise UserError(f"{path} is a device or a pipe, which a file cannot replace; give the name of a file")
-    return file
+    return Path(os.path.realpath(path))
 
 
 def check_no_input(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
