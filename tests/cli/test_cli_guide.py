@@ -209,6 +209,11 @@ def test_errors_end_in_one_line(checkpoint, folder, capsys, argv, message):
     assert not Path("out.jsonl").exists() and not Path("out.jsonl.part").exists()
 
 
+def test_prompts_that_are_no_dna(checkpoint, folder, capsys):
+    run(checkpoint, "--prompt", "AUG", "--scorer", "scorer.py:gc", "--max-new-tokens", "2", "--output-file", "o.fa")
+    assert "1 of 1 prompts have letters that no DNA has; the first is 'U'" in capsys.readouterr().err
+
+
 def test_more_copies_of_the_model_are_refused(checkpoint, folder, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ending:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,16 @@ groups.run("evo2_doctor", lambda argv: [print("a line") for _ in range({num_line
     command.stdout.close()
     command.stdin.close()
     assert command.stderr.read() == b"" and command.wait() == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_no_room_for_what_is_printed(num_lines):
+    code = f"""
+from evo2_megatron.cli import groups
+groups.run("infer_evo2", lambda argv: [print("a line") for _ in range({num_lines})])
+"""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=-1, text=True, check=False)
+    message = "infer_evo2: error: No space left on device; make room, or write somewhere else\n"
+    assert (ended.returncode, ended.stderr) == (2, message)

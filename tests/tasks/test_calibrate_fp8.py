@@ -90,6 +90,13 @@ def test_pieces_and_margin(inputs, tmp_path):
         assert room[layer] == tuple(scale / 8 for scale in pair)
 
 
+def test_sequences_that_are_no_dna(inputs, tmp_path, caplog):
+    fasta = tmp_path / "protein.fa"
+    fasta.write_text(">p\nMKLAAKLL\n")
+    calibrate_fp8(fasta, inputs[0], tmp_path / "new")
+    assert "1 of 1 sequences have letters that no DNA has; the first is 'L' in 'p'" in caplog.text
+
+
 def test_rounding_with_these_scales_costs_less(inputs, tmp_path, caplog):
     """Weights of 0.006 lie where e4m3 has a bit or two left; scaled, they have all. The self-test holds the scales."""
     from evo2_megatron.runtime.distributed import process_groups

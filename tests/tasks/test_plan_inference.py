@@ -105,7 +105,7 @@ def test_command(megatron, capsys):
     heading, stage, fits, longest = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["stage", "parameters", "weights"] and stage.split()[0] == "0"
     assert fits.startswith("fits 80 GB: 0.0 GB")
-    assert longest == "longest sequence within 80 GB: 8,192 tokens"
+    assert longest == "longest sequence within 80 GB: 8,192 tokens, all that the model has positions for"
     main(["--for", "generate", *small, "--gpu-memory", "0.001"])
     out = capsys.readouterr().out
     assert "does not fit 0.001 GB" in out and "not even 512 tokens fit; use --tensor-parallel-size" in out

@@ -76,6 +76,14 @@ def test_fasta_and_its_manifest(runs, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_sequences_that_are_no_dna(runs, tmp_path, caplog):
+    fasta = tmp_path / "x.fa"
+    fasta.write_text(">dna\nACGTN\n>protein\nMKLA\n")
+    with caplog.at_level("WARNING"):
+        predicted(runs, "whole", tmp_path, source=fasta)
+    assert "1 of 2 sequences have letters that no DNA has; the first is 'L' in 'protein'" in caplog.text
+
+
 def test_long_sequences_are_cut_as_in_training(runs, tmp_path, caplog):
     bases = runs[1][0]["sequence"]
     fasta = tmp_path / "long.fa"

@@ -211,6 +211,7 @@ def test_prompts_are_read_in_upper_case(server):
 def test_status(server, checkpoint):
     assert server.get("/v1/health/live").json() == {"status": "live"}
     assert server.get("/v1/health/ready").json() == {"status": "ready"}
+    assert requests.head(server.url + "/v1/health/ready", timeout=60).status_code == 200
     about = server.get("/v1/metadata").json()
     assert about["checkpoint"] == str(checkpoint) and about["precision"] == "fp32"
     assert about["limits"]["max_seq_length"] == MAX_LENGTH and about["limits"]["max_batch_size"] == 8

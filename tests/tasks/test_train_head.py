@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import yaml
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
+from evo2_megatron.recipes.head_options import HeadOptions
+from evo2_megatron.tasks import train_head
 from tasks.head_runs import NUM_VALIDATION, make_rows, predicted, scalars, train_all, write_csv
 
 
@@ -267,3 +270,11 @@ def test_a_named_iteration_wins_over_the_best(runs):
     newest = max(folder.glob("iter_*"))
     assert int(find_checkpoint(runs[0] / "stalls").name[5:]) == best == int(find_checkpoint(folder).name[5:])
     assert find_checkpoint(newest) == newest
+
+
+def test_sequences_that_are_no_dna(tmp_path, caplog):
+    train = tmp_path / "train.csv"
+    train.write_text("sequence,label\nACGTN,a\nAUGC,b\n")
+    options = HeadOptions(train_data=train, base_ckpt_dir=tmp_path, result_dir=tmp_path, micro_batch_size=1)
+    train_head._read_data(options, SimpleNamespace(seq_length=64))
+    assert f"1 of 2 sequences of {train} have letters that no DNA has; the first is 'U' in '2'" in caplog.text

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -49,6 +50,13 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
         # who reads what is printed has seen enough; nothing may be flushed to it when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # of what is printed, nothing may be flushed again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"{prog}: error: {error.strerror}; make room, or write somewhere else\n")
+        sys.exit(2)
     except UserError as error:
         speaker = f"{prog}: error"
         if _rank() != 0:
@@ -345,7 +353,7 @@ def add_verbose(parser: argparse._ActionsContainer) -> None:
 
 def positive_int(text: str) -> int:
     """Argument type: a whole number of 1 or more."""
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
@@ -353,7 +361,10 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """Argument type: a finite number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value
@@ -366,10 +377,17 @@ def comma_list(text: str) -> list[str]:
 
 def non_negative_int(text: str) -> int:
     """Argument type: a whole number of 0 or more."""
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # argparse would show the name of our function
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _rank() -> int:

@@ -126,7 +126,7 @@ def _plan_training(args: argparse.Namespace) -> None:
 
 
 def _plan_inference(args: argparse.Namespace) -> None:
-    from evo2_megatron.tasks.plan_inference import SHORTEST, Inference, longest_sequence, plan_inference
+    from evo2_megatron.tasks.plan_inference import SHORTEST, Inference, longest_sequence, plan_inference, positions
 
     inference = Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
     given = _given(args) | {"parallel": groups.parallel(args)}
@@ -138,8 +138,10 @@ def _plan_inference(args: argparse.Namespace) -> None:
         print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:17.3g}")
     _fits(max(stages, key=lambda stage: stage.total_bytes), args.gpu_memory)
     longest = longest_sequence(inference, args.gpu_memory * 1e9, **given)
+    most = positions(**{name: value for name, value in given.items() if name != "vocab_size"})
     if longest:
-        print(f"longest sequence within {args.gpu_memory:g} GB: {longest:,} tokens")
+        all_of_them = ", all that the model has positions for" if longest == most else ""
+        print(f"longest sequence within {args.gpu_memory:g} GB: {longest:,} tokens{all_of_them}")
     else:
         print(f"not even {SHORTEST} tokens fit; use --tensor-parallel-size or --pipeline-parallel-size")
 

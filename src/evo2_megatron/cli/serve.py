@@ -89,8 +89,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
+    value = groups.non_negative_int(text)
+    if value >= 2**16:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
     return value
 

@@ -9,7 +9,7 @@ complement of A is T: the reverse complement of RNA is DNA. Everything else (gap
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,12 @@ def log_no_dna(letters: Mapping[str, str], total: int, what: str) -> None:
             "models of DNA do not know: give the DNA of a protein, and T for U",
             len(letters), total, what, letter, name,
         )  # fmt: skip
+
+
+def look_for_no_dna(names: Iterable[str], sequences: Iterable[bytes], what: str) -> None:
+    """``log_no_dna`` for these sequences."""
+    letters = [(name, letter_of_no_base(sequence)) for name, sequence in zip(names, sequences)]
+    log_no_dna({name: letter for name, letter in letters if letter}, len(letters), what)
 
 
 def transcribe(sequence: Sequence) -> Sequence:

@@ -26,6 +26,7 @@ from evo2_megatron.checkpoint.strip_optimizer import kept_tensors
 from evo2_megatron.checkpoint.write import check_new, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta_dataset import FastaDataset
+from evo2_megatron.data.nucleotides import log_no_dna
 from evo2_megatron.ops.fp8 import E4M3_MAX
 from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks import self_test
@@ -96,6 +97,7 @@ def calibrate_fp8(
     check_whole(run_config)
     kept_tensors(checkpoint)
     dataset = FastaDataset(fasta, prepend_bos=prepend_bos)
+    log_no_dna(dataset.no_dna, len(dataset.ids), "sequences")
     check_lengths(dataset, max_seq_length or position_range(run_config, changes))
     with distributed.process_groups(parallel, seed=run_config.seed):
         overrides = changes.overrides(run_config.pattern)

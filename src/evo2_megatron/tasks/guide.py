@@ -19,7 +19,7 @@ from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.generate import GenerationSettings
 from evo2_megatron.tasks.generation_model import GenerationCheckpoint, check_layout, find_checkpoint, running_model
 from evo2_megatron.tasks.guided import Guided, Search, SearchSettings
-from evo2_megatron.tasks.prompts import Prompt, encode_prompt
+from evo2_megatron.tasks.prompts import Prompt, encode_prompt, warn_of_no_dna
 from evo2_megatron.tasks.records import Record, RecordFile
 from evo2_megatron.tasks.sampling import derive_seed
 from evo2_megatron.tasks.scorers import Score, check_scores
@@ -91,6 +91,7 @@ def guide(
     settings = dataclasses.replace(settings, vocab_size=checkpoint.vocab_size)
     settings.check_vocabulary(checkpoint.vocab_size)
     starts = _starts(prompts, checkpoint, settings)
+    warn_of_no_dna(prompts)
     if max_seq_length is None:
         _check_lengths(starts, settings, checkpoint.seq_length, "that the checkpoint was trained for")
     else:

@@ -66,8 +66,14 @@ def plan_inference(inference: Inference, *, vocab_size: int = 512, **given: Any)
     return [_plan_stage(inference, options, stage, vocab_size) for stage in range(options.parallel.pipeline)]
 
 
+def positions(**given: Any) -> int:
+    """Tokens that the model was made for, whatever memory there is; ``given``: as for ``planned_options``."""
+    options = planned_options(**given)
+    return architecture(options.model_size).position_range(options.seq_len_interpolation_factor)
+
+
 def longest_sequence(inference: Inference, gpu_bytes: float, *, vocab_size: int = 512, **given: Any) -> int:
-    """The most tokens a sequence may have within ``gpu_bytes`` and within the model's positions.
+    """The most tokens a sequence may have within ``gpu_bytes`` and within the model's ``positions``.
 
     In whole pieces, or, where one does not fit, as a piece halved once or several times. From two pieces on, memory
     grows by the same number of bytes with each: by keys and values, and results.
@@ -81,8 +87,7 @@ def longest_sequence(inference: Inference, gpu_bytes: float, *, vocab_size: int 
     Returns:
         0 if not even ``SHORTEST`` tokens fit.
     """
-    options = planned_options(**given)
-    most = architecture(options.model_size).position_range(options.seq_len_interpolation_factor)
+    most = positions(**given)
 
     def needed(length: int) -> int:
         stages = plan_inference(inference, vocab_size=vocab_size, **given | {"seq_length": length})

@@ -23,7 +23,7 @@ from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta import read_fasta
 from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.data.labelled import Labelled, Labels, is_table, read_labelled
-from evo2_megatron.data.nucleotides import reverse_complement
+from evo2_megatron.data.nucleotides import look_for_no_dna, reverse_complement
 from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.model import pieces
 from evo2_megatron.runtime import distributed, megatron
@@ -91,7 +91,7 @@ def predict_head(
         digest = CheckpointDigest(checkpoint) if first else None
         how = {"precision": precision, "provider_overrides": _overrides(int8_weights=int8_weights)}
         loaded = load_model(checkpoint, parallel=ParallelConfig(), base_ckpt_dir=base_ckpt_dir, head=True, **how)
-        _log_cut(rows.ids, loaded.provider.seq_length)
+        _warn(rows, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)
         _check_finite(rows.names, outputs_NC)
         if not first:
@@ -150,8 +150,9 @@ def _check_finite(names: Sequence[str], outputs_NC: np.ndarray) -> None:
         raise UserError(f"sequence {names[int(finite_N.argmin())]!r}: {OUTPUT_NOT_FINITE}")
 
 
-def _log_cut(ids: Sequence[bytes], longest: int) -> None:
-    num_cut = sum(len(sequence) > longest for sequence in ids)
+def _warn(rows: Labelled, longest: int) -> None:
+    look_for_no_dna(rows.names, rows.ids, "sequences")
+    num_cut = sum(len(sequence) > longest for sequence in rows.ids)
     if num_cut:
         logger.warning("%d sequences are cut to the %d bases that sequences had in training", num_cut, longest)
 

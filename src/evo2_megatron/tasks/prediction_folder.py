@@ -37,7 +37,10 @@ def check_inputs(output_dir: Path | None, names: ResultNames, **inputs: Path) ->
     for flag, path in inputs.items():
         if path.exists() and not path.is_file():
             raise UserError(
-                f"--{flag} {path} is no regular file, and is read more than once; write what a pipe brings to a file"
+                f"--{flag} {path} is a folder, not a file"
+                if path.is_dir()
+                else f"--{flag} {path} is no regular file, and is read more than once; write what a pipe brings to a "
+                "file"
             )
     if output_dir is None:
         return

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.data.fasta import FastaRecord, read_fasta
-from evo2_megatron.data.nucleotides import letter_of_no_base, log_no_dna
+from evo2_megatron.data.nucleotides import look_for_no_dna
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".frn")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -98,8 +98,8 @@ def encode_prompt(prompt: Prompt, vocab_size: int, *, keep_case: bool = False) -
 
 def warn_of_no_dna(prompts: Sequence[Prompt]) -> None:
     """Log one line if prompts have letters that no DNA has: of a protein, U, or those of another kind of file."""
-    letters = {prompt.id: letter_of_no_base(prompt.text.encode("utf-8", "surrogatepass")) for prompt in prompts}
-    log_no_dna({name: letter for name, letter in letters.items() if letter}, len(prompts), "prompts")
+    texts = (prompt.text.encode("utf-8", "surrogatepass") for prompt in prompts)
+    look_for_no_dna((prompt.id for prompt in prompts), texts, "prompts")
 
 
 def _read(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.data.labelled import Labelled, Labels, find_classes, read_labelled
+from evo2_megatron.data.nucleotides import look_for_no_dna
 from evo2_megatron.recipes.head_options import HeadOptions, check
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.runtime import distributed, megatron
@@ -107,6 +108,7 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
             continue
         rows[split] = read_labelled(path, labels, sequence_column=options.sequence_column)
         num_samples[split] = len(rows[split].ids) * num_strands
+        look_for_no_dna(rows[split].names, rows[split].ids, f"sequences of {path}")
         if rows[split].num_left_out:
             logger.warning("%s: %d rows without a label are left out", path, rows[split].num_left_out)
     _check_enough(options, num_samples["train"])

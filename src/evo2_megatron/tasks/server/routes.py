@@ -176,10 +176,12 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
 
 
 def _add_status(router: APIRouter, engine: Engine, genome: Genome | None) -> None:
+    @router.head("/v1/health/live", include_in_schema=False)
     @router.get("/v1/health/live", response_model=schemas.Health, tags=["status"], summary="Is the server up?")
     async def live() -> Any:
         return {"status": "live"}
 
+    @router.head("/v1/health/ready", include_in_schema=False)
     @router.get(
         "/v1/health/ready", response_model=schemas.Health, responses={503: REFUSALS[503]}, tags=["status"],
         summary="Is the model loaded?",
