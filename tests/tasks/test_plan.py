@@ -128,3 +128,33 @@ def test_the_1m_row_of_the_40b_model(megatron):
     planned = plan(256, model_size="evo2_40b", seq_length=2**20, global_batch_size=2, parallel=layout)
     assert planned.parameters == PARAMETERS["evo2_40b"]
     assert planned.worst.total_bytes < 80e9
+
+
+def test_time_and_price(megatron, capsys):
+    """By hand: operations and tokens of a step, by the speed of two GPUs; of both what training itself counts."""
+    given = ["--model-size", "evo2_tiny", "--seq-length", "1024", "--global-batch-size", "6", "--num-gpus", "2"]
+    cli.main([*given, "--tflops", "0.5", "--num-tokens", "3e9", "--gpu-hour-price", "2"])
+    *_, line = capsys.readouterr().out.splitlines()
+    planned = plan(2, **SMALL | {"seq_length": 1024, "global_batch_size": 6})
+    assert planned.num_tokens == 6 * 1024
+    seconds = planned.model_flops / 2 / 0.5e12
+    hours = 3e9 / (6 * 1024) * seconds * 2 / 3600
+    assert line == (
+        f"at 0.5 TFLOP/s: {seconds:.3g} s per step, {6 * 1024 / seconds / 2:,.0f} tokens per second and GPU; "
+        f"3,000,000,000 tokens take {hours:,.4g} GPU hours, price {2 * hours:,.4g}"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num-tokens", "1e9"], "add --tflops"),
+        (["--gpu-hour-price", "2"], "add --tflops"),
+        (["--for", "generate", "--tflops", "100"], "--tflops says nothing about --for generate; leave it out"),
+        (["--tflops", "fast"], "fast is not a finite number above 0"),
+    ],
+)
+def test_prices_without_a_speed(flags, message, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["--model-size", "evo2_tiny", *flags])
+    assert ending.value.code == 2 and message in capsys.readouterr().err

@@ -128,3 +128,20 @@ def test_flags_of_another_use(flags, message, capsys):
         main(flags)
     assert ending.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_time_of_scoring(megatron, capsys):
+    """Stages work on a batch in turn; GPU hours count all of them."""
+    from evo2_megatron.cli.plan import main
+
+    given = ["--for", "score", "--model-size", "evo2_tiny", "--seq-length", "1000", "--num-sequences", "3"]
+    main([*given, "--pipeline-parallel-size", "2", "--tflops", "0.25"])
+    line = capsys.readouterr().out.splitlines()[-2]
+    layout = ParallelConfig(pipeline=2)
+    stages = plan_inference(Inference("score", 3), model_size="evo2_tiny", seq_length=1000, parallel=layout)
+    seconds = sum(stage.flops for stage in stages) / 0.25e12
+    hours = 1e6 / 3000 * seconds * 2 / 3600
+    assert line == (
+        f"at 0.25 TFLOP/s: {seconds:.3g} s per batch, {3000 / seconds / 2:,.0f} tokens per second and GPU; "
+        f"1,000,000 tokens take {hours:,.4g} GPU hours"
+    )

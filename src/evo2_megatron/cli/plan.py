@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.cli import groups, model_groups, training_groups
 from evo2_megatron.config import UserError
+from evo2_megatron.tasks.plan_cost import cost
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.plan import StagePlan
@@ -76,7 +77,28 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--gpu-memory", type=groups.positive_float, default=80.0, metavar="GB", help="of one GPU (default: 80)"
     )
+    _add_cost(parser)
     return parser
+
+
+def _add_cost(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("time and price", "To train or score.")
+    group.add_argument(
+        "--tflops",
+        type=groups.positive_float,
+        metavar="X",
+        help="10^12 operations per second that a GPU gets done, as train_evo2 logs them: also say how long it takes "
+        "(default: say nothing)",
+    )
+    group.add_argument(
+        "--num-tokens",
+        type=groups.positive_float,
+        metavar="N",
+        help="tokens of the whole job, such as 1e9 (default: 1e6)",
+    )
+    group.add_argument(
+        "--gpu-hour-price", type=groups.positive_float, metavar="X", help="also say what these cost (default: do not)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,6 +111,10 @@ def _main(argv: Sequence[str] | None) -> None:
     groups.set_up_logging()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that fake groups have no real backend
 
+    if args.tflops is None and (args.num_tokens or args.gpu_hour_price):
+        raise UserError("--num-tokens and --gpu-hour-price take the speed of a GPU; add --tflops")
+    if args.use == "generate":
+        _refuse(args, "--tflops")  # new tokens wait for memory, not for operations
     if args.use == "train":
         _refuse(args, "--num-sequences", "--chunk-length")
         _plan_training(args)
@@ -117,7 +143,9 @@ def _plan_training(args: argparse.Namespace) -> None:
         gigabytes = (stage.weight_bytes, stage.optimizer_bytes, stage.activation_bytes, stage.total_bytes)
         figures = "{:19.2f}{:11.2f}{:13.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
         print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:16.3g}")
-    if _fits(planned.worst, args.gpu_memory):
+    fits = _fits(planned.worst, args.gpu_memory)
+    _say_cost(args, planned.model_flops / num_gpus, planned.num_tokens, num_gpus)
+    if fits:
         return
     layout = nearest_fit(num_gpus, args.gpu_memory * 1e9, args.recipe, parallel=parallel, **given)
     if layout is not None:
@@ -137,6 +165,9 @@ def _plan_inference(args: argparse.Namespace) -> None:
         figures = "{:11.2f}{:20.2f}{:10.2f}".format(*(number / 1e9 for number in gigabytes))
         print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:17.3g}")
     _fits(max(stages, key=lambda stage: stage.total_bytes), args.gpu_memory)
+    # stages work on a batch one after the other
+    flops, num_tokens = sum(stage.flops for stage in stages), inference.num_sequences * given.get("seq_length", 8192)
+    _say_cost(args, flops, num_tokens, groups.parallel(args).model_size)
     longest = longest_sequence(inference, args.gpu_memory * 1e9, **given)
     most = positions(**{name: value for name, value in given.items() if name != "vocab_size"})
     if longest:
@@ -156,6 +187,20 @@ def _fits(worst: StagePlan, gigabytes: float) -> bool:
     verdict = "fits" if fits else "does not fit"
     print(f"{verdict} {gigabytes:g} GB: {worst.total_bytes / 1e9:.1f} GB on stage {worst.stage}")
     return fits
+
+
+def _say_cost(args: argparse.Namespace, flops: float, num_tokens: int, num_gpus: int) -> None:
+    """One line, if there is a speed to go by; ``flops``: of one GPU."""
+    if args.tflops is None:
+        return
+    found, wanted = cost(flops, num_tokens, num_gpus, args.tflops), args.num_tokens or 1e6
+    what = "step" if args.use == "train" else "batch"
+    hours = found.gpu_hours(wanted)
+    price = f", price {hours * args.gpu_hour_price:,.4g}" if args.gpu_hour_price else ""
+    print(
+        f"at {args.tflops:g} TFLOP/s: {found.seconds:.3g} s per {what}, {found.tokens_per_second:,.0f} tokens per "
+        f"second and GPU; {wanted:,.0f} tokens take {hours:,.4g} GPU hours{price}"
+    )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ class Plan:
     model_flops: float
     """Operations of one step, all processes, as the TFLOP/s of train_evo2 counts them: see ``model.flops``."""
 
+    num_tokens: int
+    """Of the samples of a step."""
+
     @property
     def worst(self) -> StagePlan:
         """The stage that needs most memory."""
@@ -147,7 +150,8 @@ def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int)
         config = step_config(whole, vocab_size)
         parameters = sum(p.numel() for p in config.model.provide().parameters())
         flops = operations_of_step(config, options.global_batch_size)
-    return Plan(stages=stages, parameters=parameters, model_flops=flops)
+    num_tokens = options.global_batch_size * options.seq_length
+    return Plan(stages=stages, parameters=parameters, model_flops=flops, num_tokens=num_tokens)
 
 
 def _plan_stage(options: TrainingOptions, stage: int, num_gpus: int, vocab_size: int) -> StagePlan:
