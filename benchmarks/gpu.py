@@ -175,7 +175,8 @@ def main() -> None:
     on_cuda = megatron.on_cuda()
     print(torch.cuda.get_device_name() if on_cuda else "no GPU: float32 on the CPU")
     print(f"{'':9}{'model':16}{'':44}{'tokens/s':>12}{'limit':>8}")
-    fp8 = ["bf16_with_fp8_current_scaling_mixed"] if megatron.have_transformer_engine() else []
+    can_fp8 = on_cuda and megatron.have_transformer_engine() and torch.cuda.get_device_capability() >= (8, 9)
+    fp8 = ["bf16_with_fp8_current_scaling_mixed"] if can_fp8 else []
     plain = "bf16_mixed" if on_cuda else "fp32"
     for name in args.train:
         for precision in [plain, *fp8]:

@@ -57,7 +57,7 @@ def test_adapters_have_a_say(runs, tmp_path):
 def test_backbone_in_8_bits(runs, tmp_path):
     wide, _ = predicted(runs, "whole", tmp_path)
     narrow, _ = predicted(runs, "whole", tmp_path, int8_weights=True)
-    assert json.loads((tmp_path / "predictions.manifest.json").read_text())["int8_weights"] is True
+    assert json.loads((tmp_path / "predictions.tsv.manifest.json").read_text())["int8_weights"] is True
     for line, other in zip(narrow, wide, strict=True):
         difference = abs(float(line["probability_AT"]) - float(other["probability_AT"]))
         assert 0 < difference < 0.05
@@ -71,7 +71,7 @@ def test_fasta_and_its_manifest(runs, tmp_path):
     assert metrics == {} and list(lines[0]) == ["id", "length", "prediction", "probability_AT", "probability_GC"]
     assert [line["id"] for line in lines] == list("abcdefghijklm") and table[3]["id"] == "s3"
     assert [line["probability_AT"] for line in lines] == [line["probability_AT"] for line in table]
-    manifest = json.loads((tmp_path / "predictions.manifest.json").read_text())
+    manifest = json.loads((tmp_path / "predictions.tsv.manifest.json").read_text())
     assert manifest["metrics"] == {} and manifest["precision"] == "fp32"
     assert not list(tmp_path.glob(".*"))
 

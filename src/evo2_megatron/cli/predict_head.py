@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="table to write: .tsv, .csv or .parquet; FILE's .manifest.json, beside it, has the metrics",
+        help="table to write: .tsv, .csv or .parquet; FILE.manifest.json beside it has the metrics",
     )
     data.add_argument(
         "--sequence-column", metavar="NAME", help="of a table: column of the bases (default: as in training)"

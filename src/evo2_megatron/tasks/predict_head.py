@@ -79,7 +79,7 @@ def predict_head(
     Raises:
         UserError: No such checkpoint or file, a file that is damaged, or too little memory for a sequence.
     """
-    beside = target.with_name(f"{target.stem}.manifest.json")
+    beside = target.with_name(f"{target.name}.manifest.json")
     head_tables.check_target(target, beside, source)
     checkpoint = find_checkpoint(ckpt_dir)
     run_config = read_run_config(checkpoint)
