@@ -251,6 +251,9 @@ def test_a_tampered_index_runs_nothing(copy, groups):
         (lambda path: (path / ".metadata").unlink(), "has no .metadata, so it holds no weights"),
         (lambda path: (path / "metadata.json").unlink(), "has no metadata.json, so it holds no weights"),
         (lambda path: (path / ".metadata").write_bytes(b"\x80"), "copy the checkpoint again"),
+        (lambda path: (path / "common.pt").unlink(), "has no common.pt, so the copy is incomplete"),
+        (lambda path: (path / "common.pt").write_bytes(b""), "cannot be read .a file ends too early.; copy"),
+        (lambda path: (path / "common.pt").write_bytes(b"PK\x03\x04"), "cannot be read .*; copy it again"),
         (
             lambda path: rewrite_tensors(path, lambda t: t.pop("embedding.word_embeddings.weight")),
             "has no tensor embed",

@@ -103,6 +103,11 @@ def test_hostile_and_damaged_parts(trained, tmp_path):
     refuse("damaged or holds more than plain values")
     torch.save([1, 2], folder / "common.pt")
     refuse("no table of values")
+    (folder / "common.pt").write_bytes(b"")
+    refuse("damaged or holds more than plain values")
+    (folder / "common.pt").unlink()
+    refuse("has no common.pt, so the copy is incomplete")
+    shutil.copyfile(trained[0] / "common.pt", folder / "common.pt")
     for path in folder.glob("*.distcp"):
         path.unlink()
     refuse("lacks the file")

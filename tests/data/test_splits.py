@@ -63,3 +63,8 @@ def test_too_few_records():
 
     with pytest.raises(UserError, match=r"2 document\(s\) are too few for 3 splits .*: test would be empty"):
         splitter.check_complete()
+
+    splitter = Splitter(WEIGHTS, 0, whole_records=True)
+    splitter.assign_windows("x", 50)
+    with pytest.raises(UserError, match=r"1 document\(s\) are too few .*, or split_by to window and"):
+        splitter.check_complete()

@@ -60,6 +60,15 @@ def test_tables(tmp_path):
     assert (len(windows), windows.plan, windows.window(5)) == (7, plan, ("d", 8))
 
 
+def test_a_window_has_bases_also_where_the_stride_is_longer(tmp_path):
+    path = tmp_path / "train.db"
+    contigs = [("a", 39), ("b", 40), ("c", 41)]
+    assert write_window_database(path, contigs, WindowPlan(window_size=32, stride=40, min_length=0)) == (4, 3)
+    with sqlite3.connect(path) as database:
+        rows = database.execute("SELECT sequence_id, window_in_seq_idx FROM window_mappings").fetchall()
+    assert rows == [("a", 0), ("b", 0), ("c", 0), ("c", 1)]
+
+
 def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "train.db"
     write_window_database(path, [("a", 10)], PLAN)

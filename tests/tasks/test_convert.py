@@ -187,7 +187,24 @@ BROKEN = {
         lambda s: s.update({"sequential.5.mixer.rotary_emb.inv_freq": 1e6 ** -(torch.arange(16) / 16)}),
         "does not belong to a rotary base of 10000 (it seems to be about 1e+06)",
     ),
+    "a number as rotary frequencies": (
+        lambda s: s.update({"sequential.5.mixer.rotary_emb.inv_freq": torch.tensor(1.0)}), "does not belong to a",
+    ),
     "not a tensor": (lambda s: s.update({"sequential.2.note": "text"}), "'sequential.2.note' is not a tensor"),
+    "whole numbers": (
+        lambda s: s.update({"sequential.2.mixer.dense.weight": torch.ones(128, 128, dtype=torch.int8)}),
+        "sequential.2.mixer.dense.weight holds int8, which is no format of weights here",
+    ),
+    "one half in whole numbers": (
+        lambda s: s.update({"sequential.2.mlp.w2.weight": torch.ones(352, 128, dtype=torch.int8)}), "w2.weight holds",
+    ),
+    "8 bits without their scale": (
+        lambda s: s.update({"sequential.2.mixer.dense.weight": torch.ones(128, 128).to(torch.float8_e4m3fn)}),
+        "holds float8_e4m3fn",
+    ),
+    "sparse": (
+        lambda s: s.update({"sequential.2.mixer.dense.weight": torch.eye(128).to_sparse()}), "save it again with",
+    ),
 }  # fmt: skip
 
 
@@ -197,6 +214,20 @@ def test_broken_state(state, result, tmp_path, case):
     breaks(state)
     with pytest.raises(UserError, match=re.escape(message)):
         savanna_to_mbridge(save(state, tmp_path / "model.pt"), result)
+    assert not left_behind(result)
+
+
+def test_halves_in_two_formats(state, result, tmp_path):
+    state["sequential.2.mlp.w1.weight"] = state["sequential.2.mlp.w1.weight"].double()
+    assert_weights(savanna_to_mbridge(save(state, tmp_path / "model.pt"), result))
+
+
+@pytest.mark.parametrize("check", ["verify", "self_test"])
+def test_weights_that_are_not_numbers(state, result, tmp_path, check):
+    state["sequential.2.mixer.dense.weight"][3, 3] = torch.nan
+    with pytest.raises(UserError, match="computes NaN or infinity, so .* weights hold such values"):
+        result = replace(result, self_test=check == "self_test")
+        savanna_to_mbridge(save(state, tmp_path / "model.pt"), result, verify=check == "verify")
     assert not left_behind(result)
 
 

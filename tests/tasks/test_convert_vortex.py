@@ -97,8 +97,21 @@ def test_vortex_that_does_not_fit(result, tmp_path):
     refuse("1 not understood", {"blocks.9.filter.D": torch.ones(128)})
     refuse("of another shape", {"blocks.1.filter.D": torch.ones(64)})
     refuse("rotary base", {"blocks.3.inner_mha_cls.rotary_emb.inv_freq": torch.ones(16)})
+    refuse("'blocks.0.mlp.l1.weight' is not a tensor", {"blocks.0.mlp.l1.weight": [1.0]})
+    refuse("'epoch' is not a tensor", {"epoch": 3})
+    refuse("embedding_layer.weight' is not", {"embedding_layer.weight": None})
+    refuse("log_poles holds int64", {"blocks.2.filter.log_poles": torch.full((128, 16, 1), -1)})
+    refuse("rotary_emb_base is 'x'", config={"rotary_emb_base": "x"})
+    refuse("rotary_emb_base is 0", config={"rotary_emb_base": 0})
+    refuse("rotary_emb_scaling_factor is inf", config={"rotary_emb_scaling_factor": float("inf")})
+    refuse("max_seqlen is 8192.0; .* a whole one", config={"max_seqlen": 8192.0})
     refuse("num_layers 5 instead of 4", config={"num_layers": 5})
     refuse("no plain YAML", config={})
     with pytest.raises(UserError, match="is no file"):
         vortex_to_mbridge(tmp_path / "none.pt", result)
+    nested = save({"state_dict": torch.load(vortex_file(tmp_path), weights_only=True)}, tmp_path / "nested.pt")
+    with pytest.raises(UserError, match="'state_dict' is not a tensor; .* a state dict and nothing around it"):
+        vortex_to_mbridge(Path(nested), result)
+    with pytest.raises(UserError, match=r"1 not understood \(7\)"):
+        vortex_to_mbridge(Path(save({7: torch.ones(2)}, tmp_path / "numbered.pt")), result)
     assert not left_behind(result)

@@ -110,6 +110,14 @@ def test_lineage_tags_repeat(tmp_path, fasta):
     assert documents[3] == f"{tag}TCAA{tag}AAAA{tag}AA\0".encode()
 
 
+def test_a_lineage_that_no_record_has_is_told(tmp_path, fasta):
+    lineages = {"tow": Lineage(domain="Bacteria"), "t": Lineage(), "two": Lineage()}  # "t" comes first for "two"
+    config = PreprocessConfig(datapaths=[fasta], output_dir=str(tmp_path), taxonomy_data=lineages, **ALL_TRAIN)
+    for summary in (count(config), preprocess(config)):
+        (note,) = (note for note in summary.notes if "taxonomy" in note)
+        assert note.startswith("a.fa: 2 of 3 keys of taxonomy_data gave no record a tag, such as 'tow', 'two': the")
+
+
 def test_dtype_too_small_for_a_tag(tmp_path, fasta):
     settings = {
         "datapaths": [fasta], "output_dir": str(tmp_path), "taxonomy_data": {"one": Lineage(genus="\u0100")},

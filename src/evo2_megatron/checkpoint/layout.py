@@ -107,6 +107,12 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     return complete[max(complete)]
 
 
+def check_common(checkpoint: Path) -> None:
+    """Raise UserError if a checkpoint has no ``common.pt``, which says how its weights are laid out."""
+    if not (checkpoint / COMMON).is_file():
+        raise UserError(f"{checkpoint} has no {COMMON}, so the copy is incomplete; copy the checkpoint again")
+
+
 def tokenizer_dir(checkpoint: Path) -> Path | None:
     """Folder of the tokenizer that the model was trained with; None if the checkpoint carries none."""
     folder = Path(checkpoint) / TOKENIZER

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evo2_megatron.checkpoint import layout
 from evo2_megatron.checkpoint.names import check_tensors, is_weight, unfused
 from evo2_megatron.config import UserError
 
@@ -47,6 +48,7 @@ def load_weights(
     from megatron.core.utils import unwrap_model
 
     model = unwrap_model(wrapped)
+    layout.check_common(checkpoint)
     with _in_one_line(checkpoint):
         content = dist_checkpointing.load_content_metadata(str(checkpoint)) or {"singleton_local_shards": False}
     entries = partial(_entries, model, ensure_metadata_has_dp_cp_group(content), stored, only)
@@ -129,7 +131,7 @@ def _in_one_line(checkpoint: Path) -> Iterator[None]:
         return
     except CheckpointException as error:
         cause: BaseException = next(iter(error.failures.values()))[0]
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError) as error:
         cause = error
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):  # of a file, and not, say, of a GPU's memory
@@ -139,7 +141,8 @@ def _in_one_line(checkpoint: Path) -> Iterator[None]:
         raise UserError(
             f"a file of {checkpoint} holds more than tensors and plain values; it was not run and nothing was loaded"
         ) from cause
-    raise UserError(f"{checkpoint} cannot be read ({str(cause).splitlines()[0]}); copy it again") from cause
+    reason = str(cause).partition("\n")[0] or "a file ends too early"
+    raise UserError(f"{checkpoint} cannot be read ({reason}); copy it again") from cause
 
 
 def _of_all_processes(mine: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

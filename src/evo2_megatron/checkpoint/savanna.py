@@ -19,7 +19,7 @@ from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.savanna_files import SavannaFiles
 from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, one_below_another, side_by_side
 from evo2_megatron.checkpoint.torch_file import JoinedFile, read_torch_file, whole_files
-from evo2_megatron.checkpoint.translate import Weights, to_ours
+from evo2_megatron.checkpoint.translate import Weights, named_tensors, to_ours
 from evo2_megatron.checkpoint.vortex import check_frequencies
 from evo2_megatron.config import UserError
 
@@ -68,10 +68,8 @@ def _load(file: JoinedFile, name: str) -> dict[str, Any]:
     state = loaded.get("module", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{name} holds no state dict, by itself or in 'module'; give a Savanna checkpoint of a model")
-    strange = [key for key, value in state.items() if not isinstance(value, StoredTensor) and is_weight(str(key))]
-    if strange:
-        raise UserError(f"{name}: {strange[0]!r} is not a tensor; give a Savanna checkpoint of a model")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    named = named_tensors(state, source=name, wanted="a Savanna checkpoint of a model")
+    return {key.removeprefix("module."): value for key, value in named.items()}
 
 
 def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[str, StoredTensor]:

@@ -44,6 +44,8 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
         UserError: The checkpoint is damaged or holds no weights.
     """
     kept = kept_tensors(checkpoint)
+    layout.check_common(checkpoint)
+    common = _without_optimizer(checkpoint / layout.COMMON)
     copy_tensors(checkpoint, read_index(checkpoint), {name: name for name in kept}, target, on_bytes=on_bytes)
     # the format's description as the checkpoint has it, in place of the one just written
     for name in (layout.WEIGHTS_FORMAT, layout.TRAIN_STATE, layout.RUN_CONFIG, layout.SELF_TEST):
@@ -51,8 +53,7 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
             shutil.copyfile(checkpoint / name, target / name)
     if (checkpoint / layout.TOKENIZER).is_dir():
         shutil.copytree(checkpoint / layout.TOKENIZER, target / layout.TOKENIZER)
-    if (checkpoint / layout.COMMON).is_file():
-        torch.save(_without_optimizer(checkpoint / layout.COMMON), target / layout.COMMON)
+    torch.save(common, target / layout.COMMON)
     return Stripped(folder_bytes(checkpoint), folder_bytes(target))
 
 
@@ -61,7 +62,8 @@ def _without_optimizer(path: Path) -> dict[str, Any]:
     try:
         common = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is damaged or holds more than plain values ({str(error).splitlines()[0]})") from None
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise UserError(f"{path} is damaged or holds more than plain values ({reason}); copy it again") from None
     if not isinstance(common, dict):
         raise UserError(f"{path} holds no table of values; copy the checkpoint again")
     common = {name: value for name, value in common.items() if name not in ("optimizer", "opt_param_scheduler")}

@@ -161,6 +161,8 @@ def _with_stored_tensors(value: Any, file: JoinedFile, name: str) -> Any:
 
 
 def _stored(fake: Tensor, file: JoinedFile, name: str) -> StoredTensor:
+    if fake.layout is not torch.strided:
+        raise UserError(f"{name} holds a tensor in the layout {fake.layout}; save it again with .to_dense()")
     shape, dtype = tuple(fake.shape), fake.dtype
     place = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * dtype.itemsize
     stride, rows_apart = fake.stride(), fake.stride()[0] if shape else 0

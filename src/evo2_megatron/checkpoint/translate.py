@@ -7,13 +7,13 @@ Each form works row by row, so the tensors are read only while the result is wri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evo2_megatron.architectures import ARCHITECTURES, Architecture
-from evo2_megatron.checkpoint.names import EMBEDDING, Row, check_tensors, parameter_shapes, rows
+from evo2_megatron.checkpoint.names import EMBEDDING, Row, check_tensors, is_weight, parameter_shapes, rows
 from evo2_megatron.checkpoint.tensors import (
     StoredTensor,
     as_dtype,
@@ -22,6 +22,7 @@ from evo2_megatron.checkpoint.tensors import (
     one_below_another,
     rows_of,
 )
+from evo2_megatron.config import UserError
 
 Format = Literal["savanna", "vortex"]
 """A column of the name table."""
@@ -60,7 +61,8 @@ def _halves(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
 
 
 def _stacked(first: StoredTensor, second: StoredTensor) -> tuple[StoredTensor]:
-    return (one_below_another((first, second)),)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return (one_below_another((as_dtype(first, dtype), as_dtype(second, dtype))),)
 
 
 def _rowwise(*functions: Callable[..., Tensor]) -> Callable[..., tuple[StoredTensor, ...]]:
@@ -101,6 +103,34 @@ FORMS = {
 """What the name table names."""
 
 
+def named_tensors(state: Mapping[Any, Any], *, source: str, wanted: str) -> dict[str, Any]:
+    """Entries of a state dict by name, of which all but FP8, optimizer and random state are tensors.
+
+    Args:
+        state: As ``read_torch_file`` gives it.
+        source: The file, for messages.
+        wanted: What to give instead, likewise.
+
+    Raises:
+        UserError: An entry is no tensor.
+    """
+    named = {str(name): value for name, value in state.items()}
+    strange = [name for name, value in named.items() if is_weight(name) and not isinstance(value, StoredTensor)]
+    if strange:
+        raise UserError(f"{source}: {strange[0]!r} is not a tensor; give {wanted}")
+    return named
+
+
+def check_numbers(tensors: Mapping[str, StoredTensor], *, source: str) -> None:
+    """Raise UserError unless all are floating point of 16 bits or more: others mean something else than they say."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise UserError(
+                f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, which is no format of weights "
+                "here; save them in bfloat16 or float32, with their scales multiplied in if they have any"
+            )
+
+
 def to_theirs(ours: Mapping[str, StoredTensor], architecture: Architecture, format: Format) -> dict[str, StoredTensor]:
     """Our weights under another format's names, in the order of the forward pass.
 
@@ -129,7 +159,8 @@ def to_ours(
     """Another format's weights under our names, in the order of the forward pass.
 
     Raises:
-        UserError: A tensor is missing, unknown or of another shape; names them, and the model sizes that would fit.
+        UserError: A tensor is missing, unknown, of another shape, or not of floating point; names them, and the model
+            sizes that would fit.
     """
     table = rows(architecture)
     embedding = theirs.get(_column(table[0], format)[0][0])
@@ -138,6 +169,7 @@ def to_ours(
     expected = _their_shapes(architecture, format, vocab_size)
     if found != expected:
         check_tensors(found, expected, source=source, remedy=_other_sizes(found, format, vocab_size))
+    check_numbers(theirs, source=source)
     ours: dict[str, StoredTensor] = {}
     for row in table:
         names, form = _column(row, format)

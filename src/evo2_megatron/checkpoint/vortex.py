@@ -17,7 +17,7 @@ from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint.fp8_state import read_scales
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.tensors import StoredTensor, in_memory
-from evo2_megatron.checkpoint.translate import Weights, to_ours, to_theirs
+from evo2_megatron.checkpoint.translate import Weights, named_tensors, to_ours, to_theirs
 from evo2_megatron.config import UserError
 
 _EMBEDDING, _HEAD = "embedding_layer.weight", "unembed.weight"
@@ -85,6 +85,7 @@ def from_vortex(state: Mapping[str, Any], architecture: Architecture, *, source:
         UserError: A tensor is missing, unknown or of another shape, or its values are not those of such a model.
     """
     check_representable(architecture)
+    state = named_tensors(state, source=source, wanted="Vortex's .pt file, a state dict and nothing around it")
     theirs = {name: tensor for name, tensor in state.items() if is_weight(name)}
     frequencies = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".rotary_emb.inv_freq")}
     embedding = theirs.get(_EMBEDDING)
@@ -116,13 +117,14 @@ def check_frequencies(stored: StoredTensor, architecture: Architecture, *, sourc
 
     Files carry it because torch saves buffers. Its values follow from the base, which is what this checks.
     """
-    found, expected = stored.read().double(), rotary_frequencies(architecture).double()
-    if found.shape == expected.shape and ((found - expected).abs() <= 2**-8 * expected).all():
-        return
-    detail = ""
-    if found.shape == expected.shape and len(found) > 1 and 0 < found[-1] < 1:
-        base = math.exp(-math.log(found[-1]) * len(found) / (len(found) - 1))
-        detail = f" (it seems to be about {base:.3g})"
+    expected, detail = rotary_frequencies(architecture).double(), ""
+    if stored.shape == tuple(expected.shape):
+        found = stored.read().double()
+        if ((found - expected).abs() <= 2**-8 * expected).all():
+            return
+        if len(found) > 1 and 0 < found[-1] < 1:
+            base = math.exp(-math.log(found[-1]) * len(found) / (len(found) - 1))
+            detail = f" (it seems to be about {base:.3g})"
     raise UserError(
         f"{source} does not belong to a rotary base of {architecture.rotary_base}{detail}; check that --model-size is "
         "the one the file was made with"
@@ -153,12 +155,17 @@ def check_config(path: Path, architecture: Architecture) -> Architecture:
         raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict) or "hidden_size" not in given:
         raise UserError(f"{path} is not the configuration of a Vortex model")
+    numbers = {"rotary_emb_base": 10_000, "rotary_emb_scaling_factor": 1.0, "max_seqlen": architecture.max_tokens}
+    for name in numbers:
+        value = numbers[name] = given.get(name, numbers[name])
+        if not (type(value) is int or (type(value) is float and name != "max_seqlen")) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} is {value!r}; it must be a number above 0, and max_seqlen a whole one")
     interpolated = given.get("use_interpolated_rotary_pos_emb", False)
     architecture = replace(
         architecture,
-        rotary_base=given.get("rotary_emb_base", 10_000),
-        position_scale=float(given.get("rotary_emb_scaling_factor", 1.0)) if interpolated else None,
-        max_tokens=given.get("max_seqlen", architecture.max_tokens),
+        rotary_base=numbers["rotary_emb_base"],
+        position_scale=float(numbers["rotary_emb_scaling_factor"]) if interpolated else None,
+        max_tokens=numbers["max_seqlen"],
     )
     expected = vortex_config(architecture, vocab_size=512)
     different = [

@@ -54,6 +54,9 @@ class DocumentMaker:
         self.counts = BaseCounts()
         self.state = ReadState()
         self.num_records = self.num_skipped = 0
+        self.unused_lineages = dict.fromkeys(config.taxonomy_data)
+        """Keys of ``taxonomy_data`` that have not given a record its tag yet."""
+
         self.names_unchecked = False
         """Whether a file had too many records to look for duplicate names among all of them."""
 
@@ -203,6 +206,7 @@ class DocumentMaker:
     def _tag(self, name: str) -> str | None:
         for key, lineage in self._config.taxonomy_data.items():
             if key in name:
+                self.unused_lineages.pop(key, None)
                 return lineage.tag(self._config.random_lineage_dropout, self._lineage_rng)
         return None
 

@@ -114,8 +114,8 @@ class Splitter:
                 "the filters left no document; nnn_filter drops whole records unless split_window_length is set"
             )
         if self._waiting:
+            remedy = ("split_by to window and " if self._whole else "") + "split_window_length to a number of bases"
             raise UserError(
                 f"{self.num_assigned} document(s) are too few for {len(self._shares)} splits with a weight above 0: "
-                f"{', '.join(self._waiting)} would be empty; set its weight to 0, or split_window_length to a number "
-                "of bases, which cuts long records"
+                f"{', '.join(self._waiting)} would be empty; set its weight to 0, or {remedy}, which cuts long records"
             )

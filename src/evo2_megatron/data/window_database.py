@@ -81,7 +81,8 @@ def write_window_database(
         for name, length in contigs:
             before = totals[0]
             for number in range(num_windows(length, plan, drop_tails=drop_tails)):
-                if min(plan.window_size, length - number * plan.stride) >= plan.min_length:
+                # with a stride longer than a window, the last one may begin where the contig ends
+                if min(plan.window_size, length - number * plan.stride) >= max(1, plan.min_length):
                     yield totals[0], name, number
                     totals[0] += 1
             totals[1] += totals[0] > before

@@ -22,7 +22,7 @@ from evo2_megatron.checkpoint.savanna import read_savanna
 from evo2_megatron.checkpoint.savanna_files import find_savanna_files
 from evo2_megatron.checkpoint.tensors import StoredTensor, WholeTensors, as_dtype
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files
-from evo2_megatron.checkpoint.translate import Format, Weights, rounded_like
+from evo2_megatron.checkpoint.translate import Format, Weights, check_numbers, rounded_like
 from evo2_megatron.checkpoint.vortex import asks_for_fp8, check_config, from_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
@@ -150,6 +150,7 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
         remedy="check that --model-size is the one the checkpoint was made with",
     )
     stored = distcp.stored_tensors(folder, index, renamed)
+    check_numbers(stored, source=str(folder))
     sizes = [distcp.entry_bytes(index, name) for name in renamed]
 
     def fill(partial: Path, on_bytes: distcp.OnBytes) -> None:

@@ -207,6 +207,13 @@ def _summary(
             f"{config.label}: {maker.counts.other} characters are no IUPAC codes and became tokens as they are; the "
             f"first is {maker.counts.first_other}"
         )
+    if maker.unused_lineages:
+        names = ", ".join(map(repr, list(maker.unused_lineages)[:3]))
+        notes.append(
+            f"{config.label}: {len(maker.unused_lineages)} of {len(config.taxonomy_data)} keys of taxonomy_data gave "
+            f"no record a tag, such as {names}: the first key that is part of a record's name, the first word after "
+            "'>', counts"
+        )
     if maker.names_unchecked:
         notes.append(f"{config.label}: duplicate names were looked for only among the first records of each file")
     return PreprocessSummary(

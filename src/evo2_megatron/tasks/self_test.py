@@ -111,7 +111,7 @@ def store(checkpoint: Path, architecture: Architecture) -> None:
         architecture: Describes the model.
 
     Raises:
-        UserError: Too little memory for a layer.
+        UserError: Too little memory for a layer; or the weights compute NaN or infinity.
     """
     index = distcp.read_index(checkpoint)
     kept = {name: name for name in distcp.tensor_entries(index) if names.is_weight(name)}
@@ -126,6 +126,11 @@ def store(checkpoint: Path, architecture: Architecture) -> None:
         batches = tokens_BL.split(1 if architecture.hidden_size > 2048 else len(named))
         logits = reference_logits(weights, architecture, batches, names="megatron", fp8_scales=of_layers)
         scores[arithmetic] = [_log_likelihood(*pair) for pair in zip(torch.cat(logits), tokens_BL)]
+        if not all(map(math.isfinite, scores[arithmetic])):
+            raise UserError(
+                "the self-test computes NaN or infinity, so the weights hold such values or are damaged; copy or "
+                "download their source again; nothing was written"
+            )
     content = {
         "version": _VERSION,
         "unit": "nat, sum over all bases but the first",

@@ -98,6 +98,11 @@ def verify_checkpoint(
     """
     batches = random_dna()
     ours, expected = _our_logits(checkpoint, batches), reference_logits(weights, architecture, batches, names=names)
+    if not all(logits.isfinite().all() for logits in expected):
+        raise UserError(
+            "verification failed: the source itself computes NaN or infinity, so its weights hold such values or are "
+            "damaged; copy it or download it again; nothing was written"
+        )
     difference = compare(ours, expected)
     text = f"largest difference of the logits {difference.max_abs:.2g}, relative rms {difference.relative_rms:.2g}"
     if not difference.is_rounding:
