@@ -88,3 +88,34 @@ def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):
     message = "3 processes do not fit tensor 2 x pipeline 1 x context 1 = 2"
     with pytest.raises(UserError, match=message), process_groups(ParallelConfig(tensor=2)):
         pass
+
+
+_TWO_COPIES = """
+import multiprocessing, sys
+import torch
+from evo2_megatron.runtime.distributed import share_random_state
+
+def copy(rank, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    torch.rand(3 + rank)  # dropout of batches of different lengths
+    if rank == 0:
+        expected = torch.get_rng_state()
+    share_random_state()
+    assert rank == 1 or torch.equal(torch.get_rng_state(), expected)
+    queue.put(torch.rand(4).tolist())
+    torch.distributed.destroy_process_group()
+
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+copies = [context.Process(target=copy, args=(rank, queue)) for rank in (0, 1)]
+[process.start() for process in copies]
+drawn = [queue.get(timeout=60) for _ in copies]
+[process.join() for process in copies]
+assert drawn[0] == drawn[1] and not any(process.exitcode for process in copies)
+"""
+
+
+@without_gpu
+def test_copies_draw_the_same(tmp_path):
+    subprocess.run([sys.executable, "-c", _TWO_COPIES, str(tmp_path / "store")], check=True, timeout=120)

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +61,74 @@ def test_a_writer_that_has_ended_is_forgotten_in_silence(repairs):
 
     assert not torch.distributed.is_initialized()
     PersistentAsyncCaller().close()
+
+
+_KILLED_WHILE_SAVING = """
+import fcntl, multiprocessing, os, signal, sys, types
+from evo2_megatron.runtime import training_repairs
+
+def write(queue):
+    queue.put(os.getpid())
+    signal.pause()  # Megatron's waits for a parent that is dead
+
+class Writer:
+    write_preloaded_data = staticmethod(write)
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    module = types.SimpleNamespace(mp=multiprocessing, _results_queue=None)
+    training_repairs._end_results_with_training(module)
+    results = module._get_write_results_queue()
+    assert module._get_write_results_queue() is results
+    lock = open(sys.argv[1], "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    training_repairs._end_writers_with_training(Writer)
+    queue = fork.Queue()
+    fork.Process(target=Writer.write_preloaded_data, args=(queue,)).start()
+    print(queue.get(), results._manager._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_saving_leaves_no_process(tmp_path):
+    """One that stays would hold the lock of the run's folder."""
+    (tmp_path / "killed.py").write_text(_KILLED_WHILE_SAVING)
+    script = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "lock")]
+    # not a pipe, which would be at its end only when the last of them has ended
+    with (tmp_path / "pids").open("w") as pids:
+        done = subprocess.run(script, stdout=pids, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    try:
+        assert len(children) == 2 and wait_until(lambda: not any(map(is_running, children)))
+        with (tmp_path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for pid in filter(is_running, children):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def is_running(pid):
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # one that has ended may not have been waited for
+
+
+def test_writers_of_checkpoints_are_the_repaired_ones(repairs):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    for function in (writer.write_preloaded_data, filesystem_async._get_write_results_queue):
+        assert function.__code__.co_filename == repairs.__file__
 
 
 class UpstreamOptimizer:

@@ -9,7 +9,7 @@ import torch
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks import variant_files
 from evo2_megatron.tasks.prediction_files import RESULTS
-from evo2_megatron.tasks.prediction_parts import FOLDER, Parts, begin
+from evo2_megatron.tasks.prediction_parts import FOLDER, Parts, begin, identity
 
 BATCHES = [[2], [0, 1]]
 
@@ -83,3 +83,16 @@ def test_half_written_files_go_when_a_run_begins(tmp_path):
     half.touch()
     begin(tmp_path, {}, BATCHES, names=RESULTS)
     assert not half.parent.exists()
+
+
+def test_a_checkpoint_is_the_same_in_every_process(tmp_path):
+    """Adapters and their base: in a set, these would be in another order in every process."""
+    folders = [tmp_path / name for name in "badce"]
+    for size, folder in enumerate(folders):
+        (folder / "below").mkdir(parents=True)
+        (folder / "below" / "file").write_bytes(bytes(size))
+    found = identity(*folders, folders[0])
+    assert [size for ((_, size, _),) in found] == [0, 1, 2, 3, 4]
+    (folders[2] / "below" / "file").write_bytes(bytes(9))
+    changed = identity(*folders)
+    assert [one == other for one, other in zip(found, changed)] == [True, True, False, True, True]

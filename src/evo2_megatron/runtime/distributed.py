@@ -85,6 +85,22 @@ def _seed_everything(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def share_random_state() -> None:
+    """Have all processes draw what the first would; every process must call this.
+
+    A checkpoint holds the state of one copy of the model: where copies have drawn different numbers, for batches of
+    different lengths, a run that goes on would draw others.
+    """
+    import torch
+
+    # on a machine without CUDA its function may be a stand-in for the same generator
+    state = [torch.get_rng_state(), torch.cuda.get_rng_state() if megatron.on_cuda() else None]
+    torch.distributed.broadcast_object_list(state, src=0)
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
 def be_alone_without_torchrun() -> None:
     """Name one process on a free port; Bridge would guess, from Slurm's variables and the same port for every run."""
     if "MASTER_PORT" in os.environ or world_size() > 1:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run needs so that a resumed one computes what it would have without the interruption: on every
 machine, a defect of checkpoints and one of data; where Transformer Engine or a GPU is missing, a few more. And two
-defects of the curves that it leaves, and two of how it ends, by Ctrl-C and by itself.
+defects of the curves that it leaves, and three of how it ends, by a kill, by Ctrl-C and by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import functools
 import itertools
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.children import end_with_parent
 
 
 @functools.cache
@@ -22,6 +24,7 @@ def install() -> None:
     from megatron.bridge.data import loaders
     from megatron.bridge.training import pretrain
     from megatron.bridge.training.utils import flop_utils, train_utils
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
 
@@ -35,6 +38,8 @@ def install() -> None:
         _repair_torch_adam(distrib_optimizer.DistributedOptimizer)
     PersistentAsyncCaller.async_loop = staticmethod(write_checkpoints)
     _close_writer_once(PersistentAsyncCaller)
+    _end_results_with_training(filesystem_async)
+    _end_writers_with_training(filesystem_async.FileSystemWriterAsync)
     if not megatron.on_cuda():
         _keep_random_state_when_loading_data()
 
@@ -250,11 +255,41 @@ def _close_writer_once(cls: Any) -> None:
     cls.close = close
 
 
+def _end_writers_with_training(cls: Any) -> None:
+    """Megatron Core 0.16.1 forks a process for each file of a checkpoint. Where the one that waits for them is killed,
+    they wait for it: they hold its memory, and its lock of the run's folder, so that the run cannot go on.
+
+    Ends when they end with it.
+    """
+    upstream = cls.write_preloaded_data
+
+    @functools.wraps(upstream)  # Megatron looks at its signature
+    def write(*args: Any, **kwargs: Any) -> None:
+        end_with_parent()
+        upstream(*args, **kwargs)
+
+    cls.write_preloaded_data = staticmethod(write)
+
+
+def _end_results_with_training(module: Any) -> None:
+    """Nor does the process end that keeps the results of these writers."""
+
+    def results_queue() -> Any:
+        if module._results_queue is None:
+            manager = SyncManager(ctx=module.mp.get_context("spawn"))
+            manager.start(initializer=end_with_parent)
+            module._results_queue = manager.Queue()
+        return module._results_queue
+
+    module._get_write_results_queue = results_queue
+
+
 def write_checkpoints(*args: Any) -> None:
     """What Megatron's checkpoint writer, a process that starts from nothing, runs.
 
     A terminal sends Ctrl-C to it, too: the training process ends it, and one of them has to say so.
     """
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -264,6 +299,7 @@ def write_checkpoints(*args: Any) -> None:
 
         cuda_on_cpu.install()
         FileSystemWriterAsync.preload_tensors = staticmethod(copy_tensors)
+    _end_writers_with_training(FileSystemWriterAsync)
     PersistentAsyncCaller.async_loop(*args)
 
 

@@ -41,6 +41,14 @@ class FittedNorm(Callback):
         context.optimizer.reload_model_params()
 
 
+class SharedDropout(Callback):
+    """Begins every step with one random state on all processes, which the lengths of their sequences move apart."""
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Called by Bridge."""
+        distributed.share_random_state()
+
+
 class WholeTestSet(Callback):
     """Has the test go through all of its data, however many there are for validation."""
 

@@ -103,7 +103,7 @@ def predict(
         if files.output_dir is None:
             return run.compute()
         settings = _settings(fasta, output=output, sequences=sequences, changes=changes, parallel=parallel)
-        run.compute_and_write(settings, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
+        run.compute_and_write(settings, prediction_parts.identity(checkpoint, base))
 
 
 def check_launch(*, num_nodes: int | None, devices: int | None) -> None:

@@ -136,8 +136,17 @@ def begin(
     write_beside(path, lambda file: file.write(plan.encode()))
 
 
-def identity(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change in nanoseconds of each file below a folder: cheap, and new if anything is."""
+def identity(*folders: Path) -> list[list[tuple[str, int, int]]]:
+    """Name, size and time of change in nanoseconds of each file below each folder: cheap, and new if anything is.
+
+    Args:
+        folders: Whatever the results come from, each as often as one likes.
+    """
+    # not a set, whose order is another in every process: a run that goes on would seem to be another one
+    return [_files_below(folder) for folder in dict.fromkeys(folders)]
+
+
+def _files_below(folder: Path) -> list[tuple[str, int, int]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [
         (str(path.relative_to(folder)), status.st_size, status.st_mtime_ns)

@@ -78,7 +78,7 @@ def train_head(options: HeadOptions) -> None:
         return
     training.enter()
     from evo2_megatron.model.head import forward_step
-    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, FittedNorm, WholeTestSet
+    from evo2_megatron.tasks.head_callbacks import BestCheckpoint, FittedNorm, SharedDropout, WholeTestSet
 
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
@@ -89,6 +89,8 @@ def train_head(options: HeadOptions) -> None:
     # adapters move what all sequences share, which a norm that looks at what differs would blow up
     if not start.resumes and not options.lora_finetune:
         callbacks.append(FittedNorm())
+    if options.lora_finetune and distributed.world_size() > 1:
+        callbacks.append(SharedDropout())
     if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
     training.run(config, of_training, start, forward_step, callbacks, unit="samples")

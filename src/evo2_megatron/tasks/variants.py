@@ -140,7 +140,7 @@ def score_variants(
             known = as_json({"variants": settings, "changes": changes, "parallel": parallel})
             known |= {"window_length": windows.length} | prediction_parts.facts_of_file("vcf", vcf)
             known |= prediction_parts.facts_of_file("fasta", fasta)
-            run.compute_and_write(known, [prediction_parts.identity(folder) for folder in {checkpoint, base}])
+            run.compute_and_write(known, prediction_parts.identity(checkpoint, base))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that help another one, and have no business after it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process, one of ``multiprocessing``, when its parent ends, by whatever death.
+
+    The parent's thread that started it counts as the parent: use it in children of the main thread.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it has ended before the call
+        os.kill(os.getpid(), signal.SIGKILL)
