@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
+
+STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 
 # published figures, embedding of 512 rows, decay buffers not counted
 PARAMETERS = {
@@ -24,6 +27,12 @@ PARAMETERS = {
     "striped_hyena_test": 812_001_024,
     "striped_hyena_test_nv": 811_997_184,
 }
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """Lines of a table with a heading, by column."""
+    with path.open() as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
 
 
 def tiny_model(model_size: str = "evo2_tiny", **overrides: Any):

@@ -3,27 +3,20 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evo2_megatron.config import UserError
+from helpers import read_tsv
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def dependency_map(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "studies")
-    return importlib.import_module("dependency_map")
-
-
-def table(path):
-    return list(csv.DictReader(path.read_text().splitlines(), delimiter="\t"))
+def dependency_map(study):
+    return study("dependency_map")
 
 
 def partners(distance: int, strength: float):
@@ -53,7 +46,7 @@ def test_pairs_stand_out_in_the_dependency_map(dependency_map, tmp_path, context
     pair = np.abs(np.subtract.outer(range(70), range(70))) == 7
     np.testing.assert_allclose(got[pair], change, rtol=1e-5)
     assert np.abs(got[~pair]).max() < 1e-5
-    rows = table(tmp_path / "dependency_map.tsv")
+    rows = read_tsv(tmp_path / "dependency_map.tsv")
     assert len(rows) == 70 * 69
     shown = {(int(row["position"]), int(row["depends"])): row for row in rows}
     assert float(shown[60, 67]["dependency"]) == pytest.approx(change, rel=1e-4) and shown[60, 67]["strand"] == "+"

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +12,10 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.data.labelled import Labelled, Labels
 from evo2_megatron.data.nucleotides import reverse_complement
+from helpers import STUDIES, read_tsv
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 CLASSES = Labels(task="classification", columns=("label",), classes=("no", "yes"))
 NUMBERS = Labels(task="regression", columns=("label",))
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Import a file of examples/studies."""
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open() as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
 
 
 def rows_of(targets: np.ndarray) -> Labelled:
@@ -57,9 +42,9 @@ def test_finds_the_layer_that_knows(study, tmp_path):
     r2 = [result.means["r2"] for result in results]
     assert r2[0] < 0.1 and r2[1] < 0.1 and r2[2] > 0.999 and 0.3 < r2[3] < 0.7
     assert probe.best_of(results, "r2").layer == "1"
-    found = table(tmp_path / "probe.tsv")
+    found = read_tsv(tmp_path / "probe.tsv")
     assert [row["layer"] for row in found] == ["-", "0", "1", "2"] and float(found[2]["r2"]) == pytest.approx(r2[2])
-    predicted = table(tmp_path / "probe_predictions.tsv")
+    predicted = read_tsv(tmp_path / "probe_predictions.tsv")
     assert {row["fold"] for row in predicted} == set("1234") and [row["id"] for row in predicted] == rows.names
     np.testing.assert_allclose([float(row["prediction"]) for row in predicted], targets, atol=0.2)
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -167,14 +152,14 @@ def test_on_a_model(study, checkpoint, tmp_path, monkeypatch, capsys):
 
     runpy.run_path(str(STUDIES / "probe.py"), run_name="__main__")
 
-    rows = table(tmp_path / "out" / "probe.tsv")
+    rows = read_tsv(tmp_path / "out" / "probe.tsv")
     assert [(row["layer"], row["pooling"]) for row in rows] == [
         ("-", "4-mers"), *((str(layer), pooling) for pooling in ("mean", "middle:11") for layer in range(4))
     ]  # fmt: skip
     assert {row["num_features"] for row in rows} == {"256"}
     assert max(float(row["r2"]) for row in rows[1:5]) > 0.5
     assert "best: layer" in capsys.readouterr().out
-    predicted = table(tmp_path / "out" / "probe_test.tsv")
+    predicted = read_tsv(tmp_path / "out" / "probe_test.tsv")
     assert len(predicted) == 20
     correlation = np.corrcoef(
         [[float(row[name]) for name in ("true_gc", "prediction")] for row in predicted], rowvar=False

@@ -3,32 +3,17 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
+from helpers import read_tsv
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 PNG = b"\x89PNG\r\n"
 COPY_CONTEXT = 12
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Import a file of examples/studies."""
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open() as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
 
 
 def random_dna(seed: int, length: int) -> bytes:
@@ -71,8 +56,8 @@ def test_scan_finds_the_planted_costs(study, tmp_path, strand):
         "stop codon": (9, pytest.approx(-1.25), pytest.approx(np.std([2, 1.5, 0.25], ddof=1) / 3**0.5)),
         "downstream": (30, 0, 0),
     }
-    rows = table(tmp_path / "mutational_scan.tsv")
-    assert len(rows) == len(mutations) and len(table(tmp_path / "mutational_scan_classes.tsv")) == 7
+    rows = read_tsv(tmp_path / "mutational_scan.tsv")
+    assert len(rows) == len(mutations) and len(read_tsv(tmp_path / "mutational_scan_classes.tsv")) == 7
     for row in rows:  # positions are the genome's, letters the gene's
         base = genome["c"][int(row["position"])].to_bytes(1, "big")
         assert row["reference"] == (base if strand == "+" else reverse_complement(base)).decode()
@@ -151,7 +136,7 @@ def test_essential_genes_come_first(study, tmp_path, planted_genes, score):
         assert (knockout.delta, knockout.delta_after) == pytest.approx((-13 - 0.5 * 135, -0.5 * 125))
     for knockout in ranked[3:]:
         assert (knockout.delta, knockout.delta_after) == pytest.approx((-13, 0))
-    rows = table(tmp_path / "essentiality.tsv")
+    rows = read_tsv(tmp_path / "essentiality.tsv")
     assert [row["essential"] for row in rows] == ["1"] * 3 + [{"g5": ""}.get(row["gene"], "0") for row in rows[3:]]
     assert (tmp_path / "essentiality.png").read_bytes().startswith(PNG)
 
@@ -220,7 +205,7 @@ def test_recall_ends_with_the_window(study, tmp_path, measure):
         elif cell.distance > 400:
             assert abs(cell.recall) < 0.01
     assert {cell.distance > 400 for cell in cells} == {True, False}
-    rows = table(tmp_path / "needle.tsv")
+    rows = read_tsv(tmp_path / "needle.tsv")
     assert [float(row[f"recall_{measure}"]) for row in rows] == pytest.approx([c.recall for c in cells], rel=1e-4)
     assert (tmp_path / "needle.png").read_bytes().startswith(PNG)
 
@@ -279,7 +264,7 @@ def test_exons_are_found_where_hidden_states_know_them(study, tmp_path, both_str
     assert [m[:3] for m in measured] == [("c2", 720, 360), ("c3", 720, 360), ("all", 1440, 720)]
     assert measured[-1].auroc > (0.99 if both_strands else 0.93)
     assert abs(unknown[-1].auroc - 0.5) < 0.06
-    rates = [tuple(map(float, row.values())) for row in table(tmp_path / "exon_classifier_roc.tsv")]
+    rates = [tuple(map(float, row.values())) for row in read_tsv(tmp_path / "exon_classifier_roc.tsv")]
     assert (rates[0], rates[-1]) == ((0, 0), (1, 1)) and rates == sorted(rates)
     assert (tmp_path / "exon_classifier.png").read_bytes().startswith(PNG)
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,20 +13,17 @@ from evo2_megatron.config import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 NUM_ATOMS, NUM_CHANNELS, NUM_ACTIVE = 48, 32, 3
 
 
 @pytest.fixture
-def topk(monkeypatch):
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module("batch_topk")
+def topk(study):
+    return study("batch_topk")
 
 
 @pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module("sparse_autoencoder")
+def autoencoder(study):
+    return study("sparse_autoencoder")
 
 
 def planted(num_vectors: int):
@@ -117,41 +112,41 @@ def slow_best(latents, mask, thresholds):
     return best[0], -best[1]
 
 
-def test_best_latent_of_a_feature(study):
+def test_best_latent_of_a_feature(autoencoder):
     from scipy import sparse
 
     rng = np.random.default_rng(0)
     mask = rng.random(400) < 0.2
     latents = np.maximum(rng.normal(size=(400, 6)), 0)
     latents[:, 4] = np.where(mask, 2.0, 0.0) * (rng.random(400) < 0.9) + (rng.random(400) < 0.05)
-    wanted = slow_best(latents, mask, study._THRESHOLDS)
-    latent, threshold = study.best_latent(sparse.csc_matrix(latents.astype(np.float32)), mask)
+    wanted = slow_best(latents, mask, autoencoder._THRESHOLDS)
+    latent, threshold = autoencoder.best_latent(sparse.csc_matrix(latents.astype(np.float32)), mask)
     marked = latents[:, latent] > threshold
     assert latent == wanted[1] == 4
     assert 2 * (marked & mask).sum() / (marked.sum() + mask.sum()) == pytest.approx(wanted[0])
 
 
-def test_features_are_measured_on_other_bases_than_they_were_chosen_on(study):
+def test_features_are_measured_on_other_bases_than_they_were_chosen_on(autoencoder):
     from scipy import sparse
 
     train, held_out = np.zeros((8, 3)), np.zeros((8, 3))
     train[:4, 1], held_out[2:6, 1] = 1, 1
     train[:3, 2], held_out[:4, 2] = 1, 1  # would win on the held-out ones
     mask = np.arange(8) < 4
-    (found,) = study.match(*map(sparse.csc_matrix, (train, held_out)), {"f": mask}, {"f": mask})
+    (found,) = autoencoder.match(*map(sparse.csc_matrix, (train, held_out)), {"f": mask}, {"f": mask})
     assert found == ("f", 4, 1, 0.0, 0.5, 0.5, 0.5, pytest.approx(2 / 3))
     nowhere = {"f": np.zeros(8, bool)}
-    assert study.match(*map(sparse.csc_matrix, (train, held_out)), {"f": mask}, nowhere) == []
+    assert autoencoder.match(*map(sparse.csc_matrix, (train, held_out)), {"f": mask}, nowhere) == []
 
 
-def test_windows_and_features(study):
+def test_windows_and_features(autoencoder, study):
     genome = {"a": b"ACGT" * 10, "b": b"ACGTN" * 8 + b"ACGT" * 5}
-    windows = study.draw_windows(genome, 4, 100, seed=1)
+    windows = autoencoder.draw_windows(genome, 4, 100, seed=1)
     assert len(windows) == 10 + 2 + 5 and len(set(windows)) == 17
     assert all(w.sequence == genome[w.contig][w.start : w.start + 4] == b"ACGT" for w in windows)
-    Interval = importlib.import_module("annotation").Interval
+    Interval = study("annotation").Interval
     features = [Interval("a", 2, 6, "f", "+"), Interval("b", 0, 9, "f", "+"), Interval("a", 38, 40, "g", "-")]
-    masks = study.feature_masks(features, windows)
+    masks = autoencoder.feature_masks(features, windows)
     for name in ("f", "g"):
         wanted = [
             any(f.name == name and f.contig == w.contig and f.start <= w.start + i < f.end for f in features)
@@ -160,4 +155,4 @@ def test_windows_and_features(study):
         ]
         assert masks[name].tolist() == wanted
     with pytest.raises(UserError, match="4 windows of 10 bases are too few"):
-        study.draw_windows({"a": b"A" * 40}, 10, 100, seed=1)
+        autoencoder.draw_windows({"a": b"A" * 40}, 10, 100, seed=1)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from helpers import STUDIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 SCRIPTS = (
     "mutational_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "probe", "sparse_autoencoder"
 )  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+from helpers import STUDIES
+
 PAIRS = ("GC", "CA", "TC", "GG")
 """First two bases of the planted codons; the third is any."""
 NUM_CODONS, SPACER = 40, 80
