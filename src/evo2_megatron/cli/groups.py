@@ -209,14 +209,20 @@ def recompute(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_precision(parser: argparse._ActionsContainer) -> None:
-    """Add ``--mixed-precision-recipe``, read as ``precision(args)``; None means that the user did not say."""
+_PRECISION_DEFAULT = "the checkpoint's; else bf16_mixed, and fp32 without a GPU"
+
+
+def add_precision(parser: argparse._ActionsContainer, *, default: str = _PRECISION_DEFAULT) -> None:
+    """Add ``--mixed-precision-recipe``, read as ``precision(args)``; None means that the user did not say.
+
+    ``default``: what happens then.
+    """
     parser.add_argument(
         "--mixed-precision-recipe",
         choices=PRECISION_RECIPES,
         metavar="NAME",
         help="number formats, one of: fp32, " + ", ".join(n for n in PRECISION_RECIPES if "_" in n) + "; "
-        "hyphens may replace underscores (default: the checkpoint's; else bf16_mixed, and fp32 without a GPU)",
+        f"hyphens may replace underscores (default: {default})",
     )
 
 

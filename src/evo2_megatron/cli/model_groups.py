@@ -25,13 +25,14 @@ def add_precision_and_kernels(parser: argparse.ArgumentParser) -> None:
     groups.add_kernels(group)
 
 
-def add_int8_weights(parser: argparse._ActionsContainer) -> None:
-    """Add ``--int8-weights``."""
+def add_int8_weights(parser: argparse._ActionsContainer, *, default: str = "if the checkpoint was trained so") -> None:
+    """Add ``--int8-weights``; ``default``: what happens without it."""
     parser.add_argument(
         "--int8-weights",
         action=argparse.BooleanOptionalAction,
         help="keep the weights of the linear layers in 8 bits: a quarter of the memory of float32, half of that of "
-        "16 bits, and results that differ a little (default: if the checkpoint was trained so)",
+        "16 bits, and results that differ a little "
+        f"(default: {default})",
     )
 
 
