@@ -7,6 +7,7 @@ Training saves through Megatron Bridge itself; this is for one process that has,
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,12 @@ from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.file_lock import is_abandoned, lock_alone
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
+
+logger = logging.getLogger(__name__)
 
 # how the keys of the weights are laid out, for the reader (see Megatron Bridge, _build_sharded_state_dict_metadata)
 _CONTENT = {
@@ -65,7 +69,8 @@ def write_checkpoint(
 def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
     """An empty folder that becomes ``directory/iter_<iteration>``, the newest, when the block ends without error.
 
-    Until then it has a hidden name beside it; on an error or an interruption it is removed.
+    Until then it has a hidden name beside it; on an error or an interruption it is removed, and what a run left that
+    was killed, by the next.
 
     Raises:
         UserError: The checkpoint exists already.
@@ -73,18 +78,32 @@ def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
     directory = Path(directory)
     target = directory / layout.iteration_name(iteration)
     check_new(directory, iteration)
+    remove_abandoned(directory)
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     partial = directory / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
+    claim = os.open(partial, os.O_RDONLY)
     try:
+        lock_alone(claim, partial, choose="folder")
         yield partial
         os.replace(partial, target)
         _make_newest(directory, target, iteration)
     finally:
+        os.close(claim)
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the checkpoint, or somebody else's file, is in it
             for folder in made:
                 folder.rmdir()
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove what was being written here by processes that were killed, and the folder if there is nothing else."""
+    for partial in sorted(Path(directory).glob(".iter_*.partial")):
+        if is_abandoned(partial):
+            logger.warning("Removing %s, which a run that was killed has left", partial)
+            shutil.rmtree(partial)
+            with contextlib.suppress(OSError):  # not empty
+                partial.parent.rmdir()
 
 
 def check_new(directory: Path, iteration: int = 1) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import os
 from pathlib import Path
 from typing import IO
 
@@ -30,3 +32,15 @@ def lock_alone(file: IO | int, what: Path, *, choose: str) -> None:
         raise UserError(f"another run is writing to {what}; wait for its end, or choose another {choose}") from None
     except OSError as error:
         logger.warning("%s cannot be locked (%s): let one run at a time use it", what, error.strerror)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a folder that was locked is nobody's any more. False where the disk has no locks to tell by."""
+    with contextlib.suppress(OSError):  # locked, gone, or without locks
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(opened)
+    return False

@@ -131,6 +131,7 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
     Raises:
         UserError: The source is not a complete model of this size, or the result cannot be written.
     """
+    write.remove_abandoned(result.directory)
     if result.directory.exists():
         raise UserError(f"--mbridge-ckpt-dir {result.directory} exists already; choose another or remove it")
     _check_before(result, verify)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that appear when complete, and what is left of one whose writer was killed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evo2_megatron.checkpoint.write import new_checkpoint, remove_abandoned
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from evo2_megatron.checkpoint.write import new_checkpoint
+with new_checkpoint(Path(sys.argv[1])) as partial:
+    (partial / "weights").write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing a checkpoint to ``tmp_path/c``."""
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path / "c")], stdout=-1, text=True)
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_next_run_removes_what_a_killed_one_left(writer, tmp_path, caplog):
+    folder = tmp_path / "c"
+    writer.kill()
+    writer.wait()
+    (left,) = names(folder)
+    assert left == f".iter_0000001.{writer.pid}.partial"
+    with new_checkpoint(folder) as partial:
+        assert names(folder) == [partial.name] and names(partial) == []
+    assert names(folder) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert f"Removing {folder / left}, which a run that was killed has left" in caplog.text
+
+
+def test_who_still_writes_is_left_alone(writer, tmp_path):
+    before = names(tmp_path / "c")
+    remove_abandoned(tmp_path / "c")
+    assert names(tmp_path / "c") == before and (tmp_path / "c" / before[0] / "weights").read_text() == "half"
+    writer.kill()
+    writer.wait()
+    remove_abandoned(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    remove_abandoned(tmp_path / "c")
+
+
+def test_other_files_stay(tmp_path):
+    (tmp_path / ".iter_0000001.1.partial").mkdir()
+    (tmp_path / "notes").write_text("mine")
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == ["notes"]
