@@ -23,16 +23,16 @@ METRICS = {
 
 INNER_FOLDS = 3
 """What chooses the regularization."""
+
 _STRENGTHS = np.logspace(-3, 2, 6)
 """Of the penalty on the squared weights of standardized features, relative to the mean loss of a sequence."""
-
 
 Split = tuple[np.ndarray, np.ndarray]
 """Rows to learn from, and rows to measure on, int64."""
 
 
 class Fold(NamedTuple):
-    """Rows to learn from, and rows to measure on, int64."""
+    """A split, and how the rows to learn from are split again."""
 
     learned: np.ndarray
     held_out: np.ndarray

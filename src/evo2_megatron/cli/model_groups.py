@@ -31,8 +31,7 @@ def add_int8_weights(parser: argparse._ActionsContainer, *, default: str = "if t
         "--int8-weights",
         action=argparse.BooleanOptionalAction,
         help="keep the weights of the linear layers in 8 bits: a quarter of the memory of float32, half of that of "
-        "16 bits, and results that differ a little "
-        f"(default: {default})",
+        f"16 bits, and results that differ a little (default: {default})",
     )
 
 

@@ -167,10 +167,10 @@ def _plan_inference(args: argparse.Namespace) -> None:
     _fits(max(stages, key=lambda stage: stage.total_bytes), args.gpu_memory)
     # stages work on a batch one after the other
     flops, num_tokens = sum(stage.flops for stage in stages), inference.num_sequences * given.get("seq_length", 8192)
-    _say_cost(args, flops, num_tokens, groups.parallel(args).model_size)
+    _say_cost(args, flops, num_tokens, given["parallel"].model_size)
     longest = longest_sequence(inference, args.gpu_memory * 1e9, **given)
-    most = positions(**{name: value for name, value in given.items() if name != "vocab_size"})
     if longest:
+        most = positions(**{name: value for name, value in given.items() if name != "vocab_size"})
         all_of_them = ", all that the model has positions for" if longest == most else ""
         print(f"longest sequence within {args.gpu_memory:g} GB: {longest:,} tokens{all_of_them}")
     else:

@@ -91,10 +91,8 @@ def read(body: schemas.VariantsRequest, given: bytes | None, genome: Genome | No
         )
     source = _source(body, given, genome)
     lengths, settings = source.lengths, WindowSettings(length)
-    alleles = [
-        find_allele(_record(number, variant), variant.alt.upper().encode(), source, lengths, settings)
-        for number, variant in enumerate(body.variants)
-    ]
+    records = [_record(number, variant) for number, variant in enumerate(body.variants)]
+    alleles = [find_allele(record, record.alts[0], source, lengths, settings) for record in records]
     groups = make_groups(comparisons(alleles, both_strands=body.both_strands), lengths, settings)
     num_tokens = sum(group.length * (1 + len(group.edits)) for group in groups)
     if num_tokens > MAX_TOKENS:
@@ -122,5 +120,5 @@ def _source(body: schemas.VariantsRequest, given: bytes | None, genome: Genome |
 
 def _record(number: int, variant: schemas.Variant) -> VcfRecord:
     contig = _GIVEN if variant.chrom is None else variant.chrom.encode()
-    alt = variant.alt.upper().encode()
-    return VcfRecord(number, contig, variant.position, b".", variant.ref.upper().encode(), (alt,))
+    ref, alt = variant.ref.upper().encode(), variant.alt.upper().encode()
+    return VcfRecord(number, contig, variant.position, b".", ref, (alt,))
