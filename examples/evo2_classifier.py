@@ -56,7 +56,7 @@ def predict(
     if isinstance(sequences, str):  # whose characters would be sequences of one base
         raise UserError("sequences is one text; give a list of sequences")
     megatron.enter()
-    from evo2_megatron.tasks.predict_head import run_head
+    from evo2_megatron.tasks.head_runner import run_head
 
     ids = [_encode(sequence, name=f"sequence {number}") for number, sequence in enumerate(sequences, 1)]
     with distributed.process_groups(ParallelConfig()):

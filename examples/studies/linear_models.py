@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labels
+from evo2_megatron.data.labels import Labels
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

@@ -18,7 +18,8 @@ import harness
 import numpy as np
 from linear_models import INNER_FOLDS, METRICS, Candidate, Fold, Result, fit, folds_of, measure, nested_folds, predict
 
-from evo2_megatron.data.labelled import Labelled, Labels, find_classes, read_labelled
+from evo2_megatron.data.labelled import Labelled, find_classes, read_labelled
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import reverse_complement
 
 NAME = "probe.py"

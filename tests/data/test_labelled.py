@@ -13,8 +13,9 @@ import pytest
 from pyarrow import parquet
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labelled, Labels, find_classes, is_table, read_labelled
+from evo2_megatron.data.labelled import Labelled, find_classes, is_table, read_labelled
 from evo2_megatron.data.labelled_dataset import LabelledSequences, pad
+from evo2_megatron.data.labels import Labels
 
 ROWS = [
     {"name": "a", "sequence": "ACGT", "label": "cat", "x": 1.5, "y": 0},
@@ -196,8 +197,8 @@ def test_samples(tmp_path, caplog):
     data = LabelledSequences(path, CLASSES, sequence_column="sequence", seq_length=3)
     assert "1 sequences are cut to 3 bases" in caplog.text and len(data) == 3
     long, _, short = (data[i] for i in range(3))
-    assert long["tokens"].tolist() == list(b"ACG") and long["pool_mask"].all() and long["targets"].tolist() == [0]
-    assert short["tokens"].tolist() == [*b"NA", 1] and short["pool_mask"].tolist() == [True, True, False]
+    assert long["tokens"].tolist() == list(b"ACG") and long["base_mask"].all() and long["targets"].tolist() == [0]
+    assert short["tokens"].tolist() == [*b"NA", 1] and short["base_mask"].tolist() == [True, True, False]
 
 
 def test_both_strands(tmp_path):
@@ -213,7 +214,7 @@ def test_both_strands(tmp_path):
 def test_what_fills_up_a_batch_counts_for_nothing(tmp_path):
     data = LabelledSequences(write(tmp_path, ".csv"), CLASSES, sequence_column="sequence", seq_length=3, multiple=4)
     assert len(data) == 4 and [data[i]["targets"].isnan().item() for i in range(4)] == [False] * 3 + [True]
-    assert data[3]["pool_mask"].any()  # something to average over
+    assert data[3]["base_mask"].any()  # something to average over
 
 
 def test_padding_at_any_length():

@@ -10,7 +10,8 @@ import pytest
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labelled, Labels
+from evo2_megatron.data.labelled import Labelled
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import reverse_complement
 from helpers import STUDIES, read_tsv
 

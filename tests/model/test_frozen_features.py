@@ -53,7 +53,7 @@ def passes(model):
 def pooled_alone(model, sequence):
     tokens_BL, mask_BL = pad([sequence], len(sequence))
     with torch.no_grad():
-        return model.pooled(tokens_BL, mask_BL)[0]
+        return model.features(tokens_BL, mask_BL)[0]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -62,7 +62,7 @@ def test_pieces_do_not_show(one_process, pooling, chunk_length, longest):
     model = head_model(head_pooling=pooling)
     lengths = [length for length in (1, 2, 31, 127, 128, 129, 383) if length <= longest]
     sequences = [(b"ACGGTTAC" * 50)[:length] for length in lengths]
-    got = model.pooled_in_pieces(*pad(sequences, longest), chunk_length=chunk_length * len(sequences))
+    got = model.features_in_pieces(*pad(sequences, longest), chunk_length=chunk_length * len(sequences))
     for sequence, vector in zip(sequences, got, strict=True):
         torch.testing.assert_close(vector, pooled_alone(model, sequence), rtol=1e-4, atol=1e-5)
 

@@ -26,6 +26,7 @@ def config(**values):
         "head_hidden_size": None,
         "head_dropout": 0.0,
         "head_weights": None,
+        "head_both_sides": False,
     }
     return SimpleNamespace(**(fields | values))
 
@@ -112,10 +113,10 @@ def test_lengths_are_what_8_bit_products_want(one_process, head, pooling):
     provider.finalize()
     model = provider.provide().eval()
     tokens_BL, mask_BL = torch.randint(65, 90, (2, 70)), torch.ones(2, 70, dtype=torch.bool)
-    want = model.pooled(tokens_BL, mask_BL)
+    want = model.features(tokens_BL, mask_BL)
     lengths = []
     model.decoder.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
     model.config.fp8 = "hybrid"
-    for got in (model.pooled(tokens_BL, mask_BL), model.pooled_in_pieces(tokens_BL, mask_BL, chunk_length=100)):
+    for got in (model.features(tokens_BL, mask_BL), model.features_in_pieces(tokens_BL, mask_BL, chunk_length=100)):
         torch.testing.assert_close(got, want)
     assert lengths == [96, 64, 32]

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
-from evo2_megatron.data.labelled import Labels
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.tasks.head_metrics import metrics_of
 
 nan = math.nan

@@ -114,17 +114,17 @@ def test_parquet_and_csv_hold_the_same(runs, tmp_path):
 
 def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
     """A batch that does not fit is run in halves, and the results are the same."""
-    from evo2_megatron.tasks import predict_head
+    from evo2_megatron.tasks import head_runner
 
     before, _ = predicted(runs, "whole", tmp_path)
-    run = predict_head._HeadRunner.__call__
+    run = head_runner._HeadRunner.__call__
 
     def short(self, items):
         if len(items) > 3:
             raise torch.OutOfMemoryError
         return run(self, items)
 
-    monkeypatch.setattr(predict_head._HeadRunner, "__call__", short)
+    monkeypatch.setattr(head_runner._HeadRunner, "__call__", short)
     after, _ = predicted(runs, "whole", tmp_path)
     assert "going on with batches half as large" in caplog.text
     for line, other in zip(before, after, strict=True):
@@ -133,22 +133,22 @@ def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
     def never(self, items):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(predict_head._HeadRunner, "__call__", never)
+    monkeypatch.setattr(head_runner._HeadRunner, "__call__", never)
     with pytest.raises(UserError, match=r"not enough memory for 1 sequence\(s\) of up to \d+ tokens, even in pieces"):
         predicted(runs, "whole", tmp_path)
 
 
 def test_outputs_that_are_not_finite(runs, tmp_path, monkeypatch):
-    from evo2_megatron.tasks import predict_head
+    from evo2_megatron.tasks import head_runner
 
-    run = predict_head._HeadRunner.__call__
+    run = head_runner._HeadRunner.__call__
 
     def overflowing(self, items):
         batch = run(self, items)
         batch["outputs"][batch["seq_idx"] == 2] = math.inf
         return batch
 
-    monkeypatch.setattr(predict_head._HeadRunner, "__call__", overflowing)
+    monkeypatch.setattr(head_runner._HeadRunner, "__call__", overflowing)
     with pytest.raises(UserError, match="sequence 's2': the model's output is not finite"):
         predicted(runs, "whole", tmp_path, id_column="name")
     assert not (tmp_path / "predictions.tsv").exists()

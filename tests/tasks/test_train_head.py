@@ -249,7 +249,7 @@ def test_every_row_is_trained_on(runs):
         (5, "train.csv holds 48 samples, fewer than --micro-batch-size 50"),
         (6, "--embedding-layer 4: the model has 4 layers; choose -4 to 3"),
         (7, "label is 'GC'; it must be one of AT, CG"),
-        (8, "has no row of class 'N'"),
+        (8, "has no sequence of class 'N'"),
         (9, "was trained with other sequences or labels than those of"),
         (10, "other_base.csv; give the same, or choose another --result-dir"),
         (11, "was trained with seq_length 24, not 20; choose another --result-dir"),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell classes, labels or numbers of sequences with what evo2_train_head trained.
+"""Tell classes, labels or numbers of sequences, or of each base, with what evo2_train_head trained.
 
-Where the sequences have labels, a second file tells how good the predictions are. Processes of torchrun share the
-work.
+Where there are labels, a second file tells how good the predictions are. Processes of torchrun share the work.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--both-strands",
         action=argparse.BooleanOptionalAction,
-        help="mean of the outputs of a sequence and its reverse complement (default: as in training)",
+        help="mean of the outputs of a sequence and its reverse complement (default: as in training, which a head of "
+        "bases always does)",
     )
     model.add_argument(
         "--ckpt-dir",

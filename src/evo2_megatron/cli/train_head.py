@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a model to tell classes, labels or numbers of sequences: a head on a language model, and LoRA adapters in it.
+"""Train a model to tell classes, labels or numbers of sequences or bases: a head on it, and LoRA adapters in it.
 
 Tables of sequences and labels go in: CSV, TSV, JSON Lines or Parquet. evo2_predict_head uses what comes out. Start it
 by torchrun to use several processes, which share the batches.
@@ -54,6 +54,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="column of the class; or one for each label or number, of which some may be empty (default: label)",
     )
+    add(
+        "--per-base",
+        action="store_true",
+        default=None,
+        help="each base has labels: a list, a text with spaces between, or one of a character for each base",
+    )
     add("--classes", type=_names, metavar="LIST", help="the classes, in order (default: those of the training data)")
     add(
         "--class-weights",
@@ -64,11 +70,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--both-strands",
         action="store_true",
         default=None,
-        help="train on sequences and their reverse complements, and predict the mean of both",
+        help="train on sequences and their reverse complements, and predict the mean of both; with --per-base, the "
+        "head sees what the model says of a base on either strand",
     )
     add(
         "--seq-length",
-        help="sequences are cut to this many bases (default: the longest for training, as far as the model goes)",
+        help="sequences are cut to this many bases, or with --per-base into windows of so many (default: the longest "
+        "for training, as far as the model goes)",
         **_SOME,
     )
 
@@ -188,6 +196,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "label_columns": args.label_columns,
         "classes": args.classes,
         "class_weights": args.class_weights,
+        "per_base": args.per_base,
         "both_strands": args.both_strands,
         "seq_length": args.seq_length,
         "base_ckpt_dir": args.base_ckpt_dir,

@@ -7,54 +7,30 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 from pyarrow import csv, json, parquet
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data.labels import (
+    Labels,
+    classes_of_bases,
+    in_order,
+    is_known,
+    target,
+    targets_of_bases,
+    text,
+    values_of_bases,
+)
 from evo2_megatron.data.tokenizer import encode_sequence
-
-Task = Literal["classification", "multilabel", "regression"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Text may also be compressed: ``.csv.gz``."""
 
 _LEAST_BLOCK, _LARGEST_BLOCK = 1 << 20, 1 << 30
-_MISSING = ("", "na", "nan", "null", "none")
-_TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labels:
-    """What is told of a sequence, and where a table has it."""
-
-    task: Task = "classification"
-    """One of several classes; for each label yes or no; or numbers."""
-
-    columns: tuple[str, ...] = ("label",)
-    """Columns of the table: one for classification, else one for each output."""
-
-    classes: tuple[str, ...] = ()
-    """Of classification, the classes by their numbers."""
-
-    def __post_init__(self) -> None:
-        twice = [name for names in (self.columns, self.classes) for name in names if names.count(name) > 1]
-        if not self.columns or twice:
-            raise UserError(f"{twice[0]!r} is named twice" if twice else "name a column of labels")
-        if self.task == "classification" and len(self.columns) > 1:
-            raise UserError(
-                f"a sequence has one class, so that classification has one column of labels, not {len(self.columns)}; "
-                "for several, choose the task multilabel or regression"
-            )
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of what a model gives for a sequence: the classes, or the columns."""
-        return self.classes if self.task == "classification" else self.columns
 
 
 class Labelled(NamedTuple):
@@ -67,10 +43,16 @@ class Labelled(NamedTuple):
     """Token ids, one byte each, in upper case, which is all that models read in training."""
 
     targets: np.ndarray
-    """float32 [rows, columns]: number of the class, 0 or 1, or a number; NaN: not known."""
+    """float32 [rows, columns]: number of the class, 0 or 1, or a number; NaN: not known. With labels per base,
+    [bases, columns], one sequence after the other."""
 
     num_left_out: int = 0
     """Rows of the table that had no label."""
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Int64 [rows]: bases of the sequences up to each, itself included."""
+        return np.cumsum([len(ids) for ids in self.ids])
 
     def digest(self) -> str:
         """SHA-256 of sequences and targets in their order; names do not count."""
@@ -101,35 +83,51 @@ def read_labelled(
         UserError: The file cannot be read, has not these columns or, if wanted, no labelled row, or a value is none of
             its kind.
     """
-    columns = labels.columns
     table = _read_table(
-        path, [sequence_column, *([id_column] if id_column else [])], columns, all_of_them=needs_labels
+        path, [sequence_column, *([id_column] if id_column else [])], labels.columns, all_of_them=needs_labels
     )
-    targets = np.full((table.num_rows, len(columns)), np.nan, np.float32)
-    for place, name in enumerate(columns):
-        if name in table.column_names:
-            targets[:, place] = _targets(table[name].to_pylist(), path, name, labels)
-    known = ~np.isnan(targets).all(1)
-    if needs_labels and not known.any():
-        raise UserError(f"{path}: no row has a label in {', '.join(columns)}")
-    rows = np.flatnonzero(known) if needs_labels else np.arange(table.num_rows)
-    names = _names(table, path, id_column)
-    sequences = _sequences(table, path, sequence_column, rows)
-    return Labelled([names[row] for row in rows], sequences, targets[rows], table.num_rows - len(rows))
+    names, sequences = _names(table, path, id_column), table[sequence_column].to_pylist()
+    wanted = _have_labels(table, labels) if needs_labels else np.ones(table.num_rows, bool)
+    kept: list[int] = []
+    ids: list[bytes] = []
+    targets: list[np.ndarray] = []
+    for row in np.flatnonzero(wanted).tolist():
+        of_row = _encode(sequences[row], sequence_column, f"{path}, row {row + 1}")
+        told = _targets(table, row, labels, len(of_row), path)
+        if needs_labels and np.isnan(told).all():
+            continue
+        kept.append(row)
+        ids.append(of_row)
+        targets.append(told)
+    if not kept:
+        raise UserError(f"{path}: no row has a label in {', '.join(labels.columns)}")
+    return Labelled([names[row] for row in kept], ids, np.concatenate(targets), table.num_rows - len(kept))
 
 
-def find_classes(path: Path, column: str) -> tuple[str, ...]:
+def find_classes(path: Path, column: str, *, sequence_column: str | None = None) -> tuple[str, ...]:
     """The classes that a column has, numbers by size and before names, or names by alphabet.
+
+    Args:
+        path: Of a table.
+        column: Of its labels.
+        sequence_column: If each base has a class, column of the bases, whose numbers tell how a text is read.
 
     Raises:
         UserError: The file cannot be read, or has fewer than two.
     """
-    values = _read_table(path, [column])[column].to_pylist()
-    found = {name for name in map(_text, values) if name.lower() not in _MISSING}
+    table = _read_table(path, [column, *([sequence_column] if sequence_column else [])])
+    if sequence_column is None:
+        found = {text(value) for value in table[column].to_pylist() if is_known(value)}
+    else:
+        found = set()
+        for row, (cell, bases) in enumerate(zip(table[column], table[sequence_column].to_pylist()), 1):
+            where = f"{path}, row {row}"
+            if _says_something(cell):
+                values = values_of_bases(cell, len(_encode(bases, sequence_column, where)), column, where)
+                found |= set() if values is None else classes_of_bases(values)
     if len(found) < 2:
         raise UserError(f"{path}: column {column!r} has {len(found)} class(es), and telling classes apart takes two")
-    numbers = {name: _number(name) for name in found}
-    return tuple(sorted(found, key=lambda name: (numbers[name] is None, numbers[name] or 0, name)))
+    return in_order(found)
 
 
 def _suffix(path: Path) -> str:
@@ -183,56 +181,47 @@ def _open(path: Path) -> tuple[Path | pyarrow.BufferReader, int]:
 def _names(table: pyarrow.Table, path: Path, id_column: str | None) -> list[str]:
     if id_column is None:
         return [str(number) for number in range(1, table.num_rows + 1)]
-    names = [_text(value) for value in table[id_column].to_pylist()]
+    names = [text(value) for value in table[id_column].to_pylist()]
     for number, name in enumerate(names, 1):
         if not name or not name.isprintable():
             raise UserError(f"{path}, row {number}: {id_column} is {name!r}; it must be a printable name")
     return names
 
 
-def _sequences(table: pyarrow.Table, path: Path, column: str, rows: np.ndarray) -> list[bytes]:
-    """Token ids of these rows."""
-    values = table[column].to_pylist()
-    found = []
-    for row in rows.tolist():
-        value, where = values[row], f"{path}, row {row + 1}"
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {column} is {value!r}; it must be text with one base or more")
-        found.append(encode_sequence(value.strip().upper().encode(), name=where))
-    return found
+def _encode(bases: object, column: str, where: str) -> bytes:
+    """Token ids of a sequence."""
+    if not isinstance(bases, str) or not bases.strip():
+        raise UserError(f"{where}: {column} is {bases!r}; it must be text with one base or more")
+    return encode_sequence(bases.strip().upper().encode(), name=where)
 
 
-def _text(value: Any) -> str:
-    """A value as text: whole numbers without a fraction, for a column with gaps is one of floats."""
-    if value is None:
-        return ""
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value) if whole else value).strip()
+def _have_labels(table: pyarrow.Table, labels: Labels) -> np.ndarray:
+    """Bool [rows]: those for which a column says something."""
+    of_columns = [[_says_something(cell, labels.classes) for cell in table[name]] for name in labels.columns]
+    return np.any(of_columns, axis=0)
 
 
-def _targets(values: list[Any], path: Path, column: str, labels: Labels) -> np.ndarray:
-    """float32 [rows]."""
-    number_of = {name: float(number) for number, name in enumerate(labels.classes)}
-    targets = np.full(len(values), np.nan, np.float32)
-    for row, value in enumerate(values):
-        text = _text(value)
-        if text.lower() in _MISSING and text not in number_of:
+def _says_something(cell: pyarrow.Scalar, classes: Sequence[str] = ()) -> bool:
+    if not cell.is_valid or isinstance(cell, pyarrow.ListScalar):
+        return cell.is_valid
+    value = cell.as_py()
+    return is_known(value) or text(value) in classes
+
+
+def _targets(table: pyarrow.Table, row: int, labels: Labels, num_bases: int, path: Path) -> np.ndarray:
+    """float32 [1 or bases, columns] of a row; NaN where nothing is known."""
+    where, targets = (
+        f"{path}, row {row + 1}",
+        np.full((num_bases if labels.per_base else 1, len(labels.columns)), np.nan),
+    )
+    for place, name in enumerate(labels.columns):
+        if name not in table.column_names:
             continue
-        if labels.task == "classification":
-            target, wanted = number_of.get(text), f"one of {', '.join(labels.classes)}"
-        elif labels.task == "multilabel":
-            target, wanted = 1.0 if text.lower() in _TRUE else 0.0 if text.lower() in _FALSE else None, "0 or 1"
-        else:
-            target, wanted = _number(text), "a finite number"
-        if target is None:
-            raise UserError(f"{path}, row {row + 1}: {column} is {text!r}; it must be {wanted}")
-        targets[row] = target
-    return targets
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if abs(value) <= float(np.finfo(np.float32).max) else None  # False for NaN, too
+        cell = table[name][row]
+        if not labels.per_base:
+            targets[0, place] = target(cell.as_py(), labels, name, where)
+        elif _says_something(cell, labels.classes):
+            values = values_of_bases(cell, num_bases, name, where)
+            if values is not None:
+                targets[:, place] = targets_of_bases(values, labels, name, where)
+    return targets.astype(np.float32)

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from evo2_megatron.config import UserError
 from evo2_megatron.data.blend import SPLITS, Blend, read_blends
 from evo2_megatron.data.datasets import Evo2Dataset, Evo2DatasetConfig, Evo2DatasetPadEodLossMask
-from evo2_megatron.data.labelled import Labels, Task
-from evo2_megatron.data.labelled_dataset import LabelledSequences
+from evo2_megatron.data.labelled_dataset import LabelledBases, LabelledSequences
+from evo2_megatron.data.labels import Labels, Task
 from evo2_megatron.data.mock import MockEvo2Dataset
 from evo2_megatron.data.sharded_windows import ShardedWindows
 from evo2_megatron.data.window_database import SequenceDatabases, open_windows
@@ -196,8 +196,11 @@ class LabelledSequencesProvider(DatasetProvider):
     sequence_column: str
     val_data: str | None = None
     test_data: str | None = None
+    per_base: bool = False
+    """Whether each base has labels."""
+
     both_strands: bool = False
-    """Every sequence is two samples, itself and its reverse complement."""
+    """Every sequence is two samples, itself and its reverse complement; with labels per base, one sample has both."""
 
     samples_at_once: int = 1
     """Of all processes together. To a multiple of this, training data are filled up with what does not count: Bridge
@@ -220,14 +223,22 @@ class LabelledSequencesProvider(DatasetProvider):
         valid, test = (path and self._read(path, self.global_batch_size) for path in (self.val_data, self.test_data))
         return self.training_data(), valid, test
 
-    def training_data(self) -> LabelledSequences:
+    def training_data(self) -> LabelledSequences | LabelledBases:
         """Read the table of training alone."""
         return self._read(self.train_data, self.samples_at_once)
 
-    def _read(self, path: str, multiple: int) -> LabelledSequences:
-        return LabelledSequences(
+    @property
+    def labels(self) -> Labels:
+        """What is read of the tables."""
+        return Labels(
+            task=self.task, columns=tuple(self.label_columns), classes=tuple(self.classes), per_base=self.per_base
+        )
+
+    def _read(self, path: str, multiple: int) -> LabelledSequences | LabelledBases:
+        kind = LabelledBases if self.per_base else LabelledSequences
+        return kind(
             Path(path),
-            Labels(task=self.task, columns=tuple(self.label_columns), classes=tuple(self.classes)),
+            self.labels,
             sequence_column=self.sequence_column,
             seq_length=self.seq_length,
             both_strands=self.both_strands,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prediction head on a StripedHyena model: sequences to classes, labels or numbers, and the loss to train it.
+"""A prediction head on a StripedHyena model: sequences, or each of their bases, to classes, labels or numbers.
 
-Shape legend: B sequences, L tokens, H channels of the backbone, C outputs of the head, T targets: 1 for
-classification, else C.
+And the loss to train it. Shape legend: B sequences, L tokens, P tokens of a piece, H channels of the backbone, F those
+that the head sees, C outputs of the head, T targets: 1 for classification, else C; N cases: sequences or bases.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ class HeadProvider(StripedHyenaProvider):
 
     head_dropout: float = 0.1
     head_pooling: Pooling = "mean"
+    head_per_base: bool = False
+    """Whether each base has outputs, instead of a sequence; nothing is pooled then."""
+
+    head_both_sides: bool = False
+    """Per base: whether the head sees the hidden states of the base's partner in the reverse complement, too."""
+
     head_weights: list[float] | None = None
     """In the loss: of each class; or of the positive cases of each label. None: 1."""
 
@@ -65,7 +71,7 @@ class HeadProvider(StripedHyenaProvider):
         return StripedHyenaWithHead(self, self.vocab_size)
 
 
-HEAD_FIELDS = tuple(f.name for f in fields(HeadProvider) if f.name.startswith("head_"))
+HEAD_FIELDS = tuple(f for f in fields(HeadProvider) if f.name.startswith("head_"))
 
 
 def is_backbone(name: str) -> bool:
@@ -74,44 +80,46 @@ def is_backbone(name: str) -> bool:
 
 
 class PredictionHead(nn.Module):
-    """LayerNorm, linear layer, GELU, dropout, linear layer: a vector per sequence to the outputs."""
+    """LayerNorm, linear layer, GELU, dropout, linear layer: a vector of a sequence or of a base to the outputs."""
 
     def __init__(self, config: HeadProvider) -> None:
         super().__init__()
         width, dtype, num_outputs = config.head_hidden_size, config.params_dtype, len(config.head_outputs)
         width = config.hidden_size if width is None else width
-        self.norm = nn.LayerNorm(config.hidden_size, dtype=dtype)
-        self.hidden = nn.Linear(config.hidden_size, width, dtype=dtype) if width else nn.Identity()
+        num_features = config.hidden_size * (2 if config.head_both_sides else 1)
+        self.norm = nn.LayerNorm(num_features, dtype=dtype)
+        self.hidden = nn.Linear(num_features, width, dtype=dtype) if width else nn.Identity()
         self.dropout = nn.Dropout(config.head_dropout)
-        self.outputs = nn.Linear(width or config.hidden_size, num_outputs, dtype=dtype)
+        self.outputs = nn.Linear(width or num_features, num_outputs, dtype=dtype)
         for layer in (self.hidden, self.outputs):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
                 nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
-    def begin_with(self, pooled_NH: Tensor) -> None:
-        """Set the norm's weight and bias so that these pooled hidden states come out with mean 0 and variance 1.
+    def begin_with(self, features_NF: Tensor) -> None:
+        """Set the norm's weight and bias so that these hidden states come out with mean 0 and variance 1.
 
-        Pooled hidden states of different sequences differ little beside what they share, and a layer that sees both
-        learns slowly. Data-dependent initialisation as of Salimans and Kingma (arXiv 1602.07868).
+        Hidden states of different sequences, when pooled, differ little beside what they share, and a layer that sees
+        both learns slowly. Data-dependent initialisation as of Salimans and Kingma (arXiv 1602.07868).
         """
         norm = self.norm
-        normed_NH = F.layer_norm(pooled_NH.float(), norm.normalized_shape, eps=norm.eps)
-        scale_H, mean_H = torch.std_mean(normed_NH, dim=0, correction=0)
-        scale_H = scale_H.clamp(min=max(_SMALLEST_SCALE * scale_H.mean().item(), norm.eps))
-        norm.weight.copy_(1 / scale_H)
-        norm.bias.copy_(-mean_H / scale_H)
+        normed_NF = F.layer_norm(features_NF.float(), norm.normalized_shape, eps=norm.eps)
+        scale_F, mean_F = torch.std_mean(normed_NF, dim=0, correction=0)
+        scale_F = scale_F.clamp(min=max(_SMALLEST_SCALE * scale_F.mean().item(), norm.eps))
+        norm.weight.copy_(1 / scale_F)
+        norm.bias.copy_(-mean_F / scale_F)
 
-    def forward(self, pooled_BH: Tensor) -> Tensor:
-        """Outputs [B, C] of pooled hidden states, float32 [B, H]."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Outputs [..., C] of hidden states [..., F] of any float dtype, whatever is in front."""
         norm = self.norm
         # in float32: what tells sequences apart is in the last digits of what they share
-        normed_BH = F.layer_norm(pooled_BH, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        hidden_BH = self.hidden(normed_BH.to(self.outputs.weight.dtype))
+        weight_F, bias_F = norm.weight.float(), norm.bias.float()
+        normed = F.layer_norm(features.float(), norm.normalized_shape, weight_F, bias_F, norm.eps)
+        hidden = self.hidden(normed.to(self.outputs.weight.dtype))
         if isinstance(self.hidden, nn.Linear):
-            hidden_BH = F.gelu(hidden_BH)
-        return self.outputs(self.dropout(hidden_BH))
+            hidden = F.gelu(hidden)
+        return self.outputs(self.dropout(hidden))
 
 
 class StripedHyenaWithHead(StripedHyenaModel):
@@ -130,67 +138,100 @@ class StripedHyenaWithHead(StripedHyenaModel):
         """Whether the language model has a parameter that wants a gradient."""
         return any(p.requires_grad for name, p in self.named_parameters() if is_backbone(name))
 
-    def forward(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
-        """Outputs [B, C], before any softmax or sigmoid; of regression, standardised.
+    def forward(self, input_ids: Tensor, base_mask: Tensor, opposite_ids: Tensor | None = None) -> Tensor:
+        """Outputs [B, C], or [B, L, C] of each base, before any softmax or sigmoid; of regression, standardised.
 
         Args:
             input_ids: Token ids [B, L].
-            pool_mask: Bool [B, L], true where there is a base.
+            base_mask: Bool [B, L], true where there is a base.
+            opposite_ids: Of the reverse complement, [B, L], padded at the end; if the head sees both sides.
         """
-        return self.prediction_head(self.pooled(input_ids, pool_mask))
+        return self.prediction_head(self.features(input_ids, base_mask, opposite_ids))
 
-    def pooled(self, input_ids: Tensor, pool_mask: Tensor) -> Tensor:
-        """What the head sees, float32 [B, H]; arguments as of ``forward``."""
-        input_ids, pool_mask = self._padded(input_ids, pool_mask)
-        pool = Pool(pool_mask, self.config.head_pooling)
-        pool.add(0, self.through_layers(input_ids).transpose(0, 1))
-        return pool.vector_BH
+    def features(self, input_ids: Tensor, base_mask: Tensor, opposite_ids: Tensor | None = None) -> Tensor:
+        """What the head sees: pooled, float32 [B, F], or of each base, [B, L, F]; arguments as of ``forward``."""
+        return self._features(input_ids, base_mask, opposite_ids, chunk_length=None)
 
     @torch.no_grad()
-    def pooled_in_pieces(self, input_ids: Tensor, pool_mask: Tensor, *, chunk_length: int | None = None) -> Tensor:
-        """As ``pooled``, without gradients, for a model in evaluation mode: memory does not grow with the length.
+    def features_in_pieces(
+        self,
+        input_ids: Tensor,
+        base_mask: Tensor,
+        opposite_ids: Tensor | None = None,
+        *,
+        chunk_length: int | None = None,
+    ) -> Tensor:
+        """As ``features``, without gradients, for a model in evaluation mode: activations do not grow with the length.
 
         Args:
-            input_ids, pool_mask: As of ``forward``.
+            input_ids, base_mask, opposite_ids: As of ``forward``.
             chunk_length: Tokens that go through at a time. None: what suits the device.
         """
-        input_ids, pool_mask = self._padded(input_ids, pool_mask)
+        return self._features(input_ids, base_mask, opposite_ids, chunk_length=chunk_length or pieces.chunk_length())
+
+    def _features(
+        self, input_ids: Tensor, base_mask: Tensor, opposite_ids: Tensor | None, *, chunk_length: int | None
+    ) -> Tensor:
+        num_tokens = input_ids.shape[1]
+        if self.config.head_both_sides:
+            input_ids, base_mask = torch.cat((input_ids, opposite_ids)), base_mask.repeat(2, 1)
+        multiple = pieces.LOW_PRECISION_TOKENS if self.config.fp8 or self.config.fp4 else 1
+        # for formats that want lengths of their own: zeros behind the bases
+        input_ids, base_mask = (F.pad(value_BL, (0, -num_tokens % multiple)) for value_BL in (input_ids, base_mask))
+        size = chunk_length and pieces.of_each(chunk_length, len(input_ids), multiple=multiple)
+        hidden = self._hidden_states(input_ids, size)
+        if not self.config.head_per_base:
+            pool = Pool(base_mask, self.config.head_pooling)
+            for start, hidden_BPH in hidden:
+                pool.add(start, hidden_BPH)
+            return pool.vector_BH
+        hidden_BLH = torch.cat([hidden_BPH for _, hidden_BPH in hidden], dim=1)[:, :num_tokens]
+        if not self.config.head_both_sides:
+            return hidden_BLH
+        forward_BLH, opposite_BLH = hidden_BLH.chunk(2)
+        return torch.cat((forward_BLH, _turned(opposite_BLH, base_mask[: len(forward_BLH), :num_tokens])), dim=-1)
+
+    def _hidden_states(self, input_ids: Tensor, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """Hidden states [B, P, H] of pieces of so many tokens, and where each begins; None: of all tokens at once."""
         batch_size, num_tokens = input_ids.shape
-        size = pieces.of_each(chunk_length or pieces.chunk_length(), batch_size, multiple=self._multiple)
-        if num_tokens <= size:
-            return self.pooled(input_ids, pool_mask)
-        pool, state = Pool(pool_mask, self.config.head_pooling), self.new_inference_state(batch_size, num_tokens)
+        if size is None or num_tokens <= size:
+            yield 0, self.through_layers(input_ids).transpose(0, 1)
+            return
+        state = self.new_inference_state(batch_size, num_tokens)
         for start in range(0, num_tokens, size):
-            pool.add(start, self.through_layers(input_ids[:, start : start + size], state).transpose(0, 1))
-        return pool.vector_BH
+            yield start, self.through_layers(input_ids[:, start : start + size], state).transpose(0, 1)
 
-    @property
-    def _multiple(self) -> int:
-        return pieces.LOW_PRECISION_TOKENS if self.config.fp8 or self.config.fp4 else 1
 
-    def _padded(self, *values_BL: Tensor) -> tuple[Tensor, ...]:
-        """Token ids and masks with zeros behind them, for formats that want lengths of their own."""
-        missing = -values_BL[0].shape[1] % self._multiple
-        return tuple(F.pad(value_BL, (0, missing)) for value_BL in values_BL)
+def _turned(hidden_BLH: Tensor, base_mask: Tensor) -> Tensor:
+    """Each sequence's bases in the opposite order, padding where it was."""
+    position_BL = torch.arange(base_mask.shape[1], device=base_mask.device).expand_as(base_mask)
+    partner_BL = torch.where(base_mask, base_mask.sum(1, keepdim=True) - 1 - position_BL, position_BL)
+    return hidden_BLH.gather(1, partner_BL[..., None].expand_as(hidden_BLH))
+
+
+def inputs_of(batch: dict[str, Tensor]) -> list[Tensor]:
+    """Arguments of a model's ``forward``, out of samples of ``data.labelled_dataset``."""
+    return [batch[name] for name in ("tokens", "base_mask", "opposite_tokens") if name in batch]
 
 
 def forward_step(state: GlobalState, data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, partial]:
-    """One micro-batch, as Bridge's training loop asks for it: outputs [B, C], and what makes the loss of them."""
+    """One micro-batch, as Bridge's training loop asks for it: outputs [N, C], and what makes the loss of them."""
     batch = next(data_iterator)
-    tokens_BL, mask_BL = batch["tokens"], batch["pool_mask"]
-    device, inner = megatron.device(), unwrap_model(model)
+    device, inner, inputs = megatron.device(), unwrap_model(model), inputs_of(batch)
     if inner.backbone_learns:
-        tokens_BL, mask_BL = without_padding(tokens_BL, mask_BL)
-        outputs_BC = model(tokens_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True))
+        inputs = without_padding(*inputs, mask=batch["base_mask"])
+        outputs = model(*(value_BL.to(device, non_blocking=True) for value_BL in inputs))
     else:
         # the wrapper for 16 bits would round what tells sequences apart
-        outputs_BC = inner.prediction_head(inner.frozen_features(tokens_BL, mask_BL))
-    targets_BT = batch["targets"].to(device, non_blocking=True)
-    return outputs_BC, partial(summed_loss, inner.config, targets_BT)
+        outputs = inner.prediction_head(inner.frozen_features(*inputs))
+    targets = batch["targets"]
+    if inner.config.head_per_base:
+        targets, outputs = targets[:, : outputs.shape[1]].flatten(0, 1), outputs.flatten(0, 1)
+    return outputs, partial(summed_loss, inner.config, targets.to(device, non_blocking=True))
 
 
 def summed_loss(
-    config: HeadProvider, targets_BT: Tensor, outputs_BC: Tensor
+    config: HeadProvider, targets_NT: Tensor, outputs_NC: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss summed over a micro-batch, the number of known targets, and sums and counts to report.
 
@@ -198,27 +239,27 @@ def summed_loss(
 
     Args:
         config: Task, weights and standardisation.
-        targets_BT: float32: number of the class, 0 or 1, or a number; NaN where it is not known.
-        outputs_BC: Of the head.
+        targets_NT: float32: number of the class, 0 or 1, or a number; NaN where it is not known.
+        outputs_NC: Of the head.
     """
-    outputs_BC = outputs_BC.float()
-    known_BT = ~targets_BT.isnan()
-    targets_BT = targets_BT.nan_to_num()
-    weights = None if config.head_weights is None else outputs_BC.new_tensor(config.head_weights)
+    outputs_NC = outputs_NC.float()
+    known_NT = ~targets_NT.isnan()
+    targets_NT = targets_NT.nan_to_num()
+    weights = None if config.head_weights is None else outputs_NC.new_tensor(config.head_weights)
     num_right = None
     if config.head_task == "classification":
-        class_B = targets_BT[:, 0].long()
-        loss_BT = F.cross_entropy(outputs_BC, class_B, weight=weights, reduction="none")[:, None]
+        class_N = targets_NT[:, 0].long()
+        loss_NT = F.cross_entropy(outputs_NC, class_N, weight=weights, reduction="none")[:, None]
         # not an index, whose result has a size that the host waits for
-        num_right = ((outputs_BC.argmax(1) == class_B)[:, None] & known_BT).sum()
+        num_right = ((outputs_NC.argmax(1) == class_N)[:, None] & known_NT).sum()
     elif config.head_task == "multilabel":
-        loss_BT = F.binary_cross_entropy_with_logits(outputs_BC, targets_BT, pos_weight=weights, reduction="none")
-        num_right = (((outputs_BC > 0) == (targets_BT > 0.5)) & known_BT).sum()
+        loss_NT = F.binary_cross_entropy_with_logits(outputs_NC, targets_NT, pos_weight=weights, reduction="none")
+        num_right = (((outputs_NC > 0) == (targets_NT > 0.5)) & known_NT).sum()
     else:
-        mean_T, scale_T = map(outputs_BC.new_tensor, (config.head_target_mean, config.head_target_scale))
-        loss_BT = (outputs_BC - (targets_BT - mean_T) / scale_T).square()
-    loss = torch.where(known_BT, loss_BT, 0.0).sum()
-    count = known_BT.sum().int()
+        mean_T, scale_T = map(outputs_NC.new_tensor, (config.head_target_mean, config.head_target_scale))
+        loss_NT = (outputs_NC - (targets_NT - mean_T) / scale_T).square()
+    loss = torch.where(known_NT, loss_NT, 0.0).sum()
+    count = known_NT.sum().int()
     report = {LOSS_NAMES[config.head_task]: torch.stack([loss.detach(), count.float()])}
     if num_right is not None:
         report["accuracy"] = torch.stack([num_right, count]).float()

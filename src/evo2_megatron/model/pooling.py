@@ -14,10 +14,10 @@ from torch import Tensor
 Pooling = Literal["mean", "last"]
 
 
-def without_padding(tokens_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as long as the longest sequence: what is beyond its last base is padding in all."""
-    length = int(mask_BS.any(0).nonzero().max()) + 1
-    return tokens_BS[:, :length], mask_BS[:, :length]
+def without_padding(*values_BS: Tensor, mask: Tensor) -> list[Tensor]:
+    """All as long as the longest sequence: what is beyond its last base, by the mask [B, S], is padding in all."""
+    length = int(mask.any(0).nonzero().max()) + 1
+    return [value_BS[:, :length] for value_BS in values_BS]
 
 
 class Pool:

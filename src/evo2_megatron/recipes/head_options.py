@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labels, Task
+from evo2_megatron.data.labels import Labels, Task
 from evo2_megatron.recipes.options import LARGEST_NUMBER, LORA_TARGETS, TrainingOptions
 from evo2_megatron.runtime import distributed
 
@@ -29,7 +29,8 @@ class HeadOptions:
     label_columns: tuple[str, ...] = ("label",)
     classes: tuple[str, ...] | None = None  # None: those of the training data
     sequence_column: str = "sequence"
-    both_strands: bool = False
+    per_base: bool = False  # labels of each base
+    both_strands: bool = False  # as samples of their own; per base, the head sees the hidden states of both
     class_weights: Literal["none", "balanced"] = "none"
     seq_length: int | None = None  # tokens; None: those of the longest training sequence, up to the backbone's
 
@@ -37,7 +38,7 @@ class HeadOptions:
     base_ckpt_dir: Path
     embedding_layer: int = -1  # hidden states after this layer, counted from 0, or from -1 backwards
     backbone_seq_length: int | None = None  # tokens; None: the checkpoint's
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last"] = "mean"  # per base there is none
     head_hidden_size: int | None = None  # None: the backbone's; 0: a linear head
     head_dropout: float = 0.1
     tokenizer: Path | None = None  # None: the checkpoint's
@@ -80,7 +81,7 @@ class HeadOptions:
 
     def labels(self, classes: tuple[str, ...]) -> Labels:
         """What is read of the tables."""
-        return Labels(task=self.task, columns=tuple(self.label_columns), classes=classes)
+        return Labels(task=self.task, columns=tuple(self.label_columns), classes=classes, per_base=self.per_base)
 
     def steps(self, num_samples: int) -> int:
         """Optimizer steps of the run, with so many training samples."""
@@ -168,5 +169,9 @@ def check(options: HeadOptions) -> None:
         raise UserError("--classes names the two or more classes of --task classification")
     if options.class_weights != "none" and options.task == "regression":
         raise UserError("--class-weights balances classes or labels; --task regression has none")
+    if options.per_base and options.pooling != "mean":
+        raise UserError(
+            "--pooling makes one vector of a sequence, and --per-base tells its bases apart; leave out one"
+        )
     if not options.base_ckpt_dir.exists():
         raise UserError(f"{options.base_ckpt_dir} does not exist; check --base-ckpt-dir")

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.core.utils import unwrap_model
+from torch.utils.data import default_collate
 
 from evo2_megatron.checkpoint.evaluations import Evaluation, best, has_stalled, write_evaluations
+from evo2_megatron.model.head import inputs_of
 from evo2_megatron.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _NUM_FITTED = 256
 """Sequences that say how the head's norm begins."""
+
+_BASES_OF_EACH = 16
+"""Of these sequences, if the head is one of bases."""
 
 
 class FittedNorm(Callback):
@@ -29,15 +34,21 @@ class FittedNorm(Callback):
         """Called by Bridge when everything is built and loaded."""
         config, model = context.state.cfg, unwrap_model(context.model[0])
         train = config.dataset.training_data()
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.rng.seed))[:_NUM_FITTED]
-        pooled = []
+        generator = torch.Generator().manual_seed(config.rng.seed)
+        chosen = torch.randperm(len(train), generator=generator)[:_NUM_FITTED]
+        seen = []
         for places in chosen.split(config.train.micro_batch_size):
-            samples = [train[place] for place in places.tolist()]
-            tokens_BL, mask_BL = (
-                torch.stack([sample[name] for sample in samples]) for name in ("tokens", "pool_mask")
-            )
-            pooled.append(model.frozen_features(tokens_BL, mask_BL))
-        model.prediction_head.begin_with(torch.cat(pooled))
+            batch = default_collate([train[place] for place in places.tolist()])
+            features = model.frozen_features(*inputs_of(batch))
+            if config.model.head_per_base:
+                features = torch.cat(
+                    [
+                        row[torch.randperm(int(mask.sum()), generator=generator)[:_BASES_OF_EACH]]
+                        for row, mask in zip(features, batch["base_mask"])
+                    ]
+                )
+            seen.append(features)
+        model.prediction_head.begin_with(torch.cat(seen))
         context.optimizer.reload_model_params()
 
 

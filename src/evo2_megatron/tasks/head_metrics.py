@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good predictions are where the truth is known; by scikit-learn.
 
-Shape legend: N sequences, C outputs, T columns of labels.
+Shape legend: N sequences or bases, C outputs, T columns of labels.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from evo2_megatron.data.labelled import Labels
+from evo2_megatron.data.labels import Labels
 
 logger = logging.getLogger(__name__)
 
 
 def metrics_of(labels: Labels, targets_NT: np.ndarray, values_NC: np.ndarray) -> dict[str, Any]:
     """Metrics by name, as JSON knows them; None for one that these data do not define; empty if no label is known.
+
+    ``num_sequences``, or ``num_bases``, is how many labels are known.
 
     Args:
         labels: What was learnt.
@@ -37,7 +39,7 @@ def metrics_of(labels: Labels, targets_NT: np.ndarray, values_NC: np.ndarray) ->
     for name, target_N, value_N in zip(labels.columns, targets_NT.T, values_NC.T):
         known_N = ~np.isnan(target_N)
         if known_N.any():
-            by_column[name] = of_one(target_N[known_N].astype(np.float64), value_N[known_N])
+            by_column[name] = of_one(labels, target_N[known_N].astype(np.float64), value_N[known_N])
     if len(by_column) == 1:
         return next(iter(by_column.values()))
     return _means(list(by_column.values())) | {"columns": by_column}
@@ -61,7 +63,7 @@ def _of_classes(labels: Labels, class_N: np.ndarray, probability_NC: np.ndarray)
         auroc = float(sk.roc_auc_score(class_N, scores, multi_class="ovr"))
     present = support > 0
     return {
-        "num_sequences": len(class_N),
+        f"num_{labels.unit}s": len(class_N),
         "accuracy": float(sk.accuracy_score(class_N, chosen_N)),
         "balanced_accuracy": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
@@ -69,17 +71,17 @@ def _of_classes(labels: Labels, class_N: np.ndarray, probability_NC: np.ndarray)
         "auroc": auroc,
         "cross_entropy": float(sk.log_loss(class_N, probability_NC, labels=numbers)),
         "classes": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "num_sequences": int(n)}
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), f"num_{labels.unit}s": int(n)}
             for name, p, r, f, n in zip(labels.classes, precision, recall, f1, support)
         },
         "confusion": sk.confusion_matrix(class_N, chosen_N, labels=numbers).tolist(),
     }
 
 
-def _of_label(target_N: np.ndarray, probability_N: np.ndarray) -> dict[str, Any]:
+def _of_label(labels: Labels, target_N: np.ndarray, probability_N: np.ndarray) -> dict[str, Any]:
     chosen_N, both = probability_N > 0.5, len(np.unique(target_N)) == 2
     return {
-        "num_sequences": len(target_N),
+        f"num_{labels.unit}s": len(target_N),
         "num_positive": int(target_N.sum()),
         "accuracy": float(sk.accuracy_score(target_N, chosen_N)),
         "f1": float(sk.f1_score(target_N, chosen_N, zero_division=0.0)),
@@ -96,11 +98,11 @@ def _mcc(true_N: np.ndarray, chosen_N: np.ndarray) -> float | None:
     return float(sk.matthews_corrcoef(true_N, chosen_N))
 
 
-def _of_numbers(target_N: np.ndarray, value_N: np.ndarray) -> dict[str, Any]:
+def _of_numbers(labels: Labels, target_N: np.ndarray, value_N: np.ndarray) -> dict[str, Any]:
     varies = len(target_N) > 1 and np.ptp(target_N) > 0
     correlates = varies and np.ptp(value_N) > 0
     return {
-        "num_sequences": len(target_N),
+        f"num_{labels.unit}s": len(target_N),
         "mse": float(sk.mean_squared_error(target_N, value_N)),
         "mae": float(sk.mean_absolute_error(target_N, value_N)),
         "r2": float(sk.r2_score(target_N, value_N)) if varies else None,

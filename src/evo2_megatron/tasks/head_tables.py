@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow
 from pyarrow import parquet
 
 from evo2_megatron.config import UserError
-from evo2_megatron.data.labelled import Labelled, Labels
+from evo2_megatron.data.labelled import Labelled
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.tasks.transfer import check_no_input, file_behind
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
+
+_BASES_AT_ONCE = 1 << 20
+
+_Column: TypeAlias = list | np.ndarray | pyarrow.Array
 
 
 def check_target(target: Path, beside: Path, source: Path) -> None:
@@ -36,45 +44,95 @@ def check_target(target: Path, beside: Path, source: Path) -> None:
         raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to")
 
 
-def write(path: Path, suffix: str, labels: Labels, rows: Labelled, values_NC: np.ndarray) -> None:
-    """Write one line per sequence: ``id``, ``length``, labels where they are known (``true_...``), predictions.
+def write(
+    path: Path,
+    suffix: str,
+    labels: Labels,
+    rows: Labelled,
+    outputs_NC: np.ndarray,
+    values: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Write a line for each sequence: ``id``, ``length``, labels where they are known (``true_...``), predictions.
+
+    Or for each base, with ``position`` (from 1) and ``base`` instead of ``length``.
 
     Args:
         path: File to write.
         suffix: One of ``SUFFIXES``.
         labels: What was learnt.
         rows: The sequences, with labels where they have some.
-        values_NC: Probabilities of classes or labels, or numbers, float64.
+        outputs_NC: Of the head, of each sequence or each base.
+        values: Makes of outputs probabilities of classes or labels, or numbers, float64 [N, C].
     """
-    columns = {"id": rows.names, "length": [len(ids) for ids in rows.ids]}
-    if not np.isnan(rows.targets).all():
-        for name, target_N in zip(labels.columns, rows.targets.T):
+    with_labels = not np.isnan(rows.targets).all()
+    tables = (
+        first | _told(labels, rows.targets[places] if with_labels else None, values(outputs_NC[places]))
+        for first, places in (_of_bases(rows) if labels.per_base else _of_sequences(rows))
+    )
+    if suffix == ".parquet":
+        _write_parquet(path, map(pyarrow.table, tables))
+        return
+    with path.open("w", newline="") as file:
+        # Arrow's own writer puts every text in quotes
+        writer = csv.writer(file, delimiter="," if suffix == ".csv" else "\t", lineterminator="\n")
+        for number, columns in enumerate(tables):
+            if number == 0:
+                writer.writerow(columns)
+            writer.writerows(zip(*(_texts(column) for column in columns.values())))
+
+
+def _write_parquet(path: Path, tables: Iterator[pyarrow.Table]) -> None:
+    first = next(tables)
+    with parquet.ParquetWriter(path, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
+def _of_sequences(rows: Labelled) -> Iterator[tuple[dict[str, _Column], slice]]:
+    """Columns that name the lines of a part of the file, and where their outputs are: here, all."""
+    yield {"id": rows.names, "length": [len(ids) for ids in rows.ids]}, slice(None)
+
+
+def _of_bases(rows: Labelled) -> Iterator[tuple[dict[str, _Column], slice]]:
+    ends = rows.ends
+    starts = ends - [len(ids) for ids in rows.ids]
+    # as many sequences together as make up a part of the file
+    for _, group in groupby(range(len(ends)), key=lambda row: starts[row] // _BASES_AT_ONCE):
+        members = list(group)
+        ids = [rows.ids[row] for row in members]
+        yield (
+            {
+                "id": [rows.names[row] for row in members for _ in rows.ids[row]],
+                "position": [position for of_row in ids for position in range(1, len(of_row) + 1)],
+                "base": list(b"".join(ids).decode()),
+            },
+            slice(starts[members[0]], ends[members[-1]]),
+        )
+
+
+def _told(labels: Labels, targets_NT: np.ndarray | None, values_NC: np.ndarray) -> dict[str, _Column]:
+    columns: dict[str, _Column] = {}
+    if targets_NT is not None:
+        for name, target_N in zip(labels.columns, targets_NT.T):
             columns[f"true_{name}"] = _known(labels, target_N)
     if labels.task == "classification":
         columns["prediction"] = [labels.classes[number] for number in values_NC.argmax(1)]
     kind = "prediction" if labels.task == "regression" else "probability"
     for name, value_N in zip(labels.outputs, values_NC.T):
         columns[f"{kind}_{name}"] = value_N.astype(np.float32)
-    if suffix == ".parquet":
-        parquet.write_table(pyarrow.table(columns), path)
-        return
-    with path.open("w", newline="") as file:
-        # Arrow's own writer puts every text in quotes
-        writer = csv.writer(file, delimiter="," if suffix == ".csv" else "\t", lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(_texts(column) for column in columns.values())))
+    return columns
 
 
-def _texts(column: list | np.ndarray) -> list:
+def _texts(column: _Column) -> list:
     """Numbers with nine digits, which tell every float32 apart; what is not known is empty."""
-    return [f"{value:.9g}" if isinstance(value, float) else value for value in np.asarray(column).tolist()]
+    values = column.to_pylist() if isinstance(column, pyarrow.Array) else np.asarray(column).tolist()
+    return [f"{value:.9g}" if isinstance(value, float) else value for value in values]
 
 
-def _known(labels: Labels, target_N: np.ndarray) -> list[str | float | int | None]:
-    known = [None if np.isnan(target) else float(target) for target in target_N]
+def _known(labels: Labels, target_N: np.ndarray) -> pyarrow.Array:
+    """Classes, 0 and 1, or numbers; null where nothing is known."""
+    unknown_N = np.isnan(target_N)
     if labels.task == "regression":
-        return known
-    whole = [None if target is None else int(target) for target in known]
-    if labels.task == "multilabel":
-        return whole
-    return [None if target is None else labels.classes[target] for target in whole]
+        return pyarrow.array(target_N.astype(np.float64), mask=unknown_N)
+    whole = pyarrow.array(np.nan_to_num(target_N).astype(np.int64), mask=unknown_N)
+    return whole if labels.task == "multilabel" else pyarrow.array(labels.classes).take(whole)

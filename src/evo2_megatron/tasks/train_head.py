@@ -17,7 +17,9 @@ from evo2_megatron.checkpoint.load_weights import load_weights
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
-from evo2_megatron.data.labelled import Labelled, Labels, find_classes, read_labelled
+from evo2_megatron.data.labelled import Labelled, find_classes, read_labelled
+from evo2_megatron.data.labelled_dataset import windows_with_labels
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import look_for_no_dna
 from evo2_megatron.recipes.head_options import HeadOptions, check
 from evo2_megatron.recipes.options import TrainingOptions
@@ -99,21 +101,18 @@ def train_head(options: HeadOptions) -> None:
 def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
     classes = options.classes or ()
     if options.task == "classification" and not classes:
-        classes = find_classes(options.train_data, options.label_columns[0])
+        bases = options.sequence_column if options.per_base else None
+        classes = find_classes(options.train_data, options.label_columns[0], sequence_column=bases)
     labels = options.labels(classes)
     paths = {"train": options.train_data, "val": options.val_data, "test": options.test_data}
-    num_strands = 2 if options.both_strands else 1
-    num_samples = dict.fromkeys(paths, 0)
     rows: dict[str, Labelled] = {}
     for split, path in paths.items():
         if path is None:
             continue
         rows[split] = read_labelled(path, labels, sequence_column=options.sequence_column)
-        num_samples[split] = len(rows[split].ids) * num_strands
         look_for_no_dna(rows[split].names, rows[split].ids, f"sequences of {path}")
         if rows[split].num_left_out:
             logger.warning("%s: %d rows without a label are left out", path, rows[split].num_left_out)
-    _check_enough(options, num_samples["train"])
     longest = options.backbone_seq_length or base.seq_length
     seq_length = options.seq_length or min(longest, max(map(len, rows["train"].ids)))
     if seq_length > longest:
@@ -121,9 +120,20 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
             f"--seq-length {seq_length} is more than the backbone's {longest}; lower it, or say --backbone-seq-length "
             "if the backbone can do more"
         )
+    num_samples = dict.fromkeys(paths, 0) | {
+        split: _num_samples(of_split, seq_length, options) for split, of_split in rows.items()
+    }
+    _check_enough(options, num_samples["train"])
     head = {"head_task": options.task, "head_outputs": list(labels.outputs)}
     digests = {split: of_split.digest() for split, of_split in rows.items()}
     return _Data(labels, seq_length, num_samples, digests, head | _of_targets(rows["train"].targets, labels, options))
+
+
+def _num_samples(rows: Labelled, seq_length: int, options: HeadOptions) -> int:
+    """As the datasets of ``data.labelled_dataset`` count them."""
+    if options.per_base:
+        return len(windows_with_labels(rows, seq_length, both_sides=options.both_strands))
+    return len(rows.ids) * (2 if options.both_strands else 1)
 
 
 def _check_enough(options: HeadOptions, num_samples: int) -> None:
@@ -136,12 +146,12 @@ def _check_enough(options: HeadOptions, num_samples: int) -> None:
 
 
 def _of_targets(targets: np.ndarray, labels: Labels, options: HeadOptions) -> dict[str, Any]:
-    """What the head's configuration takes from training targets [rows, columns]."""
+    """What the head's configuration takes from training targets [rows or bases, columns]."""
     for name, column in zip(labels.columns, targets.T):
         if len(np.unique(column[~np.isnan(column)])) < 2:
             raise UserError(
-                f"{options.train_data}: column {name!r} has the same value in every row that has one; nothing can be "
-                "learnt from it"
+                f"{options.train_data}: column {name!r} has the same value for every {labels.unit} that has one; "
+                "nothing can be learnt from it"
             )
     if labels.task == "regression":
         wide = targets.astype(np.float64)
@@ -154,13 +164,14 @@ def _of_targets(targets: np.ndarray, labels: Labels, options: HeadOptions) -> di
     if labels.task == "multilabel":
         positive = np.nansum(targets, axis=0)
         return {"head_weights": ((~np.isnan(targets)).sum(0) / positive - 1).tolist()}
-    counts = np.bincount(targets[:, 0].astype(int), minlength=len(labels.classes))
+    classes = targets[~np.isnan(targets[:, 0]), 0].astype(int)
+    counts = np.bincount(classes, minlength=len(labels.classes))
     if not counts.all():
         raise UserError(
-            f"--class-weights balanced: {options.train_data} has no row of class "
+            f"--class-weights balanced: {options.train_data} has no {labels.unit} of class "
             f"{labels.classes[int(counts.argmin())]!r}"
         )
-    return {"head_weights": (len(targets) / (len(counts) * counts)).tolist()}
+    return {"head_weights": (len(classes) / (len(counts) * counts)).tolist()}
 
 
 def _config(
@@ -195,6 +206,7 @@ def _config(
         label_columns=list(data.labels.columns),
         classes=list(data.labels.classes),
         sequence_column=options.sequence_column,
+        per_base=options.per_base,
         both_strands=options.both_strands,
         samples_at_once=options.micro_batch_size * distributed.world_size(),
         global_batch_size=options.global_batch_size,
@@ -237,6 +249,8 @@ def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_
             "head_hidden_size": options.head_hidden_size,
             "head_dropout": options.head_dropout,
             "head_pooling": options.pooling,
+            "head_per_base": options.per_base,
+            "head_both_sides": options.per_base and options.both_strands,
         }
         | data.head
     )
@@ -251,7 +265,9 @@ def _check_same_run(own: RunConfig, config: ConfigContainer) -> None:
 
     check_same_precision(own, config)
     dataset = own.sections.get("dataset") or {}
-    compared = [(name, own.model.get(name), getattr(config.model, name)) for name in (*HEAD_FIELDS, "num_layers")]
+    compared = [("num_layers", own.model.get("num_layers"), config.model.num_layers)]
+    for field in HEAD_FIELDS:  # runs of earlier versions do not have all of them
+        compared.append((field.name, own.model.get(field.name, field.default), getattr(config.model, field.name)))
     for name in ("num_samples", "both_strands", "global_batch_size", "samples_at_once", "seq_length"):
         compared.append((name, dataset.get(name), getattr(config.dataset, name)))
     changed = [entry for entry in compared if entry[1] != entry[2]]
@@ -299,6 +315,8 @@ def _begin_with(start: training.Start, config: ConfigContainer) -> None:
 
 
 def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: training.Start, data: _Data) -> None:
+    from evo2_megatron.model.frozen_features import MAX_BYTES
+
     how = "LoRA adapters and head" if options.lora_finetune else "the head"
     passes = of_training.max_steps * options.global_batch_size / data.num_samples["train"]
     outputs = ", ".join(data.labels.outputs)
@@ -307,7 +325,10 @@ def _log_plan(options: HeadOptions, of_training: TrainingOptions, start: trainin
         "Steps %s to %s of %s samples x %s tokens: %.3g passes over %s samples", start.step, of_training.max_steps,
         options.global_batch_size, data.seq_length, passes, data.num_samples["train"],
     )  # fmt: skip
-    if not options.lora_finetune:
-        logger.info(
-            "The language model does not learn: each sequence goes through it once, and what comes out is kept"
-        )
+    if options.lora_finetune:
+        return
+    whole = "The language model does not learn: each sequence goes through it once, and what comes out is kept"
+    if options.per_base:
+        logger.info("%s, up to %d GiB on each process", whole, MAX_BYTES >> 30)
+    else:
+        logger.info("%s", whole)
