@@ -23,6 +23,9 @@ SUFFIXES = (".tsv", ".csv", ".parquet")
 
 _BASES_AT_ONCE = 1 << 20
 
+Values: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Outputs [N, C] to probabilities of classes or labels, or to numbers, float64 [N, C]."""
+
 _Column: TypeAlias = list | np.ndarray | pyarrow.Array
 
 
@@ -50,7 +53,7 @@ def write(
     labels: Labels,
     rows: Labelled,
     outputs_NC: np.ndarray,
-    values: Callable[[np.ndarray], np.ndarray],
+    values: Values,
 ) -> None:
     """Write a line for each sequence: ``id``, ``length``, labels where they are known (``true_...``), predictions.
 
@@ -62,7 +65,7 @@ def write(
         labels: What was learnt.
         rows: The sequences, with labels where they have some.
         outputs_NC: Of the head, of each sequence or each base.
-        values: Makes of outputs probabilities of classes or labels, or numbers, float64 [N, C].
+        values: Makes of outputs what they mean.
     """
     with_labels = not np.isnan(rows.targets).all()
     tables = (

@@ -82,28 +82,36 @@ def predict_head(
     with distributed.process_groups(ParallelConfig(), seed=run_config.seed):
         first = distributed.rank() == 0
         digest = CheckpointDigest(checkpoint) if first else None
-        how = {"precision": precision, "provider_overrides": _overrides(int8_weights=int8_weights)}
-        loaded = load_model(checkpoint, parallel=ParallelConfig(), base_ckpt_dir=base_ckpt_dir, head=True, **how)
+        how = {"precision": precision, "base_ckpt_dir": base_ckpt_dir}
+        how["provider_overrides"] = {} if int8_weights is None else {"int8_weights": int8_weights}
+        loaded = load_model(checkpoint, parallel=ParallelConfig(), head=True, **how)
         _warn(rows, labels, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)
         _check_finite(rows, labels, outputs_NC)
         if not first:
             return None
-        known_N = ~np.isnan(rows.targets).all(1)
-        metrics = metrics_of(labels, rows.targets[known_N], to_values(outputs_NC[known_N], loaded.provider))
         settings = {"source": str(source.absolute()), "both_strands": both_strands}
-        facts = {"metrics": metrics} | manifest(loaded, digest.result(), settings)
-        with disk_errors(), new_files([target, beside]) as (table, sidecar):
-            values = partial(to_values, provider=loaded.provider)
-            head_tables.write(table, target.suffix, labels, rows, outputs_NC, values)
-            sidecar.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        facts = manifest(loaded, digest.result(), settings)
+        return _write(target, beside, labels, rows, outputs_NC, partial(to_values, provider=loaded.provider), facts)
+
+
+def _write(
+    target: Path,
+    beside: Path,
+    labels: Labels,
+    rows: Labelled,
+    outputs_NC: np.ndarray,
+    values: head_tables.Values,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Table and manifest; returns the metrics."""
+    known_N = ~np.isnan(rows.targets).all(1)
+    metrics = metrics_of(labels, rows.targets[known_N], values(outputs_NC[known_N]))
+    with disk_errors(), new_files([target, beside]) as (table, sidecar):
+        head_tables.write(table, target.suffix, labels, rows, outputs_NC, values)
+        sidecar.write_text(json.dumps({"metrics": metrics} | facts, indent=2, allow_nan=False) + "\n")
     log_metrics(metrics)
     return metrics
-
-
-def _overrides(**fields: Any) -> dict[str, Any]:
-    """Of the checkpoint's model, where something was asked for."""
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def find_checkpoint(ckpt_dir: Path) -> Path:
