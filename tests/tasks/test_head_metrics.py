@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evo2_megatron.data.labels import Labels
-from evo2_megatron.tasks.head_metrics import metrics_of
+from evo2_megatron.tasks.head_metrics import log_metrics, metrics_of
 
 nan = math.nan
 CLASSES = Labels(classes=("a", "b", "c"))
@@ -93,3 +93,14 @@ def test_all_of_it_is_json():
         (Labels(task="regression", columns=("x", "y")), rng.random((20, 2)), rng.random((20, 2))),
     ):
         json.dumps(metrics_of(labels, targets.astype(float), values), allow_nan=False)
+
+
+def test_metrics_of_bases_and_their_line(caplog):
+    labels = Labels(classes=("a", "b"), per_base=True)
+    rng = np.random.default_rng(0)
+    got = metrics_of(labels, rng.integers(0, 2, (123_456, 1)).astype(float), rng.dirichlet([1, 1], 123_456))
+    assert got["num_bases"] == 123_456 == sum(of_class["num_bases"] for of_class in got["classes"].values())
+    with caplog.at_level("INFO"):
+        log_metrics(got)
+    assert caplog.messages[0].startswith(f"num_bases 123456, accuracy {got['accuracy']:.4g}, ")
+    assert "confusion" not in caplog.text

@@ -47,7 +47,11 @@ def metrics_of(labels: Labels, targets_NT: np.ndarray, values_NC: np.ndarray) ->
 
 def log_metrics(metrics: dict[str, Any]) -> None:
     """One line: those of the whole."""
-    shown = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in metrics.items()
+        if isinstance(value, (int, float))
+    ]
     if shown:
         logger.info("%s", ", ".join(shown))
 
