@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -97,19 +97,21 @@ def _of_sequences(rows: Labelled) -> Iterator[tuple[dict[str, _Column], slice]]:
 
 
 def _of_bases(rows: Labelled) -> Iterator[tuple[dict[str, _Column], slice]]:
-    ends = rows.ends
+    ends, names = rows.ends, np.array(rows.names, dtype=object)
     starts = ends - [len(ids) for ids in rows.ids]
-    # as many sequences together as make up a part of the file
-    for _, group in groupby(range(len(ends)), key=lambda row: starts[row] // _BASES_AT_ONCE):
-        members = list(group)
-        ids = [rows.ids[row] for row in members]
+    for start in range(0, ends[-1], _BASES_AT_ONCE):
+        end = min(start + _BASES_AT_ONCE, ends[-1])
+        places = np.arange(start, end)
+        row_of = np.searchsorted(ends, places, side="right")
+        members = range(row_of[0], row_of[-1] + 1)
+        letters = (rows.ids[row][max(start - starts[row], 0) : end - starts[row]] for row in members)
         yield (
             {
-                "id": [rows.names[row] for row in members for _ in rows.ids[row]],
-                "position": [position for of_row in ids for position in range(1, len(of_row) + 1)],
-                "base": list(b"".join(ids).decode()),
+                "id": names[row_of],
+                "position": places - starts[row_of] + 1,
+                "base": list(b"".join(letters).decode()),
             },
-            slice(starts[members[0]], ends[members[-1]]),
+            slice(start, end),
         )
 
 
