@@ -26,28 +26,9 @@ from evo2_megatron.data.tokenizer import PAD
 logger = logging.getLogger(__name__)
 
 
-class _Filled(Dataset, ABC):
-    """Samples of which the last ones, without a label, fill up their number to a multiple."""
-
-    def __init__(self, num_samples: int, multiple: int) -> None:
-        self._num_samples = num_samples
-        self._num_filled = -(-num_samples // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self._num_filled
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        sample = self._sample(number % self._num_samples)
-        if number >= self._num_samples:
-            sample["targets"] = torch.full_like(sample["targets"], torch.nan)
-        return sample
-
-    @abstractmethod
-    def _sample(self, number: int) -> dict[str, Tensor]: ...
-
-
-class LabelledSequences(_Filled):
-    """Samples: ``tokens`` (int64 [L], padded at the end), ``base_mask`` (bool [L]), ``targets`` (float32 [T])."""
+class _Labelled(Dataset, ABC):
+    """Samples of a table. Those of a subclass are ``tokens`` (int64 [L], padded at the end), ``base_mask`` (bool [L]),
+    ``targets`` (float32, NaN where nothing is known) and what it says."""
 
     def __init__(
         self,
@@ -65,54 +46,60 @@ class LabelledSequences(_Filled):
             path: A table, see ``data.labelled``.
             labels: What of it.
             sequence_column: Column of the bases.
-            seq_length: Tokens per sample; what is longer is cut off at the end, which is logged.
-            both_strands: Every sequence is two samples, itself and its reverse complement.
+            seq_length: Tokens per sample.
+            both_strands: Of every sequence, give the reverse complement, too.
             multiple: Samples without a label, which count for nothing, fill up their number to a multiple of this.
 
         Raises:
             UserError: See ``read_labelled``.
         """
         self._rows = read_labelled(path, labels, sequence_column=sequence_column)
-        self._seq_length, self._num_strands = seq_length, 2 if both_strands else 1
-        super().__init__(len(self._rows.ids) * self._num_strands, multiple)
-        num_cut = sum(len(ids) > seq_length for ids in self._rows.ids)
+        self._path, self._seq_length, self._both_strands = path, seq_length, both_strands
+        self._num_samples = self._prepare()
+        self._num_filled = -(-self._num_samples // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._num_filled
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        sample = self._sample(number % self._num_samples)
+        if number >= self._num_samples:
+            sample["targets"] = torch.full_like(sample["targets"], torch.nan)
+        return sample
+
+    @abstractmethod
+    def _prepare(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def _sample(self, number: int) -> dict[str, Tensor]: ...
+
+
+class LabelledSequences(_Labelled):
+    """A sequence, or each of its strands, is a sample, with ``targets`` [T]; what is too long is cut off at its end."""
+
+    def _prepare(self) -> int:
+        num_cut = sum(len(ids) > self._seq_length for ids in self._rows.ids)
         if num_cut:
-            logger.warning("%s: %d sequences are cut to %d bases", path, num_cut, seq_length)
+            logger.warning("%s: %d sequences are cut to %d bases", self._path, num_cut, self._seq_length)
+        return len(self._rows.ids) * (2 if self._both_strands else 1)
 
     def _sample(self, number: int) -> dict[str, Tensor]:
-        row, strand = divmod(number, self._num_strands)
+        row, strand = divmod(number, 2) if self._both_strands else (number, 0)
         ids = self._rows.ids[row][: self._seq_length]
         tokens, base_mask = pad([reverse_complement(ids) if strand else ids], self._seq_length)
-        targets = torch.from_numpy(self._rows.targets[row].copy())
-        return {"tokens": tokens[0], "base_mask": base_mask[0], "targets": targets}
+        return {"tokens": tokens[0], "base_mask": base_mask[0], "targets": torch.from_numpy(self._rows.targets[row])}
 
 
-class LabelledBases(_Filled):
-    """Samples: ``tokens``, ``base_mask`` as of ``LabelledSequences``, and ``targets`` (float32 [L, T]).
+class LabelledBases(_Labelled):
+    """A sequence, or each window of a longer one, is a sample, with ``targets`` [L, T]; each label is in one of them.
 
-    If the head is to see both sides of a base, also ``opposite_tokens`` (int64 [L], padded at the end): the reverse
-    complement. Of a sequence longer than a sample each window is one, in which each base has its label once.
+    With both strands it also has ``opposite_tokens`` (int64 [L], padded at the end), its reverse complement.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        labels: Labels,
-        *,
-        sequence_column: str,
-        seq_length: int,
-        both_strands: bool = False,
-        multiple: int = 1,
-    ) -> None:
-        """Read and check the whole file; arguments and errors as of ``LabelledSequences``.
-
-        Args:
-            both_strands: Give the reverse complement, too.
-        """
-        self._rows = read_labelled(path, labels, sequence_column=sequence_column)
-        self._seq_length, self._both_strands = seq_length, both_strands
-        self._windows = windows_with_labels(self._rows, seq_length, both_sides=both_strands)
-        super().__init__(len(self._windows), multiple)
+    def _prepare(self) -> int:
+        self._windows = windows_with_labels(self._rows, self._seq_length, both_sides=self._both_strands)
+        return len(self._windows)
 
     def _sample(self, number: int) -> dict[str, Tensor]:
         window = self._windows[number]

@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 _NUM_FITTED = 256
 """Sequences that say how the head's norm begins."""
 
-_BASES_OF_EACH = 16
-"""Of these sequences, if the head is one of bases."""
+_FITTED_TOKENS, _FEWEST_FITTED = 1 << 16, 16
+"""If the head is one of bases, as many windows as make up so many tokens, but so many at least."""
+
+_FITTED_BASES = 4_096
+"""Of all these windows together."""
 
 
 class FittedNorm(Callback):
@@ -35,18 +38,21 @@ class FittedNorm(Callback):
         config, model = context.state.cfg, unwrap_model(context.model[0])
         train = config.dataset.training_data()
         generator = torch.Generator().manual_seed(config.rng.seed)
-        chosen = torch.randperm(len(train), generator=generator)[:_NUM_FITTED]
+        most = _NUM_FITTED
+        if config.model.head_per_base:
+            most = min(most, max(_FEWEST_FITTED, _FITTED_TOKENS // config.model.seq_length))
+        chosen = torch.randperm(len(train), generator=generator)[:most]
         seen = []
         for places in chosen.split(config.train.micro_batch_size):
             batch = default_collate([train[place] for place in places.tolist()])
             features = model.frozen_features(*inputs_of(batch))
             if config.model.head_per_base:
-                features = torch.cat(
-                    [
-                        row[torch.randperm(int(mask.sum()), generator=generator)[:_BASES_OF_EACH]]
-                        for row, mask in zip(features, batch["base_mask"])
-                    ]
-                )
+                of_each = math.ceil(_FITTED_BASES / len(chosen))
+                drawn = [
+                    row[torch.randperm(int(mask.sum()), generator=generator)[:of_each]]
+                    for row, mask in zip(features, batch["base_mask"])
+                ]
+                features = torch.cat(drawn)
             seen.append(features)
         model.prediction_head.begin_with(torch.cat(seen))
         context.optimizer.reload_model_params()
