@@ -76,7 +76,7 @@ class _Labelled(Dataset, ABC):
 
 
 class LabelledSequences(_Labelled):
-    """A sequence, or each of its strands, is a sample, with ``targets`` [T]; what is too long is cut off at its end."""
+    """A sequence, or each of its strands, is a sample, with ``targets`` [T]; too long ones are cut off at the end."""
 
     def _prepare(self) -> int:
         num_cut = sum(len(ids) > self._seq_length for ids in self._rows.ids)
