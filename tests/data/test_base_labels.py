@@ -172,3 +172,13 @@ def test_windows_without_labels_are_left_out(tmp_path):
 def test_a_digest_tells_where_labels_are():
     rows = Labelled(["a"], [b"ACG"], np.array([[0.0], [nan], [1.0]], np.float32))
     assert rows.digest() != rows._replace(targets=rows.targets[::-1]).digest()
+
+
+def test_lists_where_a_sequence_has_one_value(tmp_path):
+    path = write(tmp_path / "t.parquet", ROWS)
+    for read in (
+        lambda: find_classes(path, "label"),
+        lambda: read_labelled(path, Labels(task="regression", columns=("signal",)), sequence_column="sequence"),
+    ):
+        with pytest.raises(UserError, match="has lists, and a sequence has one value; for one of each base there is"):
+            read()

@@ -278,3 +278,13 @@ def test_sequences_that_are_no_dna(tmp_path, caplog):
     options = HeadOptions(train_data=train, base_ckpt_dir=tmp_path, result_dir=tmp_path, micro_batch_size=1)
     train_head._read_data(options, SimpleNamespace(seq_length=64))
     assert f"1 of 2 sequences of {train} have letters that no DNA has; the first is 'U' in '2'" in caplog.text
+
+
+def test_classes_that_look_like_labels_of_bases(tmp_path, caplog):
+    train = tmp_path / "train.csv"
+    options = HeadOptions(train_data=train, base_ckpt_dir=tmp_path, result_dir=tmp_path, micro_batch_size=1)
+    for labels, told in ((("nnyyn", "yn"), True), (("nnyyn", "y"), False)):
+        train.write_text("sequence,label\nACGTN,{}\nAC,{}\n".format(*labels))
+        caplog.clear()
+        train_head._read_data(options, SimpleNamespace(seq_length=64))
+        assert ("if these are their labels, add --per-base" in caplog.text) is told

@@ -86,6 +86,8 @@ def read_labelled(
     table = _read_table(
         path, [sequence_column, *([id_column] if id_column else [])], labels.columns, all_of_them=needs_labels
     )
+    if not labels.per_base:
+        _check_no_lists(table, labels.columns, path)
     names, sequences = _names(table, path, id_column), table[sequence_column].to_pylist()
     wanted = _have_labels(table, labels) if needs_labels else np.ones(table.num_rows, bool)
     kept: list[int] = []
@@ -117,6 +119,7 @@ def find_classes(path: Path, column: str, *, sequence_column: str | None = None)
     """
     table = _read_table(path, [column, *([sequence_column] if sequence_column else [])])
     if sequence_column is None:
+        _check_no_lists(table, [column], path)
         found = {text(value) for value in table[column].to_pylist() if is_known(value)}
     else:
         found = set()
@@ -186,6 +189,15 @@ def _names(table: pyarrow.Table, path: Path, id_column: str | None) -> list[str]
         if not name or not name.isprintable():
             raise UserError(f"{path}, row {number}: {id_column} is {name!r}; it must be a printable name")
     return names
+
+
+def _check_no_lists(table: pyarrow.Table, columns: Sequence[str], path: Path) -> None:
+    for name in columns:
+        if name in table.column_names and pyarrow.types.is_nested(table[name].type):
+            raise UserError(
+                f"{path}: column {name!r} has lists, and a sequence has one value; for one of each base there is "
+                "evo2_train_head --per-base"
+            )
 
 
 def _encode(bases: object, column: str, where: str) -> bytes:

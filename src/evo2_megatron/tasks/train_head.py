@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -113,6 +114,8 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
         look_for_no_dna(rows[split].names, rows[split].ids, f"sequences of {path}")
         if rows[split].num_left_out:
             logger.warning("%s: %d rows without a label are left out", path, rows[split].num_left_out)
+    if options.task == "classification" and not options.per_base:
+        _look_for_labels_of_bases(rows["train"], classes, options.train_data)
     longest = options.backbone_seq_length or base.seq_length
     seq_length = options.seq_length or min(longest, max(map(len, rows["train"].ids)))
     if seq_length > longest:
@@ -127,6 +130,16 @@ def _read_data(options: HeadOptions, base: RunConfig) -> _Data:
     head = {"head_task": options.task, "head_outputs": list(labels.outputs)}
     digests = {split: of_split.digest() for split, of_split in rows.items()}
     return _Data(labels, seq_length, num_samples, digests, head | _of_targets(rows["train"].targets, labels, options))
+
+
+def _look_for_labels_of_bases(rows: Labelled, classes: Sequence[str], path: Path) -> None:
+    """Warn if each class could be a text with a label for each base of its sequence."""
+    lengths = [(len(classes[int(number)]), len(ids)) for number, ids in zip(rows.targets[:, 0], rows.ids)]
+    if all(of_label == of_sequence > 1 for of_label, of_sequence in lengths):
+        logger.warning(
+            "%s: each label has as many characters as its sequence has bases; if these are their labels, add --per-base",
+            path,
+        )
 
 
 def _num_samples(rows: Labelled, seq_length: int, options: HeadOptions) -> int:
