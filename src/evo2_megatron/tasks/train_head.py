@@ -137,7 +137,7 @@ def _look_for_labels_of_bases(rows: Labelled, classes: Sequence[str], path: Path
     lengths = [(len(classes[int(number)]), len(ids)) for number, ids in zip(rows.targets[:, 0], rows.ids)]
     if all(of_label == of_sequence > 1 for of_label, of_sequence in lengths):
         logger.warning(
-            "%s: each label has as many characters as its sequence has bases; if these are their labels, add --per-base",
+            "%s: each label has as many characters as its sequence bases; if these are their labels, add --per-base",
             path,
         )
 
