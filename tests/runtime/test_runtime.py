@@ -81,6 +81,20 @@ def test_transformer_engine_is_not_believed_to_be_there(megatron):
     assert installed or "transformer_engine" not in sys.modules
 
 
+@pytest.mark.parametrize("count, rank, told", [(4, None, True), (1, None, False), (4, "0", False)])
+def test_idle_gpus_are_told_of(monkeypatch, caplog, count, rank, told):
+    from evo2_megatron.runtime import distributed, megatron
+
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with caplog.at_level("INFO"):
+        distributed.tell_of_idle_gpus()
+    assert ("One of 4 GPUs is used; with torchrun --nproc-per-node 4 --no-python" in caplog.text) is told
+
+
 def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):
     from evo2_megatron.runtime.distributed import process_groups
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from evo2_megatron.runtime import megatron
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -30,6 +33,20 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell_of_idle_gpus() -> None:
+    """Log how to use all GPUs of this machine, if there are several and this process was started alone."""
+    import torch
+
+    if "RANK" in os.environ or not megatron.on_cuda():
+        return
+    count = torch.cuda.device_count()
+    if count > 1:
+        logger.info(
+            "One of %d GPUs is used; with torchrun --nproc-per-node %d --no-python in front of the command, all are",
+            count, count,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

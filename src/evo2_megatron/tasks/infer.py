@@ -163,6 +163,8 @@ def infer(
     work = _prepare(prompts, ckpt_dir, settings, num_samples, max_seq_length, parallel, base_ckpt_dir)
     if on_piece is not None:
         _check_one_copy(parallel)
+    elif len(prompts) > 1:
+        distributed.tell_of_idle_gpus()
     speaks = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_output(work, output_file, output_format, include_prompt))

@@ -28,6 +28,7 @@ class SharedBatches:
             words: For the log.
         """
         self._batches, self._words = batches, words
+        distributed.tell_of_idle_gpus()
         self._copy, self._copies = distributed.data_parallel_rank(), distributed.data_parallel_size()
         self._done: set[int] = set()
 

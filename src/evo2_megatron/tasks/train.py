@@ -273,6 +273,7 @@ def _run_loop(
         callbacks.add(profile)
     if options.enable_preemption:
         callbacks.register("on_train_start", _listen_for_preemption)
+    distributed.tell_of_idle_gpus()
     distributed.be_alone_without_torchrun()
     if options.wandb_project is not None and speaks:
         wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
