@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,24 +86,21 @@ def read_labelled(
     table = _read_table(
         path, [sequence_column, *([id_column] if id_column else [])], labels.columns, all_of_them=needs_labels
     )
-    if not labels.per_base:
-        _check_no_lists(table, labels.columns, path)
     names, sequences = _names(table, path, id_column), table[sequence_column].to_pylist()
-    wanted = _have_labels(table, labels) if needs_labels else np.ones(table.num_rows, bool)
-    kept: list[int] = []
-    ids: list[bytes] = []
-    targets: list[np.ndarray] = []
-    for row in np.flatnonzero(wanted).tolist():
-        of_row = _encode(sequences[row], sequence_column, f"{path}, row {row + 1}")
-        told = _targets(table, row, labels, len(of_row), path)
-        if needs_labels and np.isnan(told).all():
-            continue
-        kept.append(row)
-        ids.append(of_row)
-        targets.append(told)
+
+    def encoded(row: int) -> bytes:
+        return _encode(sequences[row], sequence_column, f"{path}, row {row + 1}")
+
+    if labels.per_base:
+        kept, ids, targets = _read_bases(table, labels, encoded, path, needs_labels=needs_labels)
+    else:
+        targets = _targets(table, labels, path)
+        rows = np.flatnonzero(~np.isnan(targets).all(1)) if needs_labels else np.arange(len(targets))
+        kept, targets = rows.tolist(), targets[rows]
+        ids = [encoded(row) for row in kept]
     if not kept:
         raise UserError(f"{path}: no row has a label in {', '.join(labels.columns)}")
-    return Labelled([names[row] for row in kept], ids, np.concatenate(targets), table.num_rows - len(kept))
+    return Labelled([names[row] for row in kept], ids, targets, table.num_rows - len(kept))
 
 
 def find_classes(path: Path, column: str, *, sequence_column: str | None = None) -> tuple[str, ...]:
@@ -207,10 +204,47 @@ def _encode(bases: object, column: str, where: str) -> bytes:
     return encode_sequence(bases.strip().upper().encode(), name=where)
 
 
-def _have_labels(table: pyarrow.Table, labels: Labels) -> np.ndarray:
-    """Bool [rows]: those for which a column says something."""
-    of_columns = [[_says_something(cell, labels.classes) for cell in table[name]] for name in labels.columns]
-    return np.any(of_columns, axis=0)
+def _targets(table: pyarrow.Table, labels: Labels, path: Path) -> np.ndarray:
+    """float32 [rows, columns]; NaN where nothing is known."""
+    _check_no_lists(table, labels.columns, path)
+    targets = np.full((table.num_rows, len(labels.columns)), np.nan, np.float32)
+    for place, name in enumerate(labels.columns):
+        if name in table.column_names:
+            values = enumerate(table[name].to_pylist(), 1)
+            targets[:, place] = [target(value, labels, name, f"{path}, row {row}") for row, value in values]
+    return targets
+
+
+def _read_bases(
+    table: pyarrow.Table, labels: Labels, encoded: Callable[[int], bytes], path: Path, *, needs_labels: bool
+) -> tuple[list[int], list[bytes], np.ndarray]:
+    """Rows, their token ids, and targets of their bases, one row after the other; if wanted of those with a label."""
+    kept: list[int] = []
+    ids: list[bytes] = []
+    targets: list[np.ndarray] = []
+    for row in range(table.num_rows):
+        cells = {name: table[name][row] for name in labels.columns if name in table.column_names}
+        if needs_labels and not any(_says_something(cell, labels.classes) for cell in cells.values()):
+            continue
+        of_row = encoded(row)
+        told = _targets_of_bases(cells, labels, len(of_row), f"{path}, row {row + 1}")
+        if needs_labels and np.isnan(told).all():
+            continue
+        kept.append(row)
+        ids.append(of_row)
+        targets.append(told)
+    return kept, ids, np.concatenate(targets) if targets else np.zeros((0, len(labels.columns)), np.float32)
+
+
+def _targets_of_bases(cells: Mapping[str, pyarrow.Scalar], labels: Labels, num_bases: int, where: str) -> np.ndarray:
+    """float32 [bases, columns] of a row; NaN where nothing is known."""
+    targets = np.full((num_bases, len(labels.columns)), np.nan, np.float32)
+    for place, name in enumerate(labels.columns):
+        if name in cells and _says_something(cells[name], labels.classes):
+            values = values_of_bases(cells[name], num_bases, name, where)
+            if values is not None:
+                targets[:, place] = targets_of_bases(values, labels, name, where)
+    return targets
 
 
 def _says_something(cell: pyarrow.Scalar, classes: Sequence[str] = ()) -> bool:
@@ -218,22 +252,3 @@ def _says_something(cell: pyarrow.Scalar, classes: Sequence[str] = ()) -> bool:
         return cell.is_valid
     value = cell.as_py()
     return is_known(value) or text(value) in classes
-
-
-def _targets(table: pyarrow.Table, row: int, labels: Labels, num_bases: int, path: Path) -> np.ndarray:
-    """float32 [1 or bases, columns] of a row; NaN where nothing is known."""
-    where, targets = (
-        f"{path}, row {row + 1}",
-        np.full((num_bases if labels.per_base else 1, len(labels.columns)), np.nan),
-    )
-    for place, name in enumerate(labels.columns):
-        if name not in table.column_names:
-            continue
-        cell = table[name][row]
-        if not labels.per_base:
-            targets[0, place] = target(cell.as_py(), labels, name, where)
-        elif _says_something(cell, labels.classes):
-            values = values_of_bases(cell, num_bases, name, where)
-            if values is not None:
-                targets[:, place] = targets_of_bases(values, labels, name, where)
-    return targets.astype(np.float32)
