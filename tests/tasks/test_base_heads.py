@@ -237,3 +237,46 @@ def test_a_table_without_labels(runs, tmp_path):
         csv.writer(file).writerows([["sequence"], ["ACGT"], ["GG"]])
     lines, metrics = predicted(runs, "both", tmp_path, source=source)
     assert metrics == {} and len(lines) == 6 and "true_next" not in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["bedgraph", "bigwig"])
+def test_tracks_for_genome_browsers(runs, tmp_path, monkeypatch, kind):
+    """Also if a sequence is written in parts."""
+    import pybigtools
+
+    from evo2_megatron.tasks import head_tracks
+
+    monkeypatch.setattr(head_tracks, "_BASES_AT_ONCE", 7)
+    lines, _ = predicted(runs, "whole", tmp_path, id_column="name", tracks=kind)
+    names = {f"predictions.prediction_{name}.{kind}" for name in ("depth", "strong")}
+    tables = {"predictions.tsv", "predictions.tsv.manifest.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names | tables
+    path = tmp_path / f"predictions.prediction_depth.{kind}"
+    if kind == "bedgraph":
+        got = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+        wanted = [
+            [line["id"], str(int(line["position"]) - 1), line["position"], line["prediction_depth"]] for line in lines
+        ]
+        assert got == wanted
+        return
+    named = tmp_path / "x.bw"  # the library goes by the end of the name
+    named.symlink_to(path)
+    track = pybigtools.open(str(named))
+    for name, length in track.chroms().items():
+        of_name = [float(line["prediction_depth"]) for line in lines if line["id"] == name]
+        assert len(of_name) == length
+        np.testing.assert_allclose(track.values(name, 0, length, fillna=None), of_name, rtol=1e-6)
+    assert len(track.chroms()) == NUM_VALIDATION
+
+
+def test_tracks_that_cannot_be(runs, tmp_path):
+    source = tmp_path / "bases.csv"
+    source.write_text("sequence,name\nACGT,a\nGG,a\nT,b c\n")
+    with pytest.raises(UserError, match="--tracks: 'a' names several sequences, or has spaces; give each a name"):
+        predicted(runs, "both", tmp_path, source=source, id_column="name", tracks="bedgraph")
+    source.write_text("sequence,name\nT,b c\n")
+    with pytest.raises(UserError, match="--tracks: 'b c' names several"):
+        predicted(runs, "both", tmp_path, source=source, id_column="name", tracks="bigwig")
+    source.write_text("sequence,name\nT,a/b\n")
+    predicted(runs, "both", tmp_path, source=source, id_column="name", tracks="bedgraph")
+    assert (tmp_path / "predictions.probability_y.bedgraph").read_text().splitlines()[1].startswith("a/b\t0\t1\t")

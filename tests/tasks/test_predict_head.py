@@ -216,3 +216,8 @@ def test_a_damaged_description(runs, tmp_path):
     (folder / "run_config.yaml").write_text(yaml.safe_dump(sections))
     with pytest.raises(UserError, match="section 'dataset' does not say what was learnt; it is damaged"):
         predict_head(runs[0] / "val.csv", folder, tmp_path / "p.tsv")
+
+
+def test_tracks_are_of_bases(runs, tmp_path):
+    with pytest.raises(UserError, match="--tracks have a value for each base, and this head tells of whole sequences"):
+        predicted(runs, "whole", tmp_path, tracks="bigwig")

@@ -54,7 +54,7 @@ def test_as_many_contigs_as_the_library_can_number(tmp_path):
     with pybigtools.open(str(tmp_path / "x.bigwig")) as track:
         assert list(track.chroms()) == names and list(track.records(names[-1])) == [(0, 1, -1.5)]
     check_num_contigs(MAX_CONTIGS)
-    with pytest.raises(UserError, match="at most 65535 sequences, and the FASTA file has 65536; use bedgraph"):
+    with pytest.raises(UserError, match="at most 65535 sequences, and the file has 65536; use bedgraph"):
         check_num_contigs(MAX_CONTIGS + 1)
 
 

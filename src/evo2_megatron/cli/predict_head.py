@@ -43,6 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="mean of the outputs of a sequence and its reverse complement (default: as in training, which a head of "
         "bases always does)",
     )
+    data.add_argument(
+        "--tracks",
+        choices=("bedgraph", "bigwig"),
+        help="of a head of bases: also write a file for genome browsers beside FILE for each class, label or number "
+        "(default: do not)",
+    )
     model.add_argument(
         "--ckpt-dir",
         type=Path,
@@ -86,6 +92,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         precision=groups.precision(args),
         int8_weights=args.int8_weights,
         max_batch_tokens=args.max_batch_tokens,
+        tracks=args.tracks,
     )
 
 

@@ -29,19 +29,24 @@ Values: TypeAlias = Callable[[np.ndarray], np.ndarray]
 _Column: TypeAlias = list | np.ndarray | pyarrow.Array
 
 
-def check_target(target: Path, beside: Path, source: Path) -> None:
-    """Raise UserError for a file that cannot be written: of no kind, in no folder, or what is read.
+def manifest_path(target: Path) -> Path:
+    """Of the manifest beside a table."""
+    return target.with_name(f"{target.name}.manifest.json")
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Raise UserError for a table that cannot be written: of no kind, in no folder, or what is read.
 
     Args:
         target: The table.
-        beside: Its manifest.
         source: The sequences.
     """
     if target.suffix not in SUFFIXES:
         raise UserError(f"{target}: the suffix says what is written; give one of {', '.join(SUFFIXES)}")
-    for path in (target, beside):
+    files = (target, manifest_path(target))
+    for path in files:
         file_behind(path)
-    check_no_input((target, beside), [source])
+    check_no_input(files, [source])
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to")
@@ -122,10 +127,15 @@ def _told(labels: Labels, targets_NT: np.ndarray | None, values_NC: np.ndarray) 
             columns[f"true_{name}"] = _known(labels, target_N)
     if labels.task == "classification":
         columns["prediction"] = [labels.classes[number] for number in values_NC.argmax(1)]
-    kind = "prediction" if labels.task == "regression" else "probability"
-    for name, value_N in zip(labels.outputs, values_NC.T):
-        columns[f"{kind}_{name}"] = value_N.astype(np.float32)
+    for name, value_N in zip(value_columns(labels), values_NC.T):
+        columns[name] = value_N.astype(np.float32)
     return columns
+
+
+def value_columns(labels: Labels) -> list[str]:
+    """What the values of each output are called."""
+    kind = "prediction" if labels.task == "regression" else "probability"
+    return [f"{kind}_{name}" for name in labels.outputs]
 
 
 def _texts(column: _Column) -> list:

@@ -25,7 +25,7 @@ from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import look_for_no_dna
 from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.runtime import distributed
-from evo2_megatron.tasks import head_tables
+from evo2_megatron.tasks import head_tables, head_tracks
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
 from evo2_megatron.tasks.head_metrics import log_metrics, metrics_of
 from evo2_megatron.tasks.head_runner import run_head, to_values
@@ -47,6 +47,7 @@ def predict_head(
     precision: str | None = None,
     int8_weights: bool | None = None,
     max_batch_tokens: int | None = None,
+    tracks: head_tracks.Kind | None = None,
 ) -> dict[str, Any] | None:
     """Predict every sequence of a file, or every base; where there are labels, too, also tell how good that is.
 
@@ -59,12 +60,12 @@ def predict_head(
         target: Table to write, by its suffix; a manifest with the metrics is written beside it.
         sequence_column: Of a table; None: that of the training data.
         id_column: Of a table, the names; None: numbers of the rows.
-        both_strands: Mean of the outputs of a sequence and of its reverse complement; None: as in training, which is
-            all that a head of bases can do.
+        both_strands: Mean of the outputs of both strands; None: as in training, all that a head of bases can do.
         base_ckpt_dir: Where the backbone is now; None: where it was in training.
         precision: Recipe of number formats; None: the checkpoint's.
         int8_weights: Keep the weights of the backbone's linear layers in 8 bits; None: as in training.
         max_batch_tokens: Most tokens of a forward pass, padding included; None: what suits the device.
+        tracks: Of a head of bases, also write one such file for each output, see ``head_tracks``.
 
     Returns:
         On the first process, the metrics, or an empty dict where there are no labels; None on the others.
@@ -72,12 +73,12 @@ def predict_head(
     Raises:
         UserError: No such checkpoint or file, a file that is damaged, or too little memory for a sequence.
     """
-    beside = target.with_name(f"{target.name}.manifest.json")
-    head_tables.check_target(target, beside, source)
+    head_tables.check_target(target, source)
     checkpoint = find_checkpoint(ckpt_dir)
     run_config = read_run_config(checkpoint)
     labels, trained_with = labels_of(run_config), run_config.sections["dataset"]
     rows = _read(source, labels, sequence_column or trained_with["sequence_column"], id_column)
+    head_tracks.check_tracks(tracks, target, labels, rows, source)
     both_strands = _strands(both_strands, trained_with["both_strands"], labels, checkpoint)
     with distributed.process_groups(ParallelConfig(), seed=run_config.seed):
         first = distributed.rank() == 0
@@ -90,24 +91,26 @@ def predict_head(
         _check_finite(rows, labels, outputs_NC)
         if not first:
             return None
-        settings = {"source": str(source.absolute()), "both_strands": both_strands}
-        facts = manifest(loaded, digest.result(), settings)
-        return _write(target, beside, labels, rows, outputs_NC, partial(to_values, provider=loaded.provider), facts)
+        facts = manifest(loaded, digest.result(), {"source": str(source.absolute()), "both_strands": both_strands})
+        values = partial(to_values, provider=loaded.provider)
+        return _write(target, tracks, labels, rows, outputs_NC, values, facts)
 
 
 def _write(
     target: Path,
-    beside: Path,
+    tracks: head_tracks.Kind | None,
     labels: Labels,
     rows: Labelled,
     outputs_NC: np.ndarray,
     values: head_tables.Values,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Table and manifest; returns the metrics."""
+    """Tracks, table and manifest; returns the metrics."""
+    if tracks is not None:
+        head_tracks.write_tracks(tracks, target, labels, rows, outputs_NC, values)
     known_N = ~np.isnan(rows.targets).all(1)
     metrics = metrics_of(labels, rows.targets[known_N], values(outputs_NC[known_N]))
-    with disk_errors(), new_files([target, beside]) as (table, sidecar):
+    with disk_errors(), new_files([target, head_tables.manifest_path(target)]) as (table, sidecar):
         head_tables.write(table, target.suffix, labels, rows, outputs_NC, values)
         sidecar.write_text(json.dumps({"metrics": metrics} | facts, indent=2, allow_nan=False) + "\n")
     log_metrics(metrics)

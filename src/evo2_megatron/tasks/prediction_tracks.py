@@ -28,8 +28,8 @@ def check_num_contigs(num_contigs: int) -> None:
     """Raise UserError for more records than a bigWig file can have."""
     if num_contigs > MAX_CONTIGS:
         raise UserError(
-            f"--output-format bigwig holds at most {MAX_CONTIGS} sequences, and the FASTA file has {num_contigs}; use "
-            "bedgraph, or divide the file"
+            f"bigWig holds at most {MAX_CONTIGS} sequences, and the file has {num_contigs}; use bedgraph, or divide "
+            "the file"
         )
 
 
