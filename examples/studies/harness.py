@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
@@ -45,31 +46,22 @@ Pooling = Literal["mean", "last"] | range
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """With the flags that every study has."""
-    made = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    made = groups.Parser(name, description)
     made.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
     made.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for tables and pictures")
     made.add_argument(
         "--max-batch-tokens",
-        type=positive_int,
+        type=groups.positive_int,
         metavar="N",
         help="most tokens per forward pass (default: 65536, and 2048 without a GPU)",
     )
     return made
 
 
-def positive_int(text: str) -> int:
-    """Type of a flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def run(name: str, main: Callable[[], None]) -> None:
     """Call ``main``; a UserError becomes one line on stderr and exit status 2."""
-    from evo2_megatron.cli import groups
-
     groups.set_up_logging()
     groups.run(name, lambda _: main())
 
