@@ -115,9 +115,10 @@ class Model:
 
         (layer,) = self.layers
         results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
-        for indices, batch in self._batches(sequences, Output(embedding_layers=(layer,))):
+        output = Output(embedding_layers=(layer,))
+        for indices, batch in self._batches(sequences, output):
             for row, index in enumerate(indices):
-                results[index] = batch["hidden_embeddings"][row, : len(sequences[index])].numpy()
+                results[index] = batch[output.hidden_name(layer)][row, : len(sequences[index])].numpy()
         return results
 
     def pooled(self, sequences: Sequence[bytes], pooling: Pooling) -> dict[int, np.ndarray]:
@@ -130,8 +131,7 @@ class Model:
         results = {layer: np.zeros((len(sequences), size), np.float32) for layer in self.layers}
         for indices, batch in self._batches(sequences, output):
             for layer, values in results.items():
-                name = "hidden_embeddings" if len(self.layers) == 1 else f"hidden_embeddings_layer_{layer}"
-                values[indices] = batch[name].numpy()
+                values[indices] = batch[output.hidden_name(layer)].numpy()
         return results
 
     def _batches(self, sequences: Sequence[bytes], output) -> Iterator[tuple[list[int], dict]]:
