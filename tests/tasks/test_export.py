@@ -184,4 +184,7 @@ def test_remove_optimizer(tiny, tmp_path, caplog):
         remove_optimizer(source / "mine", tmp_path / "other")
     with pytest.raises(UserError, match="does not exist; check --src-ckpt-dir"):
         remove_optimizer(tmp_path / "nowhere", tmp_path / "other")
+    (source / "iter_0000012/run_config.yaml").write_text("model: 1\n")
+    with pytest.raises(UserError, match="iter_0000012/run_config.yaml"):
+        remove_optimizer(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -168,6 +168,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     checkpoint = layout.resolve_checkpoint_path(source, flag="--src-ckpt-dir")
     iteration = layout.iteration_of(checkpoint)
     megatron.enter()
+    read_run_config(checkpoint)  # a copy of one that cannot be read is of no use
     kept = kept_tensors(checkpoint)
     with disk_errors(), new_checkpoint(target, iteration) as partial:
         sizes = copy_weights(checkpoint, partial)
