@@ -20,7 +20,6 @@ from evo2_megatron.checkpoint.names import is_trained, is_weight
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.cli import groups
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.data import tokenizer
 from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.recipes.head_options import HeadOptions
 from evo2_megatron.recipes.options import LORA_TARGETS
@@ -158,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="modules that get one",
     )
-    add("--tokenizer-path", default=tokenizer.tokenizer_dir(512), help="folder of a nucleotide tokenizer", **path)
+    add("--tokenizer-path", help="folder of a nucleotide tokenizer, if not the checkpoint's", **path)
     recipes = ("fp32", "bf16_mixed", "fp16_mixed", "bf16-mixed", "fp16-mixed")
     add("--precision-recipe", choices=recipes, help="number formats, if not bf16_mixed, and fp32 without a GPU")
     add("--wandb-project", metavar="NAME", help="log to Weights & Biases")

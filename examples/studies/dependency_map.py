@@ -18,6 +18,7 @@ from pathlib import Path
 import harness
 import numpy as np
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--end", type=int, required=True, metavar="N", help="its end, excluded")
     parser.add_argument(
         "--context",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=500,
         metavar="N",
         help="bases on each side that the model sees, too (default: 500)",

@@ -16,6 +16,7 @@ import harness
 import numpy as np
 from annotation import Interval, check_within, read_genes
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 
@@ -210,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--window",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=8000,
         metavar="N",
         help="bases around the gene that the model sees, the insert not counted (default: 8000)",
@@ -218,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--insert", default=STOP_CODONS, metavar="BASES", help=f"(default: {STOP_CODONS})")
     parser.add_argument(
         "--offset",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=OFFSET,
         metavar="N",
         help=f"bases of the gene before the insert (default: {OFFSET})",

@@ -17,6 +17,7 @@ import harness
 import numpy as np
 from annotation import Interval, check_within, covered, read_transcripts
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.gtf import Transcript, text
 from evo2_megatron.data.nucleotides import reverse_complement
@@ -157,7 +158,8 @@ def exon_classifier(
         title: Of the picture.
 
     Raises:
-        UserError: The contigs to learn from, or those to measure on, lack exons or introns.
+        UserError: The contigs to learn from, the bases drawn from them, or the contigs to measure on, lack exons or
+            introns.
     """
     whole, exons = spans(transcripts)
     labels = {c: label_bases(whole, exons, c, s, all_bases=all_bases) for c, s in genome.items()}
@@ -168,7 +170,10 @@ def exon_classifier(
         return embed_bases(embed, genome[contig], labels[contig], window=window, both_strands=both_strands)
 
     training = (part for contig in genome if contig not in test_contigs for part in bases_of(contig))
-    classifier = fit(*sample(training, max_train_bases, seed))
+    states, drawn = sample(training, max_train_bases, seed)
+    if len(np.unique(drawn)) < 2:
+        raise UserError(f"--max-train-bases {max_train_bases}: those drawn are of one class; give a larger number")
+    classifier = fit(states, drawn)
     scores, truth = {}, {}
     for contig in test_contigs:
         parts = [(classifier.decision_function(states), y) for states, y in bases_of(contig)]
@@ -223,18 +228,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, required=True, metavar="N", help="0 is the first, -1 the last")
     parser.add_argument("--test-contigs", nargs="+", required=True, metavar="NAME", help="contigs to measure on")
     parser.add_argument(
-        "--window", type=harness.positive_int, default=8192, metavar="N", help="bases at a time (default: 8192)"
+        "--window", type=groups.positive_int, default=8192, metavar="N", help="bases at a time (default: 8192)"
     )
     parser.add_argument("--one-strand", action="store_true", help="use the forward strand's hidden states only")
     parser.add_argument("--all-bases", action="store_true", help="count bases outside transcripts as introns")
     parser.add_argument(
         "--max-train-bases",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=200_000,
         metavar="N",
         help="most bases to learn from, drawn at random (default: 200000)",
     )
-    parser.add_argument("--seed", type=harness.positive_int, default=1, metavar="N", help="of the draw (default: 1)")
+    parser.add_argument("--seed", type=groups.positive_int, default=1, metavar="N", help="of the draw (default: 1)")
     return parser
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
@@ -45,31 +46,22 @@ Pooling = Literal["mean", "last"] | range
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """With the flags that every study has."""
-    made = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    made = groups.Parser(name, description)
     made.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
     made.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for tables and pictures")
     made.add_argument(
         "--max-batch-tokens",
-        type=positive_int,
+        type=groups.positive_int,
         metavar="N",
         help="most tokens per forward pass (default: 65536, and 2048 without a GPU)",
     )
     return made
 
 
-def positive_int(text: str) -> int:
-    """Type of a flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def run(name: str, main: Callable[[], None]) -> None:
     """Call ``main``; a UserError becomes one line on stderr and exit status 2."""
-    from evo2_megatron.cli import groups
-
     groups.set_up_logging()
     groups.run(name, lambda _: main())
 
@@ -123,9 +115,10 @@ class Model:
 
         (layer,) = self.layers
         results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
-        for indices, batch in self._batches(sequences, Output(embedding_layers=(layer,))):
+        output = Output(embedding_layers=(layer,))
+        for indices, batch in self._batches(sequences, output):
             for row, index in enumerate(indices):
-                results[index] = batch["hidden_embeddings"][row, : len(sequences[index])].numpy()
+                results[index] = batch[output.hidden_name(layer)][row, : len(sequences[index])].numpy()
         return results
 
     def pooled(self, sequences: Sequence[bytes], pooling: Pooling) -> dict[int, np.ndarray]:
@@ -138,8 +131,7 @@ class Model:
         results = {layer: np.zeros((len(sequences), size), np.float32) for layer in self.layers}
         for indices, batch in self._batches(sequences, output):
             for layer, values in results.items():
-                name = "hidden_embeddings" if len(self.layers) == 1 else f"hidden_embeddings_layer_{layer}"
-                values[indices] = batch[name].numpy()
+                values[indices] = batch[output.hidden_name(layer)].numpy()
         return results
 
     def _batches(self, sequences: Sequence[bytes], output) -> Iterator[tuple[list[int], dict]]:

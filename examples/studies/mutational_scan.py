@@ -16,6 +16,7 @@ from typing import NamedTuple
 import harness
 import numpy as np
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 
@@ -215,18 +216,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--end", type=int, required=True, metavar="N", help="its end, excluded, after the stop codon")
     parser.add_argument("--strand", choices=("+", "-"), default="+", help="of the gene (default: +)")
     parser.add_argument(
-        "--num-codons", type=harness.positive_int, metavar="N", help="scan only the first N codons (default: all)"
+        "--num-codons", type=groups.positive_int, metavar="N", help="scan only the first N codons (default: all)"
     )
     parser.add_argument(
         "--flank",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=30,
         metavar="N",
         help="bases on each side of the gene to mutate as well (default: 30)",
     )
     parser.add_argument(
         "--context",
-        type=harness.positive_int,
+        type=groups.positive_int,
         default=500,
         metavar="N",
         help="bases on each side of the gene that the model sees (default: 500)",

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import harness
 import numpy as np
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 
 NAME = "needle.py"
@@ -196,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--lengths",
-        type=harness.positive_int,
+        type=groups.positive_int,
         nargs="+",
         default=[512, 1024, 2048, 4096, 8192],
         metavar="N",
@@ -211,15 +212,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the needle, from 0, the start, to 1, before the query (default: 0 0.25 0.5 0.75 1)",
     )
     parser.add_argument(
-        "--needle-length", type=harness.positive_int, default=100, metavar="N", help="in bases (default: 100)"
+        "--needle-length", type=groups.positive_int, default=100, metavar="N", help="in bases (default: 100)"
     )
     parser.add_argument(
         "--measure", choices=("likelihood", "jacobian"), default="likelihood", help="(default: likelihood)"
     )
     parser.add_argument(
-        "--repeats", type=harness.positive_int, default=3, metavar="N", help="haystacks per cell (default: 3)"
+        "--repeats", type=groups.positive_int, default=3, metavar="N", help="haystacks per cell (default: 3)"
     )
-    parser.add_argument("--seed", type=harness.positive_int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--seed", type=groups.positive_int, default=1, metavar="N", help="(default: 1)")
     return parser
 
 

@@ -18,6 +18,7 @@ import harness
 import numpy as np
 from linear_models import INNER_FOLDS, METRICS, Candidate, Fold, Result, fit, folds_of, measure, nested_folds, predict
 
+from evo2_megatron.cli import groups
 from evo2_megatron.data.labelled import Labelled, find_classes, read_labelled
 from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import reverse_complement
@@ -257,10 +258,10 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: mean)",
     )
     add("--one-strand", action="store_true", help="leave out the vectors of the reverse complements")
-    add("--kmer", type=harness.positive_int, default=4, metavar="K", help="length of the k-mers (default: 4)")
+    add("--kmer", type=groups.positive_int, default=4, metavar="K", help="length of the k-mers (default: 4)")
     add("--folds", type=_num_folds, default=5, metavar="N", help="(default: 5)")
     add("--test-data", type=Path, metavar="FILE", help="table to measure the best on in the end (default: none)")
-    add("--seed", type=harness.positive_int, default=1, metavar="N", help="of the folds (default: 1)")
+    add("--seed", type=groups.positive_int, default=1, metavar="N", help="of the folds (default: 1)")
     return parser
 
 

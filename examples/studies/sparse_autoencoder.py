@@ -17,6 +17,7 @@ import harness
 import numpy as np
 from annotation import Interval, check_within, covered, read_bed
 
+from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
@@ -172,12 +173,17 @@ def sparse_autoencoder(
         features: Annotated intervals; those of one name are one feature.
         device: Of the autoencoder.
         about: Written beside the settings into the file.
+
+    Raises:
+        UserError: Training diverged.
     """
     import batch_topk
 
     parts = ([w for n, w in enumerate(windows) if n % 5], windows[::5])
     train_NH, held_out_NH = (hidden_states(embed, part).to(device) for part in parts)
     model, progress = batch_topk.train(train_NH, settings)
+    if not all(values.isfinite().all() for values in model.state_dict().values()):
+        raise UserError(f"the autoencoder is not finite after training with --lr {settings.lr:g}; give a smaller one")
     report = batch_topk.evaluate(model, held_out_NH)
     matches: list[Match] = []
     if features:
@@ -249,9 +255,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for flag, default, meaning in numbers:
         parser.add_argument(
-            flag, type=harness.positive_int, default=default, metavar="N", help=f"{meaning} (default: {default})"
+            flag, type=groups.positive_int, default=default, metavar="N", help=f"{meaning} (default: {default})"
         )
-    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="learning rate of Adam (default: 0.001)")
+    parser.add_argument(
+        "--lr", type=groups.positive_float, default=1e-3, metavar="X", help="learning rate of Adam (default: 0.001)"
+    )
     return parser
 
 
@@ -263,8 +271,6 @@ def main() -> None:
         harness.check_output_dir(args.output_dir)
         if args.k >= args.num_latents:
             raise UserError(f"--k {args.k} of --num-latents {args.num_latents} is not sparse; give a smaller --k")
-        if not args.lr > 0:
-            raise UserError(f"--lr {args.lr}: give a number above 0")
         genome = harness.read_genome(args.fasta)
         features = read_bed(args.features) if args.features else []
         check_within(features, genome, args.features)

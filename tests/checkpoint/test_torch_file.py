@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from evo2_megatron.checkpoint import tensors
+from evo2_megatron.checkpoint.distcp import write_tensors
 from evo2_megatron.checkpoint.tensors import StoredTensor, in_memory
-from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, whole_files, write_torch_file
+from evo2_megatron.checkpoint.torch_file import (
+    JoinedFile,
+    Span,
+    read_torch_file,
+    save_tensors,
+    whole_files,
+    write_torch_file,
+)
 from evo2_megatron.config import UserError
-from helpers import Hostile
+from helpers import Hostile, no_file_larger_than
 
 _GENERATOR = torch.Generator().manual_seed(0)
 BIG = torch.randn(6, 10, generator=_GENERATOR)
@@ -28,6 +36,30 @@ SAVED = {
     "nested": {"list": [torch.arange(3), 5], "text": "t"},
     "x._extra_state": io.BytesIO(b"history"),
 }
+
+
+def write_as_checkpoint(stored, path):
+    path.mkdir()
+    write_tensors(stored, path)
+
+
+@pytest.mark.parametrize("limit", [1, 4_000, 300_000])
+@pytest.mark.parametrize("write", [write_torch_file, write_as_checkpoint])
+def test_a_full_disk(tmp_path, write, limit):
+    """The operating system's error, and not that of torch's writer, which finds its file too short."""
+    stored = {name: in_memory(torch.zeros(50_000)) for name in "ab"}
+    with no_file_larger_than(limit), pytest.raises(OSError, match="File too large"):
+        write(stored, tmp_path / "full")
+    write(stored, tmp_path / "room")
+
+
+def test_ctrl_c_while_torch_writes():
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"x": BIG}, Interrupted())
 
 
 @pytest.fixture

@@ -92,6 +92,24 @@ def test_what_has_no_effect_is_said(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "setting, needed",
+    [
+        ("split_by: contig", "split_window_length: 9"),
+        ("random_lineage_dropout: 0.1", "taxonomy_data: {a: {domain: Bacteria}}"),
+        ("complement_upper_case_only: true", "embed_reverse_complement: true"),
+        ("complement_upper_case_only: true", "random_reverse_complement: 0.5"),
+    ],
+)
+def test_a_setting_that_needs_another_one(tmp_path, setting, needed):
+    _, (note,) = load(tmp_path, f"- {{datapaths: [a], {setting}}}")
+    name = setting.partition(":")[0]
+    assert (
+        f"dataset 1: {name} has no effect: without {needed.partition(':')[0]}" in note or "or random_reverse" in note
+    )
+    assert load(tmp_path, f"- {{datapaths: [a], {setting}, {needed}}}")[1] == []
+
+
 def test_taxonomy(tmp_path):
     (config,), _ = load(tmp_path, "- {datapaths: [a], taxonomy_data: {NC_: {domain: Bacteria, clazz: null}, 7: {}}}")
 

@@ -39,7 +39,7 @@ def test_defaults(classifier):
     assert options.classes == ("0", "1", "2") and options.label_columns == ("label",)
     assert (options.max_steps, options.warmup_steps, options.decay_steps) == (300, 20, 280)
     assert (options.eval_interval, options.eval_iters, options.save_interval) == (50, 10, 300)
-    assert options.seq_length == 512 and options.tokenizer.name == "nucleotide_fast_tokenizer_512"
+    assert options.seq_length == 512 and options.tokenizer is None  # the checkpoint's
     own = HeadOptions(train_data=Path("t"), base_ckpt_dir=Path(), result_dir=Path("r"))
     for name in ("lora_target_modules", "lora_dim", "lora_alpha", "lora_dropout", "head_dropout", "pooling", "lr"):
         assert getattr(options, name) == getattr(own, name), name

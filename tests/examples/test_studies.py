@@ -302,6 +302,15 @@ def test_contigs_without_introns(study, tmp_path):
         exons.exon_classifier(share_of_gc, genome, transcripts[2:], tmp_path, test_contigs=["c1"], window=200)
 
 
+def test_too_few_bases_to_learn_from(study, tmp_path):
+    exons = study("exon_classifier")
+    genome, transcripts = planted_exons(study, 2)
+    settings = {"test_contigs": ["c1"], "window": 200, "max_train_bases": 1}
+    with pytest.raises(UserError, match="--max-train-bases 1: "):
+        exons.exon_classifier(share_of_gc, genome, transcripts, tmp_path / "few", **settings)
+    assert not (tmp_path / "few").exists()
+
+
 def test_bed_and_genes(study, tmp_path):
     annotation = study("annotation")
     bed, gtf = tmp_path / "a.bed", tmp_path / "a.gtf"

@@ -98,6 +98,19 @@ def test_auxiliary_loss(topk):
     assert float(topk._auxiliary_loss(model, latents, torch.tensor([False] * 3), residual)) == 0
 
 
+def test_training_that_diverges_writes_nothing(autoencoder, topk, tmp_path):
+    windows = [autoencoder.Window("c", 64 * n, bytes(64)) for n in range(5)]
+    vectors = iter(planted(320)[0].numpy().reshape(5, 64, NUM_CHANNELS))
+
+    def embed(sequences):
+        return [next(vectors) for _ in sequences]
+
+    settings = topk.Settings(num_latents=8, k=3, steps=5, batch_size=64, lr=1e30)
+    with pytest.raises(UserError, match="--lr 1e[+]30; give a smaller one"):
+        autoencoder.sparse_autoencoder(embed, windows, tmp_path, settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
 def slow_best(latents, mask, thresholds):
     """By trying everything."""
     best = (-1.0, None)

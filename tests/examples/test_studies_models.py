@@ -182,6 +182,16 @@ def test_bad_input_is_one_line(study, capsys, name, flags, message):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, name):
+    monkeypatch.syspath_prepend(STUDIES)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).build_parser().parse_args(["--ckpt-dir"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}.py: error: ") and line.endswith("--help lists the flags")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_does_not_load_torch(monkeypatch, name):
     import subprocess
     import sys

@@ -84,6 +84,67 @@ def test_packages_that_are_absent_or_of_another_version(monkeypatch):
     assert "--no-deps -r requirements-no-deps.txt" in problems["megatron-bridge"].fix
 
 
+@pytest.mark.parametrize("absent", ["packaging", "evo2-megatron"])
+def test_what_says_what_is_needed_is_absent(monkeypatch, absent):
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    if absent == "packaging":
+        monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    else:
+        monkeypatch.setattr(metadata, "requires", requires)
+    (finding,) = doctor._packages()
+    assert finding.name.startswith(absent) and finding.status == "problem" and finding.fix == doctor.START_OVER
+    code = "import sys; sys.modules['packaging'] = None; import evo2_megatron.tasks.doctor"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_megatron_without_its_metadata(monkeypatch):
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert "megatron-core of unknown version" in parts()["Megatron"].text
+
+
+def downloads() -> doctor.Finding:
+    (finding,) = [finding for finding in doctor._files() if finding.name == "downloads"]
+    return finding
+
+
+def test_where_downloads_go(monkeypatch, tmp_path):
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "_FREE_DISK", 0)
+    assert downloads().status == "ok" and downloads().text.startswith(f"{tmp_path}/.cache/huggingface, ")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert downloads().text.startswith(f"{tmp_path}/cache/huggingface, ")
+    monkeypatch.setenv("HF_HOME", "~/hub")
+    assert downloads().text.startswith(f"{tmp_path}/hub, ")
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert downloads().status == "note" and f"no permission to write in {tmp_path};" in downloads().text + ";"
+
+
+def test_nobody_has_no_home(monkeypatch):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert "huggingface" in downloads().text
+
+
+def test_nvidia_smi_that_hangs(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "_NVIDIA_SMI_SECONDS", 0.1)
+    (finding,) = [finding for finding in doctor._machine() if finding.name == "GPU"]
+    assert finding.status == "problem" and "restart" in finding.fix
+
+
 def test_a_gpu_with_everything():
     found = parts()
     assert {finding.status for finding in found.values()} == {"ok", "note"}

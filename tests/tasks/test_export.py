@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron Bridge to Vortex, and checkpoints without their optimizer; the proof by Vortex itself is in parity."""
 
+import fcntl
 import json
 import logging
 import shutil
@@ -96,6 +97,32 @@ def test_files_in_the_way(tiny, tmp_path):
         mbridge_to_vortex(tiny, tmp_path / "a.pt")
 
 
+def test_the_next_run_removes_what_a_killed_one_left(tiny, tmp_path, caplog):
+    left, alive, others = (tmp_path / f".{name}.partial" for name in ("model.pt.17", "model.pt.18", "other.pt.19"))
+    for path in (left, alive, others):
+        path.write_text("half")
+    with alive.open() as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        mbridge_to_vortex(tiny, tmp_path / "model.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.pt", "model.yml", "config.json", alive.name, others.name
+    }  # fmt: skip
+    assert f"Removing {left}, which a run that was killed has left" in caplog.text
+
+
+def test_an_export_keeps_what_it_writes_from_others(tiny, tmp_path):
+    from evo2_megatron.runtime.file_lock import is_abandoned
+
+    def look(*args, **options):
+        write(*args, **options)
+        seen.extend(is_abandoned(path) for path in tmp_path.glob(".model.pt.*.partial"))
+
+    write, seen = export.write_torch_file, []
+    with mock.patch.object(export, "write_torch_file", look):
+        mbridge_to_vortex(tiny, tmp_path / "model.pt")
+    assert seen == [False]
+
+
 def test_models_that_vortex_cannot_have(megatron, tmp_path):
     nv = write_tiny_checkpoint(tmp_path / "nv", use_short_conv_bias=True, remove_activation_post_first_layer=False)
     biased = write_tiny_checkpoint(tmp_path / "bias", add_bias_output=True, share_embeddings_and_output_weights=False)
@@ -184,4 +211,7 @@ def test_remove_optimizer(tiny, tmp_path, caplog):
         remove_optimizer(source / "mine", tmp_path / "other")
     with pytest.raises(UserError, match="does not exist; check --src-ckpt-dir"):
         remove_optimizer(tmp_path / "nowhere", tmp_path / "other")
+    (source / "iter_0000012/run_config.yaml").write_text("model: 1\n")
+    with pytest.raises(UserError, match="iter_0000012/run_config.yaml"):
+        remove_optimizer(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()

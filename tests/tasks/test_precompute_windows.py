@@ -38,6 +38,14 @@ def test_defaults(tmp_path):
     assert WindowDatabase(tmp_path / "w.db").plan == (8192, 7992, 0)
 
 
+def test_bases_in_no_window_are_told(tmp_path, caplog):
+    table = write(tmp_path / "t.parquet", length=[30], contig_id=["a"])
+    precompute_windows(table, tmp_path / "w.db", PLAN._replace(stride=8))
+    assert caplog.text == ""
+    precompute_windows(table, tmp_path / "w.db", PLAN._replace(stride=11))
+    assert "3 bases after each window are in none" in caplog.text and len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("columns", "plan", "message"),
     [

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from evo2_megatron.tasks import variant_files
 from evo2_megatron.tasks.prediction_files import TensorFiles, write_beside
 from evo2_megatron.tasks.prediction_folder import LOCK
 from evo2_megatron.tasks.prediction_tracks import write_bedgraph
+from helpers import no_file_larger_than
 
 PREDICT = "from evo2_megatron.cli.predict import main; main()"
 VARIANTS = "from evo2_megatron.cli.variants import main; main()"
@@ -51,17 +49,6 @@ def run(fasta: Path, checkpoint: Path, out: Path, *, log_probs="sum", formats=("
 
     files = Files(output_dir=out, formats=formats)
     predict(fasta, checkpoint, output=Output(log_probs=log_probs), files=files, sequences=Sequences(**settings))
-
-
-@contextlib.contextmanager
-def no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """The operating system refuses to write more, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def vcf_with(num_lines: int, folder: Path) -> Path:
@@ -109,7 +96,7 @@ def test_a_full_disk(tmp_path, name, limit):
 
 
 def test_other_errors_of_torch_are_not_the_disk(tmp_path):
-    from evo2_megatron.tasks.prediction_files import save_tensors
+    from evo2_megatron.checkpoint.torch_file import save_tensors
 
     class Closed:
         def write(self, data: bytes) -> int:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT, WEIGHTS_INDEX
 from evo2_megatron.checkpoint.tensors import StoredTensor
-from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, write_all
+from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, save_tensors, write_all
 from evo2_megatron.config import UserError
 
 FORMAT = {
@@ -247,7 +247,7 @@ def write_tensors(
                 rows, place = tensor.read_rows(start, stop), file.tell()
                 # of a view, torch would write all that lies behind it
                 is_view = rows.untyped_storage().nbytes() != rows.nbytes
-                torch.save(rows.clone() if is_view else rows, file)
+                save_tensors(rows.clone() if is_view else rows, file)
                 offsets = torch.Size((start, *(0 for _ in tensor.shape[1:])))
                 entries[name].chunks.append(ChunkStorageMetadata(offsets, rows.shape))
                 # private, but a part of the format: every index names it

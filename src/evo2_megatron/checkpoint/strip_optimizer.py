@@ -13,6 +13,7 @@ import torch
 from evo2_megatron.checkpoint import layout
 from evo2_megatron.checkpoint.distcp import OnBytes, copy_tensors, entry_bytes, read_index, tensor_entries
 from evo2_megatron.checkpoint.names import is_weight
+from evo2_megatron.checkpoint.torch_file import save_tensors
 from evo2_megatron.config import UserError
 
 
@@ -53,7 +54,8 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
             shutil.copyfile(checkpoint / name, target / name)
     if (checkpoint / layout.TOKENIZER).is_dir():
         shutil.copytree(checkpoint / layout.TOKENIZER, target / layout.TOKENIZER)
-    torch.save(common, target / layout.COMMON)
+    with open(target / layout.COMMON, "wb") as file:
+        save_tensors(common, file)
     return Stripped(folder_bytes(checkpoint), folder_bytes(target))
 
 

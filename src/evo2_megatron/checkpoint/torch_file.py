@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,8 +196,8 @@ def write_torch_file(
 
     with FakeTensorMode():
         fakes = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors.values()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({name: fakes[id(tensor)] for name, tensor in tensors.items()}, path)
+        with torch.serialization.skip_data(materialize_fake_tensors=True), open(path, "wb") as file:
+            save_tensors({name: fakes[id(tensor)] for name, tensor in tensors.items()}, file)
         places = torch.load(path, weights_only=True)
     written: set[int] = set()
     with open(path, "r+b", buffering=0) as file:
@@ -211,6 +211,19 @@ def write_torch_file(
                 write_all(file, memoryview(rows.view(torch.uint8).numpy().reshape(-1)))
                 on_bytes(rows.nbytes)
         os.fsync(file.fileno())
+
+
+def save_tensors(values: Any, file: BinaryIO) -> None:
+    """``torch.save``, with the error of a write that fails, or the interruption.
+
+    torch's archive writer then finds, as it closes, that the file is too short, and says no more than that.
+    """
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
+        raise
 
 
 def write_all(file: io.FileIO, data: memoryview) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from evo2_megatron.checkpoint import layout
 from evo2_megatron.checkpoint.distcp import write_tensors
 from evo2_megatron.checkpoint.tensors import in_memory
+from evo2_megatron.checkpoint.torch_file import save_tensors
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
@@ -170,9 +171,10 @@ def _write_common(folder: Path, iteration: int) -> None:
         "opt_param_scheduler": {},
         "content_metadata": _CONTENT,
     }
-    torch.save(common, folder / layout.COMMON)
     state = TrainState(step=iteration, do_train=True, do_valid=True, do_test=True)
-    torch.save(state.state_dict(), folder / layout.TRAIN_STATE)
+    for name, values in ((layout.COMMON, common), (layout.TRAIN_STATE, state.state_dict())):
+        with open(folder / name, "wb") as file:
+            save_tensors(values, file)
 
 
 def _write_run_config(

@@ -154,11 +154,11 @@ def _plan_training(args: argparse.Namespace) -> None:
 
 
 def _plan_inference(args: argparse.Namespace) -> None:
-    from evo2_megatron.tasks.plan_inference import SHORTEST, Inference, longest_sequence, plan_inference, positions
+    from evo2_megatron.tasks import plan_inference as planning
 
-    inference = Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
+    inference = planning.Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
     given = _given(args) | {"parallel": groups.parallel(args)}
-    stages = plan_inference(inference, **given)
+    stages = planning.plan_inference(inference, **given)
     print("stage      parameters    weights  caches+activations     total  FLOPs per batch  (GB, per GPU)")
     for stage in stages:
         gigabytes = (stage.weight_bytes, stage.activation_bytes, stage.total_bytes)
@@ -166,15 +166,16 @@ def _plan_inference(args: argparse.Namespace) -> None:
         print(f"{stage.stage:5}{stage.parameters:16,}{figures}{stage.flops:17.3g}")
     _fits(max(stages, key=lambda stage: stage.total_bytes), args.gpu_memory)
     # stages work on a batch one after the other
-    flops, num_tokens = sum(stage.flops for stage in stages), inference.num_sequences * given.get("seq_length", 8192)
-    _say_cost(args, flops, num_tokens, given["parallel"].model_size)
-    longest = longest_sequence(inference, args.gpu_memory * 1e9, **given)
+    flops = sum(stage.flops for stage in stages)
+    options = {name: value for name, value in given.items() if name != "vocab_size"}
+    _say_cost(args, flops, planning.batch_tokens(inference, **options), given["parallel"].model_size)
+    longest = planning.longest_sequence(inference, args.gpu_memory * 1e9, **given)
     if longest:
-        most = positions(**{name: value for name, value in given.items() if name != "vocab_size"})
+        most = planning.positions(**options)
         all_of_them = ", all that the model has positions for" if longest == most else ""
         print(f"longest sequence within {args.gpu_memory:g} GB: {longest:,} tokens{all_of_them}")
     else:
-        print(f"not even {SHORTEST} tokens fit; use --tensor-parallel-size or --pipeline-parallel-size")
+        print(f"not even {planning.SHORTEST} tokens fit; use --tensor-parallel-size or --pipeline-parallel-size")
 
 
 def _given(args: argparse.Namespace, more: dict[str, Any] | None = None) -> dict[str, Any]:

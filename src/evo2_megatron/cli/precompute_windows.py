@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _precompute(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
+    groups.set_up_logging()
     groups.clean_up_when_terminated()
 
     from evo2_megatron.tasks.precompute_windows import WindowPlan, precompute_windows

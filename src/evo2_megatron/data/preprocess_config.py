@@ -160,6 +160,22 @@ class PreprocessConfig:
         for key, lineage in self.taxonomy_data.items():
             lineage.check_fits(self.prompt_spacer_length, key=key)
 
+    def idle_settings(self) -> dict[str, str]:
+        """What was set and does nothing for want of another setting, and why."""
+        both = self.embed_reverse_complement or self.random_reverse_complement
+        idle = {
+            "split_by": self.split_by == "contig" and self.split_window_length is None,
+            "random_lineage_dropout": self.random_lineage_dropout and not self.taxonomy_data,
+            "complement_upper_case_only": self.complement_upper_case_only and not both,
+        }
+        why = {
+            "split_by": "without split_window_length each record is one document, in one split",
+            "random_lineage_dropout": "without taxonomy_data there are no lineage tags",
+            "complement_upper_case_only": "without embed_reverse_complement or random_reverse_complement no strand is "
+            "reversed",
+        }
+        return {name: why[name] for name, is_idle in idle.items() if is_idle}
+
     @property
     def split_weights(self) -> dict[str, float]:
         """Weight by the name that the split has in file names."""
@@ -252,6 +268,8 @@ def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[Preproce
             values = check_fields(PreprocessConfig, known)
             values["taxonomy_data"] = _lineages(values.get("taxonomy_data", {}))
             configs.append(PreprocessConfig(**values))
+            idle = configs[-1].idle_settings()
+            notes += [f"{where}: {name} has no effect: {why}" for name, why in idle.items()]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return configs, notes

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine has, what of it is used, what is missing, and the command that mends it.
 
-Only the standard library and ``packaging`` are imported here, so that a broken installation can still be looked at;
-everything else is loaded and run by ``doctor_probe``, in a process of its own.
+Only the standard library and, if it is there, ``packaging`` are imported here, so that a broken installation can still
+be looked at; everything else is loaded and run by ``doctor_probe``, in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.data.tokenizer import VOCAB_SIZES, tokenizer_dir
 from evo2_megatron.tasks.doctor_probe import STAGES
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PROJECT = "evo2-megatron"
 REBUILD = "./.ci_build.sh, in the project's folder"
@@ -33,6 +34,7 @@ _LARGEST_DIFFERENCE = 1e-3
 _SMALL_SHARED_MEMORY = 1 << 30  # Docker gives 64 MB unless told otherwise
 _FREE_DISK = 30e9  # a 7B checkpoint and what it is converted from
 _PROBE_SECONDS = 600
+_NVIDIA_SMI_SECONDS = 60
 
 
 class Finding(NamedTuple):
@@ -67,6 +69,9 @@ def _machine() -> Iterator[Finding]:
     gpus = _gpus()
     if gpus:
         yield Finding("machine", "GPU", "ok", "; ".join(gpus))
+    elif gpus is None:
+        text = f"nvidia-smi says nothing within {_NVIDIA_SMI_SECONDS} s"
+        yield Finding("machine", "GPU", "problem", text, "reset the GPU, or restart the machine")
     else:
         yield Finding("machine", "GPU", "note", "nvidia-smi shows none: everything runs on the CPU")
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
@@ -86,18 +91,28 @@ def _memory() -> str:
     return f"{pages / 2**30:.0f} GiB memory"
 
 
-def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU that nvidia-smi shows."""
+def _gpus() -> list[str] | None:
+    """Name, memory and driver of each GPU that nvidia-smi shows; None: it hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def _packages() -> Iterator[Finding]:
     """What the installed project asks for, without its extras, beside what is there."""
-    wanted = [Requirement(text) for text in metadata.requires(PROJECT) or ()]
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(text) for text in metadata.requires(PROJECT) or ()]
+    except ImportError as error:  # that of a package without metadata, too
+        text = f"not installed, so that what else is missing cannot be told: {error}"
+        yield Finding("packages", error.name or PROJECT, "problem", text, START_OVER)
+        return
     wanted = [requirement for requirement in wanted if not requirement.marker or requirement.marker.evaluate()]
     right = 0
     for requirement in [*wanted, Requirement("megatron-bridge")]:
@@ -133,14 +148,33 @@ def _files() -> Iterator[Finding]:
     text = f"{program}" if program else "not on the PATH"
     fix = None if same else "source .ci_test_env.sh: torchrun must come from this environment"
     yield Finding("files", "torchrun", "ok" if same else "problem", text, fix)
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
+    yield _downloads()
+
+
+def _downloads() -> Finding:
+    """Where huggingface_hub puts what it downloads, and whether there is room."""
+    cache = _hub_cache()
+    # os.path: without permission to look, there is nothing
+    existing = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))  # noqa: PTH112
+    free, fix = shutil.disk_usage(existing).free, None
     text = f"{cache}, {free / 1e9:.0f} GB free"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        text += f"; no permission to write in {existing}"
+        fix = "set HF_HOME to a folder that you may write to before converting from Hugging Face"
+    elif free < _FREE_DISK:
+        fix = "set HF_HOME to a folder on a larger disk before converting 7B or more"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         text += "; HF_HUB_OFFLINE is set: nothing is downloaded"
-    fix = "set HF_HOME to a folder on a larger disk before converting 7B or more" if free < _FREE_DISK else None
-    yield Finding("files", "downloads", "note" if fix else "ok", text, fix)
+    return Finding("files", "downloads", "note" if fix else "ok", text, fix)
+
+
+def _hub_cache() -> Path:
+    """As huggingface_hub finds it, also where nobody has a home."""
+    home = os.environ.get("HF_HOME")
+    if home is None:
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")  # noqa: PTH118
+    # what cannot be expanded stays as it is; Path.expanduser raises
+    return Path(os.path.expandvars(os.path.expanduser(home))).absolute()  # noqa: PTH111
 
 
 def _probe() -> tuple[dict[str, dict[str, Any]], str | None]:
@@ -189,12 +223,19 @@ def _torch(torch: dict[str, Any], *, has_gpu: bool) -> Finding:
 
 
 def _bridge(bridge: dict[str, Any]) -> Iterator[Finding]:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("megatron-bridge", "megatron-core"))
+    versions = ", ".join(_with_version(name) for name in ("megatron-bridge", "megatron-core"))
     yield Finding("parts", "Megatron", "ok", f"{versions}, loaded in {bridge['seconds']:.1f} s")
     if not bridge["dataset_index"]:
         text = "megatron-core has no compiled dataset index: training on indexed datasets stops"
         fix = f"{sys.executable} -m pip install --force-reinstall --no-deps -c constraints.txt megatron-core"
         yield Finding("parts", "dataset index", "problem", text, fix)
+
+
+def _with_version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:  # a problem already, among the packages
+        return f"{name} of unknown version"
 
 
 def _kernels(kernels: dict[str, Any], torch: dict[str, Any]) -> Iterator[Finding]:

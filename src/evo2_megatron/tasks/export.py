@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,8 @@ from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
 from evo2_megatron.checkpoint.write import new_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.transfer import check_space, disk_errors, moving, new_files
+from evo2_megatron.runtime.file_lock import is_abandoned, lock_alone
+from evo2_megatron.tasks.transfer import check_space, disk_errors, file_behind, moving, new_files
 from evo2_megatron.tasks.verify_logits import check_memory, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -81,7 +85,7 @@ def mbridge_to_vortex(
     if verify:
         check_memory(model, rows)
     total = sum({id(tensor): tensor.nbytes for tensor in theirs.values()}.values())
-    with disk_errors(), new_files(files) as (weights_file, config_file, summary_file):
+    with disk_errors(), _new_files(files) as (weights_file, config_file, summary_file):
         check_space(weights_file.parent, total)
         with moving(len(theirs), total) as on_bytes:
             write_torch_file(theirs, weights_file, on_bytes=on_bytes)
@@ -90,6 +94,19 @@ def mbridge_to_vortex(
         if verify:
             _verify(checkpoint, weights_file, model)
     return files
+
+
+@contextlib.contextmanager
+def _new_files(files: list[Path]) -> Iterator[list[Path]]:
+    """``new_files``; what an export of this name that was killed has left, as large as a model, is removed."""
+    weights = file_behind(files[0])
+    for left in sorted(weights.parent.glob(f".{glob.escape(weights.name)}.*.partial")):
+        if is_abandoned(left):
+            logger.warning("Removing %s, which a run that was killed has left", left)
+            left.unlink()
+    with new_files(files) as partial, open(partial[0], "wb") as claim:
+        lock_alone(claim, partial[0], choose="--output-path")
+        yield partial
 
 
 def _verify(checkpoint: Path, file: Path, model: Architecture) -> None:
@@ -168,6 +185,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     checkpoint = layout.resolve_checkpoint_path(source, flag="--src-ckpt-dir")
     iteration = layout.iteration_of(checkpoint)
     megatron.enter()
+    read_run_config(checkpoint)  # a copy of one that cannot be read is of no use
     kept = kept_tensors(checkpoint)
     with disk_errors(), new_checkpoint(target, iteration) as partial:
         sizes = copy_weights(checkpoint, partial)

@@ -66,6 +66,11 @@ def plan_inference(inference: Inference, *, vocab_size: int = 512, **given: Any)
     return [_plan_stage(inference, options, stage, vocab_size) for stage in range(options.parallel.pipeline)]
 
 
+def batch_tokens(inference: Inference, **given: Any) -> int:
+    """Tokens of a batch; ``given``: as for ``planned_options``."""
+    return inference.num_sequences * planned_options(**given).seq_length
+
+
 def positions(**given: Any) -> int:
     """Tokens that the model was made for, whatever memory there is; ``given``: as for ``planned_options``."""
     options = planned_options(**given)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from pathlib import Path
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.window_database import WindowPlan, WindowTotals, write_window_database
 from evo2_megatron.tasks.transfer import check_no_input, file_behind
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("contig_id", "length")
 
@@ -28,6 +31,13 @@ def precompute_windows(table_path: Path, output: Path, plan: WindowPlan, *, drop
     if plan.window_size < 1 or plan.stride < 1 or plan.min_length < 0:
         raise UserError("--window-size and --stride must be 1 or more, --window-min-length-threshold 0 or more")
     check_no_input([output], [table_path])
+    if plan.stride > plan.window_size:
+        logger.warning(
+            "--stride %d is longer than --window-size %d: %d bases after each window are in none",
+            plan.stride,
+            plan.window_size,
+            plan.stride - plan.window_size,
+        )
     return write_window_database(file_behind(output), _contigs(table_path), plan, drop_tails=drop_tails)
 
 

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from evo2_megatron.checkpoint.torch_file import save_tensors
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 logger = logging.getLogger(__name__)
@@ -191,16 +192,3 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     with disk_errors(path, then=GOES_ON), new_files([path]) as (partial,), partial.open("wb") as file:
         write(file)
-
-
-def save_tensors(values: Batch, file: BinaryIO) -> None:
-    """``torch.save``, with the error of a write that fails.
-
-    torch's archive writer then finds, as it closes, that the file is too short, and says no more than that.
-    """
-    try:
-        torch.save(values, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
-            raise error.__context__ from None
-        raise

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evo2_megatron.checkpoint.torch_file import save_tensors
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.prediction_files import (
     GOES_ON,
     RESULTS,
     ResultNames,
     remove_stale_files,
-    save_tensors,
     write_beside,
 )
 from evo2_megatron.tasks.transfer import disk_errors

@@ -95,7 +95,7 @@ class Runner:
           ``loss_mask``, bool, is not set.
         - Logits, ``token_logits`` [B, L, V], or hidden states [B, L, H], float32, with ``tokens`` and ``pad_mask`` (1
           for a token that counts), int64 [B, L]; pooled, hidden states [B, H] only. Their name is that of
-          ``hidden_name``.
+          ``Output.hidden_name``.
 
         And ``seq_idx``, int64 [B].
         """
@@ -127,10 +127,6 @@ class Runner:
             | {"pad_mask": same_for_all["loss_mask"], "tokens": same_for_all["tokens"]}
             | indices
         )
-
-    def hidden_name(self, layer: int) -> str:
-        """What the hidden states after a layer are called: ``hidden_embeddings``, with ``_layer_N`` if ambiguous."""
-        return "hidden_embeddings" if len(self.output.embedding_layers) == 1 else f"hidden_embeddings_layer_{layer}"
 
     def _values(self, tokens_BS: Tensor) -> Generator[None, None, dict[str, Tensor] | None]:
         return _joined(self._pieces(tokens_BS), tokens_BS.shape[1])
@@ -227,7 +223,7 @@ class Runner:
             return dict(zip(("log_probs", "entropy"), values if self._with_entropy else (values,)))
         if not self.layers:
             return {"token_logits": values}
-        return {self.hidden_name(layer): hidden_BCH for layer, hidden_BCH in zip(self.layers, values)}
+        return {self.output.hidden_name(layer): hidden_BCH for layer, hidden_BCH in zip(self.layers, values)}
 
     def _my_part(self, values_BS: Tensor) -> Tensor:
         """What this process has of whole sequences."""

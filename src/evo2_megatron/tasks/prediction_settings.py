@@ -81,6 +81,11 @@ class Output:
                 )
         return sorted({layer % num_layers for layer in self.embedding_layers})
 
+    def hidden_name(self, layer: int) -> str:
+        """What the hidden states after a layer, counted from 0, are called in results: ``hidden_embeddings``, with
+        ``_layer_N`` where several layers are asked for."""
+        return "hidden_embeddings" if len(self.embedding_layers) == 1 else f"hidden_embeddings_layer_{layer}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:

@@ -25,11 +25,12 @@ MAX_NPZ_VALUES = 2**26
 _ROWS_AT_A_TIME = 64
 
 
-def check_values(num_values: int, *, as_json: bool) -> None:
-    """Raise ``Refused`` if an answer would have too many numbers; before anything is computed."""
-    limit = MAX_JSON_VALUES if as_json else MAX_NPZ_VALUES
+def check_values(num_values: int, limit: int, *, way_out: str) -> None:
+    """Raise ``Refused`` if an answer would have more numbers than ``limit``, one of those above.
+
+    ``way_out``: what to ask for instead.
+    """
     if num_values > limit:
-        way_out = '"encoding": "npz", ' * as_json + "pooling, fewer layers or fewer bases"
         raise Refused(413, f"the answer would have {num_values} numbers, more than {limit}; ask for {way_out}")
 
 

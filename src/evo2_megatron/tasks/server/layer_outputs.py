@@ -17,7 +17,7 @@ from torch import Tensor
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.batching import Item
 from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.server.arrays import check_values
+from evo2_megatron.tasks.server.arrays import MAX_NPZ_VALUES, check_values
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -70,7 +70,7 @@ def layer_outputs(runner: Runner, model: StripedHyenaModel, item: Item, names: S
             nonlocal num_values
             value = output[0] if isinstance(output, tuple) else output
             num_values += value.numel() if isinstance(value, Tensor) else 0
-            check_values(num_values, as_json=False)
+            check_values(num_values, MAX_NPZ_VALUES, way_out="fewer layers or fewer bases")
             pieces[name].append(value.detach().float().cpu() if isinstance(value, Tensor) else None)
 
         return hook

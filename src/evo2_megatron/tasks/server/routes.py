@@ -82,6 +82,8 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         start, info = time.perf_counter(), _info(engine)
         how = {"prepend_bos": body.prepend_bos, "mask_tags": body.mask_phylogenetic_tags}
         job = PassJob(items=_items(body.sequences, info, **how), output=Output(log_probs="per_token"))
+        if body.per_base:
+            check_values(job.num_tokens, MAX_JSON_VALUES, way_out="fewer bases, or without per_base")
         vectors = await _result(engine, job, request)
         return {"scores": [_score(row, body.per_base) for row in vectors.rows], "elapsed_ms": _since(start)}
 
@@ -96,9 +98,11 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         output = Output(embedding_layers=tuple(layers), pooling=body.pooling)
         job = PassJob(items=_items(body.sequences, info, prepend_bos=body.prepend_bos), output=output)
         num_vectors = len(job.items) if body.pooling else job.num_tokens
-        check_values(num_vectors * len(layers) * info.hidden_size, as_json=body.encoding == "json")
+        limit, more = (MAX_JSON_VALUES, '"encoding": "npz", ') if body.encoding == "json" else (MAX_NPZ_VALUES, "")
+        way_out = f"{more}pooling, fewer layers or fewer bases"
+        check_values(num_vectors * len(layers) * info.hidden_size, limit, way_out=way_out)
         vectors = await _result(engine, job, request)
-        embeddings = [_by_layer(row, layers, skip=_no_base(body)) for row in vectors.rows]
+        embeddings = [_by_layer(row, output, skip=_no_base(body)) for row in vectors.rows]
         answer: dict[str, Any] = {"layers": layers, "elapsed_ms": _since(start)}
         if body.encoding == "json":
             pieces = json_in_pieces(answer, "embeddings", embeddings)
@@ -145,6 +149,9 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
             return_log_probs=body.enable_sampled_probs,
         )
         job = _generate_job(asked, info, wants_logits=body.enable_logits)
+        if body.enable_logits:
+            num_logits = asked.max_new_tokens * info.vocab_size
+            check_values(num_logits, MAX_JSON_VALUES, way_out="fewer tokens, or without enable_logits")
         done = await _result(engine, job, request)
         log_probs = done.generation.log_probs
         return {
@@ -333,12 +340,8 @@ def _score(row: Mapping[str, np.ndarray], per_base: bool) -> dict[str, Any]:
     return score | ({"log_probs": row["log_probs_seqs"][row["loss_mask"]].tolist()} if per_base else {})
 
 
-def _by_layer(row: Mapping[str, np.ndarray], layers: list[int], *, skip: int) -> dict[str, np.ndarray]:
-    if len(layers) == 1:
-        names = {str(layers[0]): "hidden_embeddings"}
-    else:
-        names = {str(layer): f"hidden_embeddings_layer_{layer}" for layer in layers}
-    return {layer: row[name][skip:] for layer, name in names.items()}
+def _by_layer(row: Mapping[str, np.ndarray], output: Output, *, skip: int) -> dict[str, np.ndarray]:
+    return {str(layer): row[output.hidden_name(layer)][skip:] for layer in output.embedding_layers}
 
 
 def _no_base(body: schemas.EmbedRequest) -> int:
