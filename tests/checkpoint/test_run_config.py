@@ -137,7 +137,7 @@ def test_what_is_not_read_is_not_run(tmp_path, one_process, caplog):
     call = {"_target_": "os.system", "_args_": [f"touch {marker}"], "_call_": True}
     model = {"_target_": OWN_PROVIDER, "init_method": call, "unknown_field": call}
     config = config_of(tmp_path, yaml.safe_dump({"model": model, "dataset": call, "peft": None}))
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", logger="evo2_megatron"):
         config.provider()
     assert not marker.exists()
     assert "model.unknown_field is not read" in caplog.text
