@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that appear when complete, and what is left of one whose writer was killed."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from evo2_megatron.checkpoint import layout
 from evo2_megatron.checkpoint.write import new_checkpoint, remove_abandoned
+from evo2_megatron.data.tokenizer import tokenizer_dir
 
 WRITE = """
 import sys, time
@@ -63,3 +66,27 @@ def test_other_files_stay(tmp_path):
     (tmp_path / "notes").write_text("mine")
     remove_abandoned(tmp_path)
     assert names(tmp_path) == ["notes"]
+
+
+def test_a_disk_that_is_full_at_last_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("evo2_megatron.checkpoint.write.shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space"), new_checkpoint(tmp_path / "c") as partial:
+        (partial / "train_state.pt").touch()
+    assert not (tmp_path / "c").exists()
+    monkeypatch.undo()
+    with new_checkpoint(tmp_path / "c") as partial:
+        (partial / "train_state.pt").touch()
+    assert names(tmp_path / "c") == ["iter_0000001", "latest_checkpointed_iteration.txt", "latest_train_state.pt"]
+    assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
+
+
+def test_a_tokenizer_on_a_full_disk(tmp_path):
+    """One error of the operating system, and not a list."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as full:
+        layout.copy_tokenizer(tokenizer_dir(), tmp_path)
+    assert full.value.errno == errno.ENOSPC

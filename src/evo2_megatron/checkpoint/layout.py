@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 
 from evo2_megatron.config import UserError
@@ -117,6 +118,19 @@ def tokenizer_dir(checkpoint: Path) -> Path | None:
     """Folder of the tokenizer that the model was trained with; None if the checkpoint carries none."""
     folder = Path(checkpoint) / TOKENIZER
     return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def copy_tokenizer(source: Path, checkpoint: Path) -> None:
+    """Copy the files of a tokenizer's folder into that of a checkpoint.
+
+    Raises:
+        OSError: Of the first file that cannot be copied; ``shutil.copytree`` would raise a list of all.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            target = checkpoint / TOKENIZER / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _iterations(path: Path) -> dict[int, Path]:

@@ -53,7 +53,7 @@ def strip_optimizer(checkpoint: Path, target: Path, *, on_bytes: OnBytes = lambd
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
     if (checkpoint / layout.TOKENIZER).is_dir():
-        shutil.copytree(checkpoint / layout.TOKENIZER, target / layout.TOKENIZER)
+        layout.copy_tokenizer(checkpoint / layout.TOKENIZER, target)
     with open(target / layout.COMMON, "wb") as file:
         save_tensors(common, file)
     return Stripped(folder_bytes(checkpoint), folder_bytes(target))

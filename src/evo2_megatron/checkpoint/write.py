@@ -87,8 +87,11 @@ def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
     try:
         lock_alone(claim, partial, choose="folder")
         yield partial
+        # in the folder as long as it is hidden: a disk that is full by now leaves no checkpoint, and no part of one
+        names = _write_newest(partial, iteration)
         os.replace(partial, target)
-        _make_newest(directory, target, iteration)
+        for name in names:
+            os.replace(target / f".{name}", directory / name)
     finally:
         os.close(claim)
         shutil.rmtree(partial, ignore_errors=True)
@@ -140,7 +143,7 @@ def describe(
     megatron.enter()
     read_vocab_size(tokenizer)
     _write_common(folder, iteration)
-    shutil.copytree(tokenizer, folder / layout.TOKENIZER)
+    layout.copy_tokenizer(tokenizer, folder)
     more = {} if converted_from is None else {"converted_from": dict(converted_from)}
     if fp8_scales:
         more["fp8_scales"] = {layer: list(pair) for layer, pair in fp8_scales.items()}
@@ -157,7 +160,7 @@ def describe_as(folder: Path, sections: Mapping[str, Any], *, tokenizer: Path, i
     """
     megatron.enter()
     _write_common(folder, iteration)
-    shutil.copytree(tokenizer, folder / layout.TOKENIZER)
+    layout.copy_tokenizer(tokenizer, folder)
     (folder / layout.RUN_CONFIG).write_text(yaml.safe_dump(dict(sections), sort_keys=False))
 
 
@@ -208,10 +211,11 @@ def _write_run_config(
             yaml.safe_dump(dict(more_sections), file, sort_keys=False)
 
 
-def _make_newest(directory: Path, target: Path, iteration: int) -> None:
-    partial = directory / f".tracker.{os.getpid()}.partial"
-    if (target / layout.TRAIN_STATE).is_file():  # old checkpoints may lack it
-        shutil.copyfile(target / layout.TRAIN_STATE, partial)
-        os.replace(partial, directory / layout.LATEST_TRAIN_STATE)
-    partial.write_text(f"{iteration}\n")
-    os.replace(partial, directory / layout.TRACKER)
+def _write_newest(folder: Path, iteration: int) -> list[str]:
+    """Write what will say that this is the newest, under hidden names; returns the names that they will get."""
+    names = [layout.TRACKER]
+    (folder / f".{layout.TRACKER}").write_text(f"{iteration}\n")
+    if (folder / layout.TRAIN_STATE).is_file():  # old checkpoints may lack it
+        shutil.copyfile(folder / layout.TRAIN_STATE, folder / f".{layout.LATEST_TRAIN_STATE}")
+        names.insert(0, layout.LATEST_TRAIN_STATE)
+    return names

@@ -266,7 +266,7 @@ def _write(
     if _fp8_not_said(result, bool(fp8_scales)):
         origin["vortex_style_fp8"] = NOT_SAID
     with disk_errors(), write.new_checkpoint(result.directory) as partial:
-        check_space(partial, sum(sizes))
+        check_space(result.directory, sum(sizes))
         # first, so that what it could refuse is refused before the long part
         write.describe(
             partial,

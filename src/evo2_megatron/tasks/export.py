@@ -200,7 +200,7 @@ def copy_weights(checkpoint: Path, folder: Path) -> Stripped:
     """``strip_optimizer`` with a look at the disk's room first, and a bar."""
     kept = kept_tensors(checkpoint)
     total = sum(kept.values())
-    check_space(folder, total)
+    check_space(folder.parent, total)  # the folder's own name is hidden
     with moving(len(kept), total) as on_bytes:
         return strip_optimizer(checkpoint, folder, on_bytes=on_bytes)
 

@@ -70,7 +70,7 @@ def merge_lora(
     origin = {"merged_from": {"base": str(base.absolute()), "adapters": str(checkpoint.absolute())}}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with disk_errors(), new_checkpoint(target, iteration) as folder:
-        check_space(folder, total)
+        check_space(target, total)
         with moving(len(tensors), total) as on_bytes:
             distcp.write_tensors(tensors, folder, on_bytes=on_bytes)
         model = {**run_config.model, "int8_weights": False}

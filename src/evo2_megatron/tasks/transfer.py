@@ -72,9 +72,13 @@ def check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free and the result needs {num_bytes / 1e9:.1f} GB; make "
-            "room, or choose another disk"
+            f"the disk of {folder} has {_gigabytes(free)} GB free and the result needs {_gigabytes(num_bytes)} GB; "
+            "make room, or choose another disk"
         )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 1e9 else f"{num_bytes / 1e9:.2g}"
 
 
 def file_behind(path: Path) -> Path:
