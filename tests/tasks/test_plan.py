@@ -60,6 +60,7 @@ def test_stages_and_the_whole_model(megatron):
     assert planned.worst.total_bytes == max(stage.total_bytes for stage in planned.stages)
 
 
+@pytest.mark.slow
 def test_a_nearest_layout_fits(megatron):
     one = plan(2, **SMALL | {"global_batch_size": 2}).worst.total_bytes
     layout = nearest_fit(2, 0.8 * one, parallel=ParallelConfig(), **SMALL | {"global_batch_size": 2})

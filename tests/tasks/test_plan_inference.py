@@ -67,7 +67,7 @@ def test_several_sequences_share_the_weights(megatron):
     assert 3 * one.activation_bytes < four.activation_bytes <= 4 * one.activation_bytes
 
 
-@pytest.mark.parametrize("use, chunk_length", [("score", 1024), ("generate", 256)])
+@pytest.mark.parametrize("use, chunk_length", [pytest.param("score", 1024, marks=pytest.mark.slow), ("generate", 256)])
 def test_the_longest_sequence_fits_and_no_longer_one(megatron, use, chunk_length):
     given, inference = {"model_size": "evo2_tiny"}, Inference(use, 1, chunk_length)
 

@@ -47,6 +47,7 @@ def test_bigwig(tmp_path):
             assert starts == (1, 2, 6) and ends == (2, 3, 7) and np.array_equal(np.float32(values), VALUES)
 
 
+@pytest.mark.slow
 def test_as_many_contigs_as_the_library_can_number(tmp_path):
     names = sorted(f"contig_{number}" for number in range(MAX_CONTIGS))
     one = np.array([1])
