@@ -21,6 +21,7 @@ from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.gtf import Transcript, text
 from evo2_megatron.data.nucleotides import reverse_complement
+from evo2_megatron.data.record_windows import Windows
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -69,18 +70,18 @@ def embed_bases(
     Windows overlap by half, and of each but the first the first half is context only: a causal model knows little at
     the start. Of the opposite strand, each base has the state of its partner: what comes after it in this direction.
     """
-    step = max(window // 2, 1)
-    overlap = window - step
-    for start in range(0, max(len(sequence) - overlap, 1), step):
-        part = sequence[start : start + window]
-        kept = np.flatnonzero(labels[start : start + window] != IGNORED)
-        kept = kept[kept >= (overlap if start else 0)]
+    windows = Windows(window, window - max(window // 2, 1))
+    for number in range(windows.count(len(sequence))):
+        start, end, num_context = windows.span(number, len(sequence))
+        part = sequence[start:end]
+        kept = np.flatnonzero(labels[start:end] != IGNORED)
+        kept = kept[kept >= num_context]
         if not len(kept):
             continue
         strands = [part, reverse_complement(part)] if both_strands else [part]
         forward, *opposite = embed(strands)
         states = np.concatenate([forward, *(hidden[::-1] for hidden in opposite)], axis=1)
-        yield states[kept], labels[start : start + window][kept]
+        yield states[kept], labels[start:end][kept]
 
 
 def fit(features: np.ndarray, labels: np.ndarray, *, regularization: float = 1.0) -> Pipeline:

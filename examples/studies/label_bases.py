@@ -94,8 +94,11 @@ def unknown(sequence: bytes) -> np.ndarray:
 def class_rows(genome: Mapping[str, bytes], intervals: Sequence[Interval], *, each_strand: bool) -> Iterator[Row]:
     """One row per contig; or two, with the intervals of either strand, the second of the reverse complement."""
     names = list(dict.fromkeys([*(interval.name for interval in intervals), OTHER]))
+    of_contig: dict[str, list[Interval]] = {}
+    for interval in intervals:
+        of_contig.setdefault(interval.contig, []).append(interval)
     for contig, sequence in genome.items():
-        here = [interval for interval in intervals if interval.contig == contig]
+        here = of_contig.get(contig, [])
         if not each_strand:
             yield Row(contig, sequence, {"label": classes_of(sequence, here, names)})
             continue
@@ -121,17 +124,18 @@ def signal_rows(
             opened[name] = pybigtools.open(str(path))
         except (ValueError, pybigtools.BBIReadError):
             raise UserError(f"cannot read bigWig file {path}") from None
+    lengths = {name: track.chroms() for name, track in opened.items()}
     for contig, sequence in genome.items():
         labels = {}
         for name, track in opened.items():
-            length = track.chroms().get(contig, len(sequence))
+            length = lengths[name].get(contig, len(sequence))
             if length != len(sequence):
                 raise UserError(
                     f"{tracks[name]}: {contig} has {length} bases, and in the FASTA file {len(sequence)}; are both of "
                     "the same assembly?"
                 )
             values = np.full(length, np.nan)
-            if contig in track.chroms():
+            if contig in lengths[name]:
                 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of NaN, as wanted here
                     values = track.values(contig, 0, length)
             if missing is not None:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 LENGTH = 24
 NUM_VALIDATION = 13  # no multiple of the batch
 
@@ -79,3 +81,23 @@ def predicted(runs, name, tmp_path, **options):
     metrics = predict_head(source, runs[0] / name, target, **options)
     with target.open() as file:
         return list(csv.DictReader(file, delimiter="\t")), metrics
+
+
+def model_section(runs, name):
+    """What the first checkpoint of a run says of its model."""
+    (path, *_) = sorted((runs[0] / name / "checkpoints").glob("iter_*/run_config.yaml"))
+    return yaml.safe_load(path.read_text())["model"]
+
+
+def give_output(monkeypatch, value):
+    """From now on the first output of the third sequence, or of its first base, is this."""
+    from evo2_megatron.tasks import head_runner
+
+    run = head_runner._HeadRunner.__call__
+
+    def changed(self, items):
+        batch = run(self, items)
+        batch["outputs"][batch["seq_idx"] == 2, 0] = value
+        return batch
+
+    monkeypatch.setattr(head_runner._HeadRunner, "__call__", changed)

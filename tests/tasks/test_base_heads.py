@@ -11,12 +11,11 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 from pyarrow import parquet
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
-from tasks.head_runs import predicted, scalars, train_all, write_csv
+from tasks.head_runs import give_output, model_section, predicted, scalars, train_all, write_csv
 
 NUM_VALIDATION, WINDOW = 13, 16
 
@@ -75,11 +74,6 @@ def runs(megatron, tmp_path_factory):
         ]
     )
     return root, errors
-
-
-def model_section(runs, name):
-    (path, *_) = sorted((runs[0] / name / "checkpoints").glob("iter_*/run_config.yaml"))
-    return yaml.safe_load(path.read_text())["model"]
 
 
 def best_loss(runs, name):
@@ -193,16 +187,7 @@ def test_long_sequences_are_windows_that_overlap_by_half(runs, tmp_path):
 
 
 def test_outputs_that_are_not_finite(runs, tmp_path, monkeypatch):
-    from evo2_megatron.tasks import head_runner
-
-    run = head_runner._HeadRunner.__call__
-
-    def overflowing(self, items):
-        batch = run(self, items)
-        batch["outputs"][batch["seq_idx"] == 2, 0] = math.nan
-        return batch
-
-    monkeypatch.setattr(head_runner._HeadRunner, "__call__", overflowing)
+    give_output(monkeypatch, math.nan)
     with pytest.raises(UserError, match="sequence 's2': the model's output is not finite"):
         predicted(runs, "both", tmp_path, id_column="name")
     assert not (tmp_path / "predictions.tsv").exists()

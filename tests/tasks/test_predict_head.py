@@ -16,7 +16,7 @@ import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from tasks.head_runs import NUM_VALIDATION, make_rows, predicted, train_all, write_csv
+from tasks.head_runs import NUM_VALIDATION, give_output, make_rows, predicted, train_all, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +139,7 @@ def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
 
 
 def test_outputs_that_are_not_finite(runs, tmp_path, monkeypatch):
-    from evo2_megatron.tasks import head_runner
-
-    run = head_runner._HeadRunner.__call__
-
-    def overflowing(self, items):
-        batch = run(self, items)
-        batch["outputs"][batch["seq_idx"] == 2] = math.inf
-        return batch
-
-    monkeypatch.setattr(head_runner._HeadRunner, "__call__", overflowing)
+    give_output(monkeypatch, math.inf)
     with pytest.raises(UserError, match="sequence 's2': the model's output is not finite"):
         predicted(runs, "whole", tmp_path, id_column="name")
     assert not (tmp_path / "predictions.tsv").exists()

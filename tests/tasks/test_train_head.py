@@ -16,7 +16,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.recipes.head_options import HeadOptions
 from evo2_megatron.tasks import train_head
-from tasks.head_runs import NUM_VALIDATION, make_rows, predicted, scalars, train_all, write_csv
+from tasks.head_runs import NUM_VALIDATION, make_rows, model_section, predicted, scalars, train_all, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,6 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, megatron, capl
         _check_same_data(own, values["data_digests"], dataset)
     _check_same_data(own, None, dataset)
     assert "does not say what data it was trained with" in caplog.text
-
-
-def model_section(runs, name):
-    (path, *_) = sorted((runs[0] / name / "checkpoints").glob("iter_*/run_config.yaml"))
-    return yaml.safe_load(path.read_text())["model"]
 
 
 def loss_of(lines, model):
