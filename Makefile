@@ -12,8 +12,9 @@ help:  ## list these commands
 setup:  ## build .venv (does nothing when it is up to date)
 	@./.ci_build.sh
 
+# a file at a time: what a file's tests share, as trained models, is made once
 test: setup  ## the tests that need neither a GPU nor minutes; ARGS="-k name" goes to pytest
-	$(IN_ENV) pytest -n 2 --dist worksteal -m "not slow and not gpu and not bench" $(ARGS)
+	$(IN_ENV) pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not bench" $(ARGS)
 
 test-slow: setup  ## the tests that take minutes
 	$(IN_ENV) pytest -o faulthandler_timeout=3000 -m "slow and not gpu" $(ARGS)

@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after -m has taken its choice: only then is torch imported for the question
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is none."""
+    items.sort(key=lambda item: "tasks" not in item.path.parts)  # long files first: workers then end together
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
