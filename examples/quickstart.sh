@@ -11,7 +11,6 @@ STEPS=120
 
 step() { printf '\n== %s\n' "$1"; }
 run() { printf '$ %s\n' "$*" && "$@"; }
-launch() { run torchrun --standalone --nproc-per-node 1 --no-python "$@"; }
 
 if ! command -v train_evo2 > /dev/null; then
     echo "quickstart.sh: error: no train_evo2 on the path; run 'make quickstart' or 'source ./.ci_test_env.sh'" >&2
@@ -49,20 +48,20 @@ TRAIN=(train_evo2 --model-size evo2_tiny --dataset-config "$OUT/dataset.yaml" --
     --seq-length 1024 --micro-batch-size 8 --global-batch-size 8 --max-steps "$STEPS"
     --lr 0.003 --min-lr 0.0003 --warmup-steps 10 --constant-steps 0 --wd 0.1 --hidden-dropout 0.1
     --eval-interval 15 --eval-iters 2 --no-activation-checkpointing --workers 0)
-launch "${TRAIN[@]}" --early-stop-on-step 1
+run "${TRAIN[@]}" --early-stop-on-step 1
 PREDICT=(predict_evo2 --fasta "$OUT/held_out.fa" --ckpt-dir "$OUT/run/checkpoints" --output-log-prob-seqs
     --prepend-bos --micro-batch-size 4)
-launch "${PREDICT[@]}" --output-dir "$OUT/before"
+run "${PREDICT[@]}" --output-dir "$OUT/before"
 
 step "3/6 training: the same command again goes on from there"
-launch "${TRAIN[@]}"
+run "${TRAIN[@]}"
 
 step "4/6 scoring the held-out windows"
-launch "${PREDICT[@]}" --output-dir "$OUT/after"
+run "${PREDICT[@]}" --output-dir "$OUT/after"
 
 step "5/6 generating"
 PROMPT=$(sed -n 2p "$OUT/held_out.fa")
-launch infer_evo2 --ckpt-dir "$OUT/run/checkpoints" --prompt "${PROMPT:0:256}" --max-new-tokens 240 --seed 0 \
+run infer_evo2 --ckpt-dir "$OUT/run/checkpoints" --prompt "${PROMPT:0:256}" --max-new-tokens 240 --seed 0 \
     --output-file "$OUT/generated.jsonl"
 
 step "6/6 result"

@@ -48,7 +48,8 @@ LONG_FILES: dict[str, str] = {}
 SOURCES = sorted(ROOT.rglob("*.py"))
 ALL_CODE = SOURCES + sorted(p for d in ("tests", "examples", "benchmarks") for p in (PROJECT / d).rglob("*.py"))
 SCRIPTS = [PROJECT / ".ci_build.sh", PROJECT / ".ci_test_env.sh", PROJECT / ".ci/run", PROJECT / "Makefile"]
-GROUPS = {"groups", "generation_groups", "model_groups", "training_groups"}  # of flags, for the commands
+# of flags, for the commands
+GROUPS = {"groups", "generation_groups", "launch_groups", "model_groups", "training_groups"}
 COMMANDS = sorted(p.stem for p in (ROOT / "cli").glob("*.py") if p.stem not in ("__init__", *GROUPS))
 
 

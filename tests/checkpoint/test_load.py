@@ -218,6 +218,15 @@ def test_the_first_layers_only(copy, groups):
         load_model(copy, parallel=ONE)
 
 
+def test_memory_that_runs_out(copy, groups):
+    from evo2_megatron.checkpoint.load import load_model
+
+    with pytest.raises(
+        UserError, match=r"not enough memory for the weights of .*iter_.* in precision fp32; divide them"
+    ):
+        load_model(copy, parallel=ONE, provider_overrides={"ffn_hidden_size": 10**11})
+
+
 def test_vocabulary(tmp_path, groups_free):
     from evo2_megatron.checkpoint.load import find_tokenizer, load_model
     from evo2_megatron.runtime.distributed import process_groups

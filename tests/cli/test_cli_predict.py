@@ -59,6 +59,7 @@ def test_defaults(call):
 def test_every_flag_arrives(call, monkeypatch):
     from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Sequences, Window
 
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     seen = call(*shlex.split(EVERY_FLAG))
@@ -133,8 +134,9 @@ def test_log_probs(call, argv, expected):
             ["--output-log-prob-seqs", "--embedding-layer", "1"],
             "Cannot use --output-log-prob-seqs with --embedding-layer",
         ),
-        (["--num-nodes", "2"], "--num-nodes is 2, but torchrun started 1; leave it out"),
-        (["--devices", "8"], "--devices is 8, but torchrun started 1; leave it out"),
+        (["--num-nodes", "2"], "--num-nodes is 2, but processes run on 1; leave it out"),
+        (["--devices", "8"], "--devices starts a command line again"),
+        (["--devices", "all"], "'all' is not a whole number, nor auto"),
         ([], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
         (["--fasta", "/dev/null"], "--fasta /dev/null is no regular file, and is read more than once; write what"),

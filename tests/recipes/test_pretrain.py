@@ -181,7 +181,8 @@ def test_flags_land_in_the_configuration(config_of, argv, path, expected):
 
 def test_every_flag_is_in_the_table():
     # finetune-ckpt-dir acts on the weights, see test_train.py; bf16-main-grads is below; see test_train_logs.py
-    elsewhere = {"--wandb-offline", "--peak-tflops", "--log-straggler"} | {
+    # --devices: see tests/tasks/test_launch.py
+    elsewhere = {"--wandb-offline", "--peak-tflops", "--log-straggler", "--devices"} | {
         "--help",
         "--mock-data",
         "--sequence-parallel",

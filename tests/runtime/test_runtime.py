@@ -92,7 +92,7 @@ def test_idle_gpus_are_told_of(monkeypatch, caplog, count, rank, told):
         monkeypatch.setenv("RANK", rank)
     with caplog.at_level("INFO"):
         distributed.tell_of_idle_gpus()
-    assert ("One of 4 GPUs is used; with torchrun --nproc-per-node 4 --no-python" in caplog.text) is told
+    assert ("One of 4 GPUs is used; commands use all with --devices auto" in caplog.text) is told
 
 
 def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):

@@ -125,6 +125,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Run], list[list[str]], Path]:
         "windows": windows | {"result_dir": root / "windows"},
         "windows, first half": windows | {"result_dir": root / "window_halves", "early_stop_on_step": 3},
         "windows, second half": windows | {"result_dir": root / "window_halves"},
+        "too large": SMALL | {"result_dir": root / "large", "ffn_hidden_size": 10**11},
         "tune nothing": tune | {"result_dir": root / "other", "finetune_ckpt_dir": root},
     }
     done, different = train_all(
@@ -215,6 +216,11 @@ def test_fine_tuning_starts_from_the_weights(runs):
     assert named["tune from parent"].losses[1] == tuned[1]
     origin = run_config(checkpoint(root / "tuned", 2))["checkpoint"]["pretrained_checkpoint"]
     assert origin == str(checkpoint(root / "whole", 6))
+
+
+def test_memory_that_runs_out(runs):
+    error = runs[0]["too large"].text.strip()
+    assert error.startswith("ERROR not enough memory for ") and "\n" not in error and "evo2_plan says" in error
 
 
 def test_fine_tuning_resumes_its_own_run(runs):

@@ -27,7 +27,7 @@ from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.data.tokenizer import tokenizer_dir as bundled_tokenizer_dir
-from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime import megatron, out_of_memory
 from evo2_megatron.runtime.precision import precision_settings
 
 if TYPE_CHECKING:
@@ -92,11 +92,6 @@ def load_model(
             model or this machine cannot have.
     """
     megatron.enter()
-    from megatron.core.utils import unwrap_model
-
-    from evo2_megatron.model.fp8_linear import fix_projections
-    from evo2_megatron.model.head import is_backbone
-
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)
     check_kind(run_config, head=head)
@@ -108,6 +103,24 @@ def load_model(
     fp8_projections = settle(provider, name, settings, fp8, run_config)
     settings.setup(provider)
     provider.finalize()
+    with out_of_memory.told(_too_large(checkpoint, name, provider)):
+        model = _filled_model(provider, checkpoint, base, run_config, stored)
+    logger.info("Loaded %s in precision %s%s", checkpoint, name, ", weights in 8 bits" * provider.int8_weights)
+    return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
+
+
+def _filled_model(
+    provider: StripedHyenaProvider,
+    checkpoint: Path,
+    base: Path,
+    run_config: RunConfig,
+    stored: Mapping[str, tuple[int, ...]],
+) -> MegatronModule:
+    from megatron.core.utils import unwrap_model
+
+    from evo2_megatron.model.fp8_linear import fix_projections
+    from evo2_megatron.model.head import is_backbone
+
     # in 16 bits Bridge wraps it: inputs are cast, outputs are float32
     with contextlib.redirect_stdout(sys.stderr):  # it prints its size, where a command's results belong
         (model,) = provider.provide_distributed_model(
@@ -120,8 +133,15 @@ def load_model(
         logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
     if provider.fp8_emulation or provider.fp8_projections:
         fix_projections(unwrap_model(model), _fp8_scales(base))
-    logger.info("Loaded %s in precision %s%s", checkpoint, name, ", weights in 8 bits" * provider.int8_weights)
-    return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
+    return model
+
+
+def _too_large(checkpoint: Path, precision: str, provider: StripedHyenaProvider) -> str:
+    narrower = "" if provider.int8_weights else ", or take --int8-weights"
+    return (
+        f"not enough memory for the weights of {checkpoint} in precision {precision}; divide them over GPUs with "
+        f"--devices and --tensor-parallel-size{narrower}"
+    )
 
 
 def check_kind(run_config: RunConfig, *, head: bool) -> None:

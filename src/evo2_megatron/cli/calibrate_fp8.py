@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, launch_groups, model_groups
 
 PROG = "evo2_calibrate_fp8"
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups.add_self_test_numbers(result)
     groups.add_parallel(parser)
+    launch_groups.add_devices(parser)
     precision = parser.add_argument_group("precision and kernels, while it reads")
     groups.add_precision(precision)
     model_groups.add_fp8_choice(precision)
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _calibrate(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv):
+        return
 
     # torch loads here, so --help stays instant
     from evo2_megatron.tasks.calibrate_fp8 import calibrate_fp8

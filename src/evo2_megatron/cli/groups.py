@@ -44,7 +44,7 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
         main(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted\n")
+        sys.stderr.write(f"{prog}: interrupted\n" if _rank() == 0 else "")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # who reads what is printed has seen enough; nothing may be flushed to it when Python ends

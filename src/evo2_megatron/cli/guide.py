@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import generation_groups, groups, model_groups
+from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.generate import GenerationSettings
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_memory(parser)
     groups.add_parallel(parser)
+    launch_groups.add_devices(parser)
     model_groups.add_precision_and_kernels(parser)
     return parser
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv):
+        return
     groups.clean_up_when_terminated()
 
     from evo2_megatron.tasks.guide import guide  # torch loads here, not for --help

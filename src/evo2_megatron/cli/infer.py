@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import generation_groups, groups, model_groups
+from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     generation_groups.add_stopping(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
+    launch_groups.add_devices(parser)
     model_groups.add_precision_and_kernels(parser)
     return parser
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv):
+        return
     groups.clean_up_when_terminated()
     if args.stream and args.output_format and args.output_file is None:
         raise UserError("--stream prints bases as they come, not --output-format; give --output-file for the records")

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, launch_groups, model_groups
 from evo2_megatron.config import UserError
 
 PROG = "predict_evo2"
@@ -47,17 +47,19 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError("--eden-tokenizer: the tokenizer comes from the checkpoint's folder 'tokenizer'; leave it out")
     if args.log_prob_collapse_option is not None and not args.output_log_prob_seqs:
         raise UserError("--log-prob-collapse-option says how to report log-probabilities; add --output-log-prob-seqs")
+    if launch_groups.on_devices(args.devices, argv):
+        return
 
     if args.fasta is None:
         _self_test_alone(args)
         return
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.predict import check_launch, predict
+    from evo2_megatron.tasks.predict import check_nodes, predict
     from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
     groups.clean_up_when_terminated()
-    check_launch(num_nodes=args.num_nodes, devices=args.devices)
+    check_nodes(args.num_nodes)
     predict(
         args.fasta,
         args.ckpt_dir,
@@ -266,18 +268,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("launch")
-    group.add_argument(
+    launch_groups.add_devices(parser).add_argument(
         "--num-nodes",
         type=groups.positive_int,
         metavar="N",
-        help="checked against what torchrun started (default: not checked)",
-    )
-    group.add_argument(
-        "--devices",
-        type=groups.positive_int,
-        metavar="N",
-        help="processes per node, checked likewise (default: not checked)",
+        help="machines, checked against what torchrun started (default: not checked)",
     )
 
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, launch_groups, model_groups
 
 _PROG = "evo2_predict_head"
 
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens of a forward pass; less if memory runs out (default: 65536, and 2048 without a GPU)",
     )
+    launch_groups.add_devices(parser)
     groups.add_verbose(parser.add_argument_group("logging"))
     return parser
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _predict(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging(debug=args.verbose)
+    if launch_groups.on_devices(args.devices, argv):
+        return
     groups.clean_up_when_terminated()
 
     from evo2_megatron.tasks.predict_head import predict_head  # torch loads here, not for --help

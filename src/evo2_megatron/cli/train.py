@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups, training_groups
+from evo2_megatron.cli import groups, launch_groups, training_groups
 from evo2_megatron.config import UserError
 
 PROG = "train_evo2"
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     training_groups.add_windows(parser)
     _add_model(parser)
     groups.add_parallel(parser)
+    launch_groups.add_devices(parser)
     _add_duration(parser)
     _add_optimizer(parser)
     _add_precision(parser)
@@ -52,6 +53,8 @@ def _main(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=bool(args.debug))
     for flag in args.unavailable or ():
         raise UserError(f"{flag}: {_UNAVAILABLE[flag]}")
+    if launch_groups.on_devices(args.devices, argv):
+        return
 
     from evo2_megatron.tasks.train import train  # torch loads here, so --help stays instant
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups, training_groups
+from evo2_megatron.cli import groups, launch_groups, training_groups
 
 _PROG = "evo2_train_head"
 _TASKS = ("classification", "multilabel", "regression")
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapters(parser)
     _add_optimizer(parser)
     _add_results(parser)
+    launch_groups.add_devices(parser)
     return parser
 
 
@@ -179,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv):
+        return
 
     from evo2_megatron.tasks.train_head import HeadOptions, train_head  # torch loads here, not for --help
 

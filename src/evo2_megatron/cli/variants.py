@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, launch_groups, model_groups
 
 PROG = "variants_evo2"
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_windows(parser)
     groups.add_parallel(parser)
+    launch_groups.add_devices(parser)
     model_groups.add_precision_and_kernels(parser)
     return parser
 
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv):
+        return
 
     # torch loads here, so --help stays instant
     from evo2_megatron.tasks.prediction_settings import ModelChanges

@@ -44,7 +44,7 @@ def tell_of_idle_gpus() -> None:
     count = torch.cuda.device_count()
     if count > 1:
         logger.info(
-            "One of %d GPUs is used; with torchrun --nproc-per-node %d --no-python in front of the command, all are",
+            "One of %d GPUs is used; commands use all with --devices auto, scripts with torchrun --nproc-per-node %d",
             count, count,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.out_of_memory import is_out_of_memory
 from evo2_megatron.tasks.prediction_files import concatenate
 from evo2_megatron.tasks.steps import finished
 
@@ -115,12 +116,6 @@ class Backoff:
             raise UserError(f"not enough memory for {advice}, even in pieces of {2 * shorter}; use more processes")
         self._runner.chunk_length = shorter
         logger.warning("Not enough memory for %s; going on in pieces of %d tokens", advice, shorter)
-
-
-def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether memory ran out, of the machine or of a GPU."""
-    # PyTorch has a class for this on GPUs only
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _whole(run: Callable[[Sequence[Item]], Batch | None]) -> Steps:

@@ -106,13 +106,11 @@ def predict(
         run.compute_and_write(settings, prediction_parts.identity(checkpoint, base))
 
 
-def check_launch(*, num_nodes: int | None, devices: int | None) -> None:
-    """Raise UserError unless torchrun started this many machines, and processes on each; None: any number."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = distributed.world_size() // per_node
-    for flag, asked, found in (("--num-nodes", num_nodes, nodes), ("--devices", devices, per_node)):
-        if asked not in (None, found):
-            raise UserError(f"{flag} is {asked}, but torchrun started {found}; leave it out, torchrun decides")
+def check_nodes(num_nodes: int | None) -> None:
+    """Raise UserError unless torchrun runs on this many machines; None: any number."""
+    found = distributed.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_nodes not in (None, found):
+        raise UserError(f"--num-nodes is {num_nodes}, but processes run on {found}; leave it out, torchrun decides")
 
 
 def position_range(run_config: RunConfig, changes: ModelChanges) -> int:

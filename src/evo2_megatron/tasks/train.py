@@ -21,7 +21,7 @@ from evo2_megatron.config import PRECISION_RECIPES, UserError
 from evo2_megatron.data import tokenizer
 from evo2_megatron.recipes.options import TrainingOptions, precision_recipe
 from evo2_megatron.recipes.published import training_options
-from evo2_megatron.runtime import distributed, megatron, training_repairs
+from evo2_megatron.runtime import distributed, megatron, out_of_memory, training_repairs
 from evo2_megatron.runtime.device_peaks import peak_tflops
 from evo2_megatron.runtime.precision import precision_settings
 from evo2_megatron.tasks import same_run, train_checks, train_lora, wandb_run
@@ -279,11 +279,19 @@ def _run_loop(
         wandb_run.set_up(options.run_dir, offline=options.wandb_offline)
     with nullcontext() if options.debug else quiet_console(progress), early_end.tidy():
         try:
-            pretrain(config, forward_step, callbacks)
+            with out_of_memory.told(_too_large(options)):
+                pretrain(config, forward_step, callbacks)
         finally:
             if profile is not None:
                 profile.finish()
     _log_result(options, progress)
+
+
+def _too_large(options: TrainingOptions) -> str:
+    return (
+        f"not enough memory for {options.micro_batch_size} sequence(s) of {options.seq_length} tokens at a time on "
+        "each process; lower --micro-batch-size or --seq-length, or divide the model; evo2_plan says what fits"
+    )
 
 
 def _profile(options: TrainingOptions, start: Start) -> TorchProfile | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.batching import is_out_of_memory
+from evo2_megatron.runtime.out_of_memory import is_out_of_memory
 from evo2_megatron.tasks.server.jobs import Refused
 
 Result = TypeVar("Result")

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that runs out, of the machine or of a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from evo2_megatron.config import UserError
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether that is what the error is about."""
+    import torch
+
+    # PyTorch has a class for this on GPUs only
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def told(message: str) -> Iterator[None]:
+    """Raise a UserError with this message where memory runs out inside the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a command in several processes of this machine, one a device, as ``torchrun --no-python`` does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from evo2_megatron.config import UserError
+from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime.children import end_with_parent
+
+_RUN_OF = "evo2-"  # and a process id: a run of processes that this one started, by the name that torchrun gives them
+
+
+def on_devices(devices: int | None, argv: Sequence[str] | None) -> bool:
+    """Start the command again in a process for each device and wait for them, if several are asked for.
+
+    Signals that ask this process to end reach the others. Its exit status is that of the process that failed.
+
+    Args:
+        devices: How many; None: as many as there are GPUs, or 1.
+        argv: What ``main`` was given; None, the command line, is all that can be started again.
+
+    Returns:
+        Whether the work is done. False: it is for this process.
+
+    Raises:
+        UserError: There are not so many GPUs, or torchrun has started another number of processes.
+    """
+    if "RANK" in os.environ:
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        if run.startswith(_RUN_OF):
+            end_with_parent(int(run.removeprefix(_RUN_OF)))
+        found = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if devices not in (None, found):
+            raise UserError(f"--devices is {devices}, but torchrun started {found}; leave it out, torchrun decides")
+        return False
+    count = _count(devices)
+    if count == 1:
+        return False
+    if argv is not None:
+        raise UserError("--devices starts a command line again; a function of Python's is to be started by torchrun")
+    _run(count)
+    return True
+
+
+def _count(devices: int | None) -> int:
+    """Processes to start; one a GPU, or on a machine without any, as many as are asked for."""
+    gpus = torch.cuda.device_count() if megatron.on_cuda() else 0
+    if devices is None:
+        return max(gpus, 1)
+    if 0 < gpus < devices:
+        raise UserError(f"--devices is {devices}, but GPUs of this machine are {gpus}; --devices auto takes all")
+    return devices
+
+
+def _run(count: int) -> None:
+    """Start this process's own command line so many times; returns when all have ended well, and exits otherwise."""
+    logging.disable()  # the processes speak for themselves
+    if not megatron.on_cuda():
+        # torchrun would say 1, which leaves cores idle; torch would say all, which has processes wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"{_RUN_OF}{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a free port
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        # the first in this order has failed; others were ended because of it
+        rank, failure = next(iter(error.failures.items()))
+        if failure.exitcode > 0:  # and has said why
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        hint = "; most often, memory ran out" if name == "SIGKILL" else ""
+        sys.stderr.write(f"process {rank} of {count} was ended by {name}{hint}\n")
+        sys.exit(128 - failure.exitcode)

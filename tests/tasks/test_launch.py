@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--devices``: processes of a command that starts them itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from evo2_megatron.config import UserError
+from evo2_megatron.runtime import megatron
+from evo2_megatron.tasks import launch
+
+# a command: it says who it is, and then does as it is told
+_COMMAND = """
+import os, signal, sys, time
+from pathlib import Path
+from evo2_megatron.cli import groups, launch_groups
+from evo2_megatron.config import UserError
+
+def main(argv):
+    parser = groups.Parser("command", None)
+    launch_groups.add_devices(parser)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--do", default="nothing")
+    args = parser.parse_args(argv)
+    if launch_groups.on_devices(args.devices, argv):
+        print("all have ended")
+        return
+    rank, count = (os.environ.get(name, "none") for name in ("RANK", "LOCAL_WORLD_SIZE"))
+    (args.folder / f"{rank}.{count}").write_text(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}")
+    if args.do == "refuse":
+        raise UserError("that is wrong; mend it")
+    if args.do == "die" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if args.do != "nothing":
+        time.sleep(60)
+
+groups.run("command", main)
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "command.py").write_text(_COMMAND)
+    (tmp_path / "out").mkdir()
+    command_line = [sys.executable, str(tmp_path / "command.py"), "--folder", str(tmp_path / "out")]
+
+    def start(*flags):
+        return subprocess.Popen([*command_line, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def ended(process, timeout=60):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def who(tmp_path):
+    return {path.name: path.read_text().split() for path in (tmp_path / "out").iterdir()}
+
+
+def await_processes(tmp_path, count):
+    deadline = time.monotonic() + 60
+    while sum(len(told) == 2 for told in who(tmp_path).values()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(pid) for pid, _ in who(tmp_path).values()]
+
+
+def is_gone(pid):
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_processes_know_their_number(command, tmp_path):
+    assert ended(command("--devices", "2")) == (0, "all have ended\n", "")
+    assert sorted(who(tmp_path)) == ["0.2", "1.2"]
+
+
+@pytest.mark.skipif(megatron.on_cuda(), reason="would be several processes")
+def test_one_is_this_process_itself(command, tmp_path):
+    for devices in ("1", "auto"):
+        assert ended(command("--devices", devices)) == (0, "", "")
+        assert list(who(tmp_path)) == ["none.none"]
+
+
+def test_what_is_wrong_is_told_once(command):
+    assert ended(command("--devices", "2", "--do", "refuse")) == (2, "", "command: error: that is wrong; mend it\n")
+
+
+def test_a_process_that_is_killed_ends_the_others(command, tmp_path):
+    status, _, err = ended(command("--devices", "2", "--do", "die"))
+    assert status == 128 + signal.SIGKILL and "Traceback" not in err
+    assert err.endswith("process 1 of 2 was ended by SIGKILL; most often, memory ran out\n")
+    assert all(is_gone(int(pid)) for pid, _ in who(tmp_path).values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whoever_ends_it_ends_all(command, tmp_path, number):
+    process = command("--devices", "2", "--do", "wait")
+    pids = await_processes(tmp_path, 2)
+    process.send_signal(number)
+    status, _, err = ended(process)
+    assert status in (128 + number, -number) and "Traceback" not in err
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_torchrun_decides(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for devices in (None, 2):
+        assert not launch.on_devices(devices, None)
+    with pytest.raises(UserError, match="--devices is 3, but torchrun started 2; leave it out"):
+        launch.on_devices(3, None)
+
+
+def test_no_more_than_there_are_gpus(monkeypatch):
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for devices in (2, 4, None):
+        with pytest.raises(UserError, match="--devices starts a command line again"):
+            launch.on_devices(devices, [])
+    with pytest.raises(UserError, match="--devices is 5, but GPUs of this machine are 4; --devices auto takes all"):
+        launch.on_devices(5, None)
+
+
+def test_cores_are_divided_without_a_gpu(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if not megatron.on_cuda():
+        ended(command("--devices", "2"))
+        cores = len(os.sched_getaffinity(0))
+        assert {int(threads) for _, threads in who(tmp_path).values()} == {max(1, cores // 2)}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    ended(command("--devices", "2"))
+    assert {threads for _, threads in who(tmp_path).values()} == {"3"}
