@@ -25,6 +25,7 @@ def test_every_flag_arrives(monkeypatch):
     flags = """
     --ckpt-dir c --host ::1 --port 0 --max-seq-length 9 --max-batch-size 3 --max-queue 5 --base-ckpt-dir b --self-test
     --mixed-precision-recipe bf16-mixed --vortex-style-fp8 --fp8-emulation --use-subquadratic-ops --fasta g.fa
+    --tensor-parallel-size 4
     """
     serve.main(flags.split())
 
@@ -36,6 +37,7 @@ def test_every_flag_arrives(monkeypatch):
         fp8="emulate",
         provider_overrides={"vortex_style_fp8": True, "use_subquadratic_ops": True},
         with_self_test=True,
+        tensor_parallel_size=4,
         max_seq_length=9,
         max_batch_size=3,
         max_queue=5,
@@ -82,7 +84,8 @@ def test_no_such_genome(checkpoint, tmp_path, capsys):
     assert "none.fa" in line
 
 
-def test_several_processes(checkpoint, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0")
-    assert "without torchrun" in line
+@pytest.mark.parametrize("flags, processes", [(["--tensor-parallel-size", "2"], 1), ([], 2)])
+def test_as_many_processes_as_share_the_model(checkpoint, capsys, monkeypatch, flags, processes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0", *flags)
+    assert f"the number of processes is {processes}; give the same number to --devices" in line

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
 import sys
 import time
 
+import numpy as np
 import requests
 
 COMMAND = [sys.executable, "-c", "from evo2_megatron.cli.serve import main; main()"]
@@ -47,6 +50,12 @@ class Server:
             lines = filter(None, response.iter_lines(chunk_size=None, decode_unicode=True))
             for kind in lines:
                 yield kind.removeprefix("event: "), json.loads(next(lines).removeprefix("data: "))
+
+
+def arrays_of(data):
+    """Of an archive in Base64."""
+    with np.load(io.BytesIO(base64.b64decode(data))) as archive:
+        return dict(archive)
 
 
 def until(happens, seconds=30.0):

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """evo2_serve as its users meet it: a process on a port. What it answers is what the commands for files compute."""
 
-import base64
 import concurrent.futures
-import io
 import json
 import math
 import re
@@ -22,7 +20,7 @@ from evo2_megatron.tasks.predict import predict
 from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
 from evo2_megatron.tasks.prompts import Prompt
 from evo2_megatron.tasks.sampling import Sampling
-from tasks.server_process import Server, until
+from tasks.server_process import Server, arrays_of, until
 
 SEQUENCES = ["ACGTTGCAACGGTTAC" * 3, "acgtNNga", "|d__Bacteria;p__X|GATTACA", "A"]
 MAX_LENGTH = 2048
@@ -70,11 +68,6 @@ def predicted(fasta, checkpoint, folder, output, *, prepend_bos=False):
     batch = torch.load(path)
     order = batch["seq_idx"].argsort()
     return {name: values[order] for name, values in batch.items()}
-
-
-def arrays_of(data):
-    with np.load(io.BytesIO(base64.b64decode(data))) as archive:
-        return dict(archive)
 
 
 @pytest.mark.parametrize("prepend_bos", [False, True])

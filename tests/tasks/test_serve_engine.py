@@ -64,11 +64,11 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
         engine.submit(job := GenerateJob(ids=[65], seed=1, settings=GenerationSettings()))
         return await asyncio.wait_for(job.reply.get(), 60)
 
-    def wait_and_fail(self, _model, _generations):
+    def wait_and_fail(self, _turns):
         until(lambda: self.num_waiting == 1)
         raise RuntimeError("a kernel failed")
 
-    monkeypatch.setattr(Engine, "_turn", wait_and_fail)
+    monkeypatch.setattr(Engine, "_next", wait_and_fail)
     ready = threading.Event()
     engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
     with concurrent.futures.ThreadPoolExecutor(1) as threads:

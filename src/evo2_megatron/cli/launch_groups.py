@@ -24,14 +24,14 @@ def add_devices(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def on_devices(devices: int | str | None, argv: Sequence[str] | None) -> bool:
+def on_devices(devices: int | str | None, argv: Sequence[str] | None, *, until_stopped: bool = False) -> bool:
     """``tasks.launch.on_devices`` of what ``--devices`` says and ``main`` was given."""
     if devices is None:
         return False
 
     from evo2_megatron.tasks import launch  # torch loads here, not for --help
 
-    return launch.on_devices(None if devices == _AUTO else int(devices), argv)
+    return launch.on_devices(None if devices == _AUTO else int(devices), argv, until_stopped=until_stopped)
 
 
 def _devices(text: str) -> int | str:

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, model_groups
+from evo2_megatron.cli import groups, launch_groups, model_groups
 
 PROG = "evo2_serve"
 
@@ -59,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="requests that may wait; further ones get status 503 and when to try again (default: 128)",
     )
     model_groups.add_precision_and_kernels(parser)
+    launch_groups.add_devices(parser).add_argument(
+        "--tensor-parallel-size",
+        type=groups.positive_int,
+        default=1,
+        metavar="N",
+        help="processes that split each weight matrix, as many as --devices (default: 1)",
+    )
     return parser
 
 
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.set_up_logging()
+    if launch_groups.on_devices(args.devices, argv, until_stopped=True):
+        return
 
     from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help
     from evo2_megatron.tasks.server.serve import serve
@@ -81,6 +90,7 @@ def _main(argv: Sequence[str] | None) -> None:
         fp8=model_groups.fp8_choice(args),
         provider_overrides=model_groups.provider_overrides(args),
         with_self_test=bool(groups.self_test(args)),
+        tensor_parallel_size=args.tensor_parallel_size,
         max_seq_length=args.max_seq_length,
         max_batch_size=args.max_batch_size,
         max_queue=args.max_queue,

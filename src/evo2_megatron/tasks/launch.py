@@ -19,9 +19,11 @@ from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.children import end_with_parent
 
 _RUN_OF = "evo2-"  # and a process id: a run of processes that this one started, by the name that torchrun gives them
+_GRACE_SECONDS = 30  # to end after a signal; whoever has not is killed
+_LONG_SECONDS = 24 * 60 * 60
 
 
-def on_devices(devices: int | None, argv: Sequence[str] | None) -> bool:
+def on_devices(devices: int | None, argv: Sequence[str] | None, *, until_stopped: bool = False) -> bool:
     """Start the command again in a process for each device and wait for them, if several are asked for.
 
     Signals that ask this process to end reach the others. Its exit status is that of the process that failed.
@@ -29,6 +31,7 @@ def on_devices(devices: int | None, argv: Sequence[str] | None) -> bool:
     Args:
         devices: How many; None: as many as there are GPUs, or 1.
         argv: What ``main`` was given; None, the command line, is all that can be started again.
+        until_stopped: The command is ended by a signal in any case, takes its time, and has done well then.
 
     Returns:
         Whether the work is done. False: it is for this process.
@@ -49,7 +52,7 @@ def on_devices(devices: int | None, argv: Sequence[str] | None) -> bool:
         return False
     if argv is not None:
         raise UserError("--devices starts a command line again; a function of Python's is to be started by torchrun")
-    _run(count)
+    _run(count, until_stopped=until_stopped)
     return True
 
 
@@ -63,7 +66,7 @@ def _count(devices: int | None) -> int:
     return devices
 
 
-def _run(count: int) -> None:
+def _run(count: int, *, until_stopped: bool) -> None:
     """Start this process's own command line so many times; returns when all have ended well, and exits otherwise."""
     logging.disable()  # the processes speak for themselves
     if not megatron.on_cuda():
@@ -78,11 +81,12 @@ def _run(count: int) -> None:
         rdzv_endpoint="127.0.0.1:0",  # a free port
         max_restarts=0,
         monitor_interval=0.1,
+        shutdown_timeout=_LONG_SECONDS if until_stopped else _GRACE_SECONDS,
     )
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        sys.exit(0 if until_stopped else 128 + error.sigval)
     except ChildFailedError as error:
         # the first in this order has failed; others were ended because of it
         rank, failure = next(iter(error.failures.items()))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.runtime.out_of_memory import is_out_of_memory
+from evo2_megatron.runtime import distributed, out_of_memory
 from evo2_megatron.tasks.server.jobs import Refused
 
 Result = TypeVar("Result")
@@ -21,14 +21,27 @@ RETRY_SECONDS = 5
 NO_MEMORY = "not enough memory for this request; send a shorter one, or try again when the server is less busy"
 
 
+_NONE_ALONE = (
+    "not enough memory for what was asked for, and processes that share a model cannot go on without each other; "
+    "start again with a lower --max-batch-size or --max-seq-length"
+)
+
+
 def attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
-    """What ``work`` returns; if memory runs out, what to answer."""
+    """What ``work`` returns; if memory runs out, what to answer.
+
+    Raises:
+        UserError: Memory ran out, and there are further processes, which wait for this one in the middle of the work.
+    """
+    if distributed.world_size() > 1:
+        with out_of_memory.told(_NONE_ALONE):
+            return work(*arguments)
     try:
         return work(*arguments)
     except UserError as error:  # of too little memory, for the shortest pieces
         refused = Refused(503, str(error), retry_after=RETRY_SECONDS)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not out_of_memory.is_out_of_memory(error):
             raise
         refused = Refused(503, NO_MEMORY, retry_after=RETRY_SECONDS)
     # here, where the error that holds what was computed is gone

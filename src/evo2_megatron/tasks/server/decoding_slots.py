@@ -139,7 +139,7 @@ class RunningBatch:
     def advance(self) -> int:
         """One more token each, or one more piece of the prompts; the number of jobs that it answered."""
         for each in self._running:
-            each.row.cancelled = each.job.reply.cancelled
+            each.row.cancelled = each.job.dropped
         if self._reading is not None:
             self._read_on(self._reading)
             return 0
@@ -160,6 +160,11 @@ class RunningBatch:
             self._reading.close()
             self._reading = None
         self._decoding.close()
+
+    @property
+    def jobs(self) -> list[GenerateJob]:
+        """Of those who have not ended."""
+        return [each.job for each in self._running]
 
     def most_tokens(self) -> list[int]:
         """Of each sequence at its end."""

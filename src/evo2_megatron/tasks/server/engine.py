@@ -16,21 +16,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from evo2_megatron.checkpoint.load import LoadedModel
+from evo2_megatron.checkpoint.load import LoadedModel, tensor_shapes
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import allele_scoring, self_test
 from evo2_megatron.tasks.allele_scoring import SharedContext
-from evo2_megatron.tasks.batching import Backoff, batch_tokens, plan_batches
+from evo2_megatron.tasks.batching import Backoff, RunsBatches, batch_tokens, plan_batches
 from evo2_megatron.tasks.cache_memory import memory_limit
 from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
-from evo2_megatron.tasks.generation_model import GenerationCheckpoint, decoder_of, find_checkpoint, log_memory
+from evo2_megatron.tasks.generation_model import (
+    GenerationCheckpoint,
+    decoder_of,
+    find_checkpoint,
+    layout_of_generation,
+    log_memory,
+)
 from evo2_megatron.tasks.prediction_runner import Runner
 from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.server.attempt import RETRY_SECONDS, attempt
 from evo2_megatron.tasks.server.generations import Generations
 from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, VariantsJob, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
+from evo2_megatron.tasks.server.turns import Turn, Turns
 from evo2_megatron.tasks.variant_windows import plan_groups
 
 if TYPE_CHECKING:
@@ -53,6 +60,9 @@ class ModelSettings:
     fp8: Fp8Choice = "as_asked"
     provider_overrides: Mapping[str, Any] = field(default_factory=dict)
     with_self_test: bool = False
+    tensor_parallel_size: int = 1
+    """Processes that share the model. Of other layouts there is none: all processes have the same to do."""
+
     max_seq_length: int | None = None
     """Most tokens of a sequence, prompt and completion together; None: what the checkpoint was trained for and memory
     allows."""
@@ -81,14 +91,23 @@ class ModelInfo(NamedTuple):
 
 
 class Engine:
-    """Runs in a thread of its own; ``submit``, ``info`` and ``stop`` may be used from others."""
+    """Runs in a thread of its own; ``submit``, ``info`` and ``stop`` may be used from others.
+
+    Of processes that share a model each has one, and only the first gets jobs.
+    """
 
     def __init__(self, settings: ModelSettings, *, on_ready: Callable[[ModelInfo], None] | None = None) -> None:
         """Look at the checkpoint, but load nothing yet; ``on_ready`` is called in the engine's thread.
 
         Raises:
-            UserError: There is no such checkpoint.
+            UserError: There is no such checkpoint, or no such number of processes as its layout needs.
         """
+        processes, size = distributed.world_size(), settings.tensor_parallel_size
+        if processes != size:
+            raise UserError(
+                f"evo2_serve has one copy of the model, and --tensor-parallel-size is {size}, but the number of "
+                f"processes is {processes}; give the same number to --devices"
+            )
         self.settings = settings
         self.info: ModelInfo | None = None
         """None until the model is loaded."""
@@ -97,6 +116,7 @@ class Engine:
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._stopped = False
+        self._num_submitted = 0
         self._generations: Generations | None = None
         self._answering: Sequence[Job] = []
         self._passes: Iterator[None] = iter(())  # through which they go, a batch at each item
@@ -128,6 +148,8 @@ class Engine:
                     f"{len(self._waiting)} requests wait already, as many as --max-queue allows; try again",
                     retry_after=self._retry_after(),
                 )
+            self._num_submitted += 1
+            job.number = self._num_submitted
             self._waiting.append(job)
             self._condition.notify()
 
@@ -145,21 +167,22 @@ class Engine:
             self._condition.notify()
 
     def run(self) -> None:
-        """Load the model and work until ``stop``.
+        """Load the model and work until ``stop`` of the first process's engine.
 
         Raises:
-            UserError: The model cannot be loaded here.
+            UserError: The model cannot be loaded here, or memory ran out for one of several processes.
         """
         try:
-            with distributed.process_groups(ParallelConfig()):
+            with distributed.process_groups(ParallelConfig(tensor=self.settings.tensor_parallel_size)):
+                turns = Turns()
                 model = _Model.load(self._checkpoint, self.settings)
                 self._generations = Generations(model.decoder, self.settings.max_batch_size)
                 self.info = model.info
                 log_memory("After model setup")
                 if self._on_ready is not None:
                     self._on_ready(model.info)
-                while self._turn(model, self._generations):
-                    pass
+                while (turn := self._next(turns)) is not None:
+                    self._work(turn, model, self._generations)
         finally:
             self.stop()
             refused = Refused(503, "the server has stopped")
@@ -168,27 +191,36 @@ class Engine:
             for job in (*self._answering, *self._waiting):
                 job.reply.put(refused)
 
-    def _turn(self, model: _Model, generations: Generations) -> bool:
-        """Take what waits, advance what runs; False at the end."""
+    def _next(self, turns: Turns) -> Turn | None:
+        """Wait for something to do; None at the end."""
+        if not turns.is_first:
+            return turns.receive()
         with self._condition:
             while self.is_idle and not self._stopped:
                 self._condition.wait()
-            if self._stopped:
-                return False
-            generate, other = self._take()
-        if generate:
-            generations.admit(generate)
+            turn = None if self._stopped else self._take()
+        turns.send(turn)
+        return turn
+
+    def _work(self, turn: Turn, model: _Model, generations: Generations) -> None:
+        """Begin what is new, and advance what runs."""
+        for job in self._under_way():
+            job.dropped = job.number in turn.dropped
+        if turn.generate:
+            generations.admit(turn.generate)
         self._finished += [time.monotonic()] * generations.advance()
-        if other:
-            self._answering, self._passes = other, _answer(other, model)
-        if self._answering and all(job.reply.cancelled for job in self._answering):
+        if turn.other:
+            self._answering, self._passes = turn.other, _answer(turn.other, model)
+        if self._answering and all(job.dropped for job in self._answering):
             self._passes, self._answering = iter(()), []
         if self._answering and next(self._passes, _DONE) is _DONE:
             self._finished += [time.monotonic()] * len(self._answering)
             self._answering = []
-        return True
 
-    def _take(self) -> tuple[list[GenerateJob], list[PassJob] | list[LayersJob] | list[VariantsJob]]:
+    def _under_way(self) -> list[Job]:
+        return [*self._answering, *(self._generations.jobs if self._generations is not None else ())]
+
+    def _take(self) -> Turn:
         """Generations for which there is room; and of the rest the oldest job, with others that go with it, unless
         there are some already."""
         room = self.settings.max_batch_size - self.num_generating
@@ -209,7 +241,7 @@ class Engine:
             else:
                 stay.append(job)
         self._waiting = stay
-        return generate, other
+        return Turn(generate, other, frozenset(job.number for job in self._under_way() if job.reply.cancelled))
 
 
 def still_loading() -> Refused:
@@ -228,7 +260,7 @@ class _Model:
         loaded = self_test.load_model_checked(
             checkpoint.path,
             with_self_test=settings.with_self_test,
-            parallel=ParallelConfig(),
+            parallel=layout_of_generation(ParallelConfig(tensor=settings.tensor_parallel_size)),
             precision=settings.precision,
             provider_overrides=settings.provider_overrides,
             base_ckpt_dir=settings.base_ckpt_dir,
@@ -253,20 +285,28 @@ class _Model:
             checkpoint=checkpoint.path,
             num_layers=loaded.provider.num_layers,
             hidden_size=loaded.provider.hidden_size,
-            num_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+            num_parameters=_num_parameters(decoder, checkpoint),
             pattern=loaded.run_config.pattern,
             vocab_size=checkpoint.vocab_size,
             precision=loaded.precision,
             int8_weights=loaded.provider.int8_weights,
             device=megatron.device_name(),
             max_seq_length=limit,
-            module_names=frozenset(module_names(decoder)),
+            module_names=frozenset(module_names(decoder, whole_only=settings.tensor_parallel_size > 1)),
         )
         return cls(loaded, decoder, info)
 
     def runner(self, output: Output) -> Runner:
         layers = output.layers_of(self.info.num_layers)
         return Runner(self.loaded.model, output, precision=self.loaded.precision, layers=layers)
+
+
+def _num_parameters(decoder: StripedHyenaModel, checkpoint: GenerationCheckpoint) -> int:
+    """Of the whole model, of which this process may have a part."""
+    whole = tensor_shapes(checkpoint.base) | tensor_shapes(checkpoint.path)
+    # the layer that an adapter stands beside is inside it, and is stored by its own name
+    shapes = {name.replace(".to_wrap", ""): parameter.shape for name, parameter in decoder.named_parameters()}
+    return sum(math.prod(whole.get(name, shape)) for name, shape in shapes.items())
 
 
 def _go_together(first: Job, job: Job, num_tokens: int) -> bool:
@@ -294,13 +334,13 @@ def _answer(jobs: Sequence[PassJob] | Sequence[LayersJob] | Sequence[VariantsJob
 
 
 def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
-    run = Backoff(model.runner(jobs[0].output), can_split=True)
+    run = _with_backoff(model.runner(jobs[0].output))
     sequences = [(job, place) for job in jobs for place in range(len(job.items))]
     lengths = [len(job.items[place]["tokens"]) for job, place in sequences]
     for job in jobs:
         job.rows = [{} for _ in job.items]
     for batch in plan_batches(lengths, max_tokens=batch_tokens()):
-        mine = [index for index in batch if not sequences[index][0].reply.cancelled]
+        mine = [index for index in batch if not sequences[index][0].dropped]
         if not mine:
             continue
         result = yield from run.in_pieces([sequences[index][0].items[sequences[index][1]] for index in mine])
@@ -314,10 +354,10 @@ def _run_passes(jobs: Sequence[PassJob], model: _Model) -> Iterator[None]:
 
 def _run_variants(job: VariantsJob, model: _Model) -> Iterator[None]:
     most = allele_scoring.batch_tokens()
-    run = Backoff(SharedContext(model.runner(Output(log_probs="sum")), max_tokens=most), can_split=True)
+    run = _with_backoff(SharedContext(model.runner(Output(log_probs="sum")), max_tokens=most))
     rows: list[dict[str, np.ndarray]] = [{} for group in job.groups for _ in group.jobs]
     for batch in plan_groups(job.groups, max_tokens=most):
-        if job.reply.cancelled:
+        if job.dropped:
             return
         result = yield from run.in_pieces([job.items[index] for index in batch])
         numbers = [number for index in batch for number in job.groups[index].jobs]
@@ -325,6 +365,11 @@ def _run_variants(job: VariantsJob, model: _Model) -> Iterator[None]:
             rows[number] = {name: values[place].numpy() for name, values in result.items()}
     finite = all(np.isfinite(values).all() for row in rows for values in row.values())
     job.reply.put(Vectors(rows) if finite else Refused(500, OUTPUT_NOT_FINITE))
+
+
+def _with_backoff(run: RunsBatches) -> Backoff | RunsBatches:
+    """Where memory runs out for one of several processes, the others could not follow."""
+    return Backoff(run, can_split=True) if distributed.world_size() == 1 else run
 
 
 def _own(values: Tensor, length: int, output: Output) -> np.ndarray:

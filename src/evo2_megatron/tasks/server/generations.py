@@ -33,6 +33,11 @@ class Generations:
     def num_sequences(self) -> int:
         return sum(batch.num_sequences for batch in self._batches)
 
+    @property
+    def jobs(self) -> list[GenerateJob]:
+        """Of those who have not ended."""
+        return [job for batch in self._batches for job in batch.jobs]
+
     def admit(self, jobs: Sequence[GenerateJob]) -> None:
         """Let jobs join the batches that run, or new ones."""
         how = {"new_batch": lambda: RunningBatch(self._model), "negligible": self._negligible}

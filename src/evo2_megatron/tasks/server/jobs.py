@@ -52,7 +52,7 @@ class Reply:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Generation | Generated | Vectors | Refused] = asyncio.Queue()
         self.cancelled = False
-        """Nobody waits any more: the engine drops the job when it next looks."""
+        """Nobody waits any more."""
 
     def put(self, event: Generation | Generated | Vectors | Refused) -> None:
         """Called by the engine."""
@@ -67,8 +67,31 @@ class Reply:
         return event
 
 
+class _SilentReply(Reply):
+    """Of a process that no client hears."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def put(self, event: Generation | Generated | Vectors | Refused) -> None:
+        pass
+
+
+SILENT = _SilentReply()
+
+
 @dataclass(kw_only=True, eq=False, slots=True)
-class GenerateJob:
+class _Job:
+    reply: Reply = field(default_factory=Reply)
+    number: int = 0
+    """Given by the engine."""
+
+    dropped: bool = False
+    """Set by the engine when it has seen that the reply is cancelled, on all processes in the same turn."""
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class GenerateJob(_Job):
     """One sequence to continue; the reply gets pieces as ``Generation`` if they are wanted, then ``Generated``."""
 
     ids: list[int]
@@ -76,7 +99,6 @@ class GenerateJob:
     settings: GenerationSettings
     wants_pieces: bool = False
     wants_logits: bool = False
-    reply: Reply = field(default_factory=Reply)
 
     @property
     def most_tokens(self) -> int:
@@ -90,13 +112,12 @@ class GenerateJob:
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class PassJob:
+class PassJob(_Job):
     """Whole sequences to score or embed; the reply gets ``Vectors`` with what a ``Runner`` gives for ``output``."""
 
     items: list[Item]
     output: Output
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
-    reply: Reply = field(default_factory=Reply)
 
     @property
     def num_tokens(self) -> int:
@@ -104,24 +125,21 @@ class PassJob:
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class LayersJob:
+class LayersJob(_Job):
     """One sequence of which the outputs of modules are wanted; the reply gets ``Vectors`` of one row, [L, 1, X]."""
 
     item: Item
     modules: list[str]
-    reply: Reply = field(default_factory=Reply)
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class VariantsJob:
+class VariantsJob(_Job):
     """Windows of variants beside those of the reference; the reply gets ``Vectors`` with a row for each comparison of
     the groups: ``reference``, ``alternative`` and ``num_scored``, scalars."""
 
     groups: list[Group]
     items: list[Item]
     """Of ``allele_scoring.make_item`` for each group."""
-
-    reply: Reply = field(default_factory=Reply)
 
 
 Job = GenerateJob | PassJob | LayersJob | VariantsJob

@@ -32,9 +32,14 @@ _ARC_NAMES = (
 """Arc's name, Megatron's name."""
 
 
-def module_names(model: StripedHyenaModel) -> list[str]:
-    """Names of all modules."""
-    return [name for name, _ in model.named_modules() if name]
+_WHOLE = r"embedding|decoder\.final_norm|decoder\.layers\.\d+(\.mlp(\.linear_fc2)?)?"
+"""Modules whose output every process has, where tensor parallelism splits those of others."""
+
+
+def module_names(model: StripedHyenaModel, *, whole_only: bool = False) -> list[str]:
+    """Names of all modules, or of those alone whose output is not split over processes."""
+    names = [name for name, _ in model.named_modules() if name]
+    return [name for name in names if re.fullmatch(_WHOLE, name)] if whole_only else names
 
 
 def megatron_name(name: str) -> str:

@@ -174,7 +174,7 @@ def _add_nim(router: APIRouter, engine: Engine) -> None:
                 raise Refused(
                     422,
                     f"output_layers: the model has no layer {name!r}; choose decoder.layers.0 to "
-                    f"decoder.layers.{info.num_layers - 1}, output_layer, or another name of GET /v1/metadata",
+                    f"decoder.layers.{info.num_layers - 1} or another name of GET /v1/metadata",
                 )
         (item,) = _items([body.sequence], info)
         vectors = await _result(engine, LayersJob(item=item, modules=sorted(set(modules.values()))), request)

@@ -31,7 +31,7 @@ _LOOK_SECONDS = 0.25
 def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way is finished, and nothing new is taken.
 
-    Call it from the main thread of a single process.
+    Call it from the main thread, on all processes that share the model; the first listens.
 
     Args:
         settings: Which model.
@@ -42,8 +42,10 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
     Raises:
         UserError: The port is taken, or the genome cannot be read, or the model not loaded.
     """
-    if distributed.world_size() > 1:
-        raise UserError("evo2_serve runs in one process, on one device; start it without torchrun")
+    if distributed.rank() > 0:
+        with _already_ended():  # this process ends when the first one says so
+            Engine(settings).run()
+        return
     start = time.perf_counter()
     listener = _listen(host, port)
     name, number = listener.getsockname()[:2]
@@ -103,7 +105,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _already_ended() -> Iterator[None]:
-    """uvicorn catches a signal, ends in order and then raises it again: by then there is nothing left to end."""
+    """Nothing is left to end by a signal: uvicorn catches it, ends in order and then raises it again."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

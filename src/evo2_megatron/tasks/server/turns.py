@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine does next, the same on all processes that share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+
+from evo2_megatron.runtime import distributed
+from evo2_megatron.tasks.server.jobs import SILENT, GenerateJob, LayersJob, PassJob, VariantsJob
+
+_FOREVER = timedelta(days=3650)  # that nobody asks anything for
+
+
+class Turn(NamedTuple):
+    """What is new when the engine looks."""
+
+    generate: Sequence[GenerateJob]
+    """Who begins to be generated."""
+
+    other: Sequence[PassJob] | Sequence[LayersJob] | Sequence[VariantsJob]
+    """What begins to be computed beside; nothing while something is."""
+
+    dropped: frozenset[int]
+    """Numbers of jobs under way for which nobody waits any more."""
+
+
+class Turns:
+    """Brings each turn of the first process, which hears clients, to the others, which do the same without a word."""
+
+    def __init__(self) -> None:
+        """Call it on all processes, inside their process groups."""
+        self._group = None
+        if distributed.world_size() > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=_FOREVER)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides."""
+        return distributed.rank() == 0
+
+    def send(self, turn: Turn | None) -> None:
+        """On the first process: have the others do the same; None: end."""
+        if self._group is not None:
+            silent = turn and Turn(*([replace(job, reply=SILENT) for job in jobs] for jobs in turn[:2]), turn.dropped)
+            torch.distributed.broadcast_object_list([silent], src=0, group=self._group)
+
+    def receive(self) -> Turn | None:
+        """On another process: wait for the next."""
+        received: list[Turn | None] = [None]
+        torch.distributed.broadcast_object_list(received, src=0, group=self._group)
+        return received[0]

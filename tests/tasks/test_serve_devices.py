@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evo2_serve with a model that two processes share: it answers as one process does."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import signal
+
+import numpy as np
+import pytest
+
+from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from tasks.server_process import Server, arrays_of, until
+
+PROMPTS = ["GGGCGGCGACCTC", "ATG" * 30, "T", "acgt" * 11]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(megatron, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seq_length=2048)
+
+
+@pytest.fixture(scope="module")
+def servers(checkpoint, tmp_path_factory):
+    """Of two processes, and of one."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("two", "one")]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # importing takes longest
+        two = threads.submit(Server, checkpoint, folders[0], "--devices", "2", "--tensor-parallel-size", "2")
+        one = threads.submit(Server, checkpoint, folders[1])
+    both = [two.result(), one.result()]
+    yield both
+    for server in both:
+        server.process.kill()  # with which the processes that it started end
+        server.process.wait()
+
+
+def agree(given, expected):
+    """All that is no number is equal, and numbers are up to rounding."""
+    if isinstance(expected, dict):
+        assert given.keys() == expected.keys()
+        for name, value in expected.items():
+            agree(given[name], value)
+    elif isinstance(expected, list):
+        assert len(given) == len(expected)
+        for one, other in zip(given, expected):
+            agree(one, other)
+    elif isinstance(expected, float):
+        assert math.isclose(given, expected, rel_tol=1e-4, abs_tol=1e-3)
+    else:
+        assert given == expected
+
+
+@pytest.mark.parametrize(
+    "route, body",
+    [
+        ("/v1/score", {"sequences": PROMPTS, "per_base": True}),
+        ("/v1/embed", {"sequences": PROMPTS, "layers": [0, -1]}),
+        (
+            "/v1/variants",
+            {"sequence": "ACGTTGCA" * 20, "variants": [{"position": 5, "ref": "T", "alt": "G"}], "both_strands": True},
+        ),
+        (
+            "/v1/generate",
+            {"prompt": PROMPTS[0], "max_new_tokens": 50, "alphabet": "ACGT", "seed": 7, "return_log_probs": True},
+        ),
+        ("/biology/arc/evo2/generate", {"sequence": "ACGT", "num_tokens": 9, "random_seed": 1, "top_k": 4}),
+    ],
+    ids=["score", "embed", "variants", "generate", "nim"],
+)
+def test_answers_are_those_of_one_process(servers, route, body):
+    two, one = (server.ask(route, body) for server in servers)
+    agree(two, one)
+
+
+def test_outputs_of_layers(servers):
+    body = {"sequence": "ACGTTG", "output_layers": ["blocks.1", "blocks.2.mlp.l3", "norm", "embedding_layer"]}
+    two, one = (arrays_of(server.ask("/biology/arc/evo2/forward", body)["data"]) for server in servers)
+    assert two.keys() == one.keys() and len(one) == 4
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=1e-3, atol=1e-3)
+    split = servers[0].post("/biology/arc/evo2/forward", {"sequence": "ACGT", "output_layers": ["unembed"]})
+    assert split.status_code == 422 and "the model has no layer 'unembed'; choose decoder.layers.0 to" in split.text
+
+
+def test_what_is_known_of_the_model(servers):
+    two, one = (server.get("/v1/metadata").json() for server in servers)
+    assert set(two.pop("modules")) < set(one.pop("modules"))
+    assert two == one
+
+
+def test_many_at_once(servers):
+    """Who joins whom depends on when they come; what they get does not."""
+
+    def bases(server, number):
+        body = {"prompt": PROMPTS[number % 4], "max_new_tokens": 5 + 3 * number, "alphabet": "ACGT", "seed": number}
+        return server.ask("/v1/generate", body)["completion"]
+
+    with concurrent.futures.ThreadPoolExecutor(24) as clients:
+        two, one = (list(clients.map(bases, [server] * 24, range(24))) for server in servers)
+    assert two == one
+
+
+def test_who_goes_away_is_dropped_everywhere(servers):
+    server = servers[0]
+    body = {"prompt": "A", "max_new_tokens": 1900, "alphabet": "ACGT", "stop_at_eod": False}
+    for _ in range(2):
+        events = server.events(body)
+        next(events)
+        events.close()
+    until(lambda: server.generating() == 0)
+    # were one process still at it, this would not be answered
+    assert server.ask("/v1/score", {"sequences": ["ACGT"]})["scores"][0]["num_scored"] == 3
+
+
+def test_sigterm_finishes_what_runs(servers):
+    server = servers[0]
+    body = {"prompt": "A", "max_new_tokens": 200, "alphabet": "ACGT", "stop_at_eod": False}
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(server.ask, "/v1/generate", body)
+        until(lambda: server.generating() == 1)
+        server.process.send_signal(signal.SIGTERM)
+        assert len(answer.result()["completion"]) == 200
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text() and "Stopped" in server.log.read_text()
