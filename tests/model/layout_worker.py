@@ -3,11 +3,12 @@
 
 Run by test_layouts.py: ``layout_worker.py CHECKPOINT FOLDER``. Rank 0 saves, in a file for each layout,
 ``losses`` by sequence and context-parallel rank, ``logits`` of the first sequence, ``gradients`` as full tensors by
-global name, and ``decoded``: cached logits where the layout can generate.
+global name, and where the layout can generate ``decoded``, cached logits, and ``generated``, of each process.
 """
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -169,6 +170,23 @@ def decoded(model):
         return [forward_last(model, part, state) for part in tokens()[0][:1, :130].split([3, 120, 1, 6], dim=1)]
 
 
+def generated(model):
+    """Token ids drawn where each process has random numbers of its own: those of the first count."""
+    from megatron.core import parallel_state
+
+    from evo2_megatron.tasks import decoding
+    from evo2_megatron.tasks.generate import GenerationSettings
+
+    place = parallel_state.get_model_parallel_group().rank()
+    settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False)
+    uniforms = decoding.uniforms
+    with mock.patch.object(decoding, "uniforms", lambda seed, *places: uniforms(seed + place, *places)):
+        batch = decoding.Decoding.alike(model, settings, [tokens()[0][0, :9].tolist()], seeds=[5]).run()
+    of_each = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_each, batch.generations[0].token_ids)
+    return of_each
+
+
 def merged(value):
     """Union of the dictionaries of all processes; equal keys hold equal values."""
     of_each = [None] * torch.distributed.get_world_size()
@@ -196,6 +214,7 @@ def run(checkpoint, layout):
         result["logits"] = merged({} if logits_BLV is None else {"logits": logits_BLV})["logits"]
         if layout.context == 1 and not layout.splits_activations:
             result["decoded"] = torch.stack(decoded(inner))
+            result["generated"] = generated(inner)
         return result
 
 

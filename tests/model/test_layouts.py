@@ -52,3 +52,4 @@ def test_every_layout_equals_one_process(answers, layout):
         assert_close(got["gradients"][name], gradient, name)
     if "decoded" in got:
         assert_close(got["decoded"], want["decoded"], "cached logits")
+        assert len(got["generated"]) == 4 and all(ids == want["generated"][0] for ids in got["generated"])

@@ -118,6 +118,20 @@ def share_random_state() -> None:
         torch.cuda.set_rng_state(state[1])
 
 
+def of_first_in_model(value: Tensor) -> Tensor:
+    """A tensor as the first of the processes that share a model has it; every one of them must call this.
+
+    For what decides how they go on: equal sums may differ in their last digit from GPU to GPU.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.broadcast(value, group=group, group_src=0)
+    return value
+
+
 def be_alone_without_torchrun() -> None:
     """Name one process on a free port; Bridge would guess, from Slurm's variables and the same port for every run."""
     if "MASTER_PORT" in os.environ or world_size() > 1:

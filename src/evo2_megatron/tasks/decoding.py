@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evo2_megatron.config import UserError
 from evo2_megatron.model.shared_caches import SharedCaches
+from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks.completion import Completion, Generation
 from evo2_megatron.tasks.decoding_step import DecodingStep, GraphedStep, ToHost
 from evo2_megatron.tasks.forward import prefill_in_pieces
@@ -276,7 +277,7 @@ class Decoding:
             return False
         self.feed()
         logits_BV, wanted = self._logits_BV, any(row.settings.return_log_probs for row in self._present)
-        drawn_B = self._sampling.draw(logits_BV, self._uniform_BN[:, 0])
+        drawn_B = distributed.of_first_in_model(self._sampling.draw(logits_BV, self._uniform_BN[:, 0]))
         self._uniform_BN = self._uniform_BN[:, 1:]
         arriving = ToHost(_drawn(drawn_B, logits_BV, wanted=wanted))
         self._drawn_rows, self._drawn_from_BV = self._present, logits_BV.clone() if self._cuda_graphs else logits_BV
