@@ -65,7 +65,7 @@ class Ours:
     def prefill(self, tokens_BL: Tensor, *, max_tokens: int) -> Tensor:
         """Logits [B, V] after a prompt; fills fresh caches for up to ``max_tokens``."""
         from evo2_megatron.tasks.forward import prefill
-        from evo2_megatron.tasks.generate import PREFILL_CHUNK
+        from evo2_megatron.tasks.generation.generate import PREFILL_CHUNK
 
         self._state = self.model.new_inference_state(tokens_BL.shape[0], max_tokens, last_token_logits_only=True)
         return prefill(self.model, tokens_BL, self._state, chunk=PREFILL_CHUNK)

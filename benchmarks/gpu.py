@@ -106,8 +106,8 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
 
 def score(name: str, precision: str, lengths: list[int], compiled: bool, profile: bool) -> None:
     """Log-likelihoods of whole sequences."""
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     runner = Runner(
         build(name, precision, use_subquadratic_ops=compiled), Output(log_probs="sum"), precision=precision
@@ -137,9 +137,9 @@ def show_costs(call: Callable[[], object]) -> None:
 
 def decode(model: torch.nn.Module, name: str, batch: int, num_new: int, graphs: bool) -> None:
     """New tokens after prompts of ``PROMPT_LENGTH``, greedily."""
-    from evo2_megatron.tasks.decoding import Decoding
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.decoding import Decoding
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     settings = GenerationSettings(
         max_new_tokens=num_new, sampling=Sampling(temperature=0.0), stop_at_eod=False, cuda_graphs=graphs

@@ -23,7 +23,7 @@ import torch
 
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.runtime.distributed import process_groups
-from evo2_megatron.tasks.batching import BATCH_TOKENS_CPU, plan_batches
+from evo2_megatron.tasks.scoring.batching import BATCH_TOKENS_CPU, plan_batches
 
 ROUNDS = 3
 TOLERANCE = 1e-5
@@ -38,8 +38,8 @@ def made_up_dna(lengths: list[int]) -> list[list[int]]:
 
 def score_ours(model: torch.nn.Module, sequences: list[list[int]]) -> list[float]:
     """Log-likelihoods, in batches of similar length."""
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     runner = Runner(model, Output(log_probs="sum"), precision="fp32")
     scores = [0.0] * len(sequences)
@@ -65,8 +65,8 @@ def score_vortex(vortex, sequences: list[list[int]]) -> list[float]:
 
 def generate_ours(model: torch.nn.Module, prompts: list[list[int]], num_new: int) -> list[list[int]]:
     """Greedy continuations, all prompts in one batch."""
-    from evo2_megatron.tasks.generate import GenerationSettings, generate
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.generate import GenerationSettings, generate
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     settings = GenerationSettings(
         max_new_tokens=num_new, sampling=Sampling(temperature=0), max_batch_size=len(prompts), alphabet="ACGT",

@@ -319,7 +319,7 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, 
     add_hidden_512()
     megatron.enter()
     pairs = Pairs(size, recompute)
-    from evo2_megatron.tasks.train import train
+    from evo2_megatron.tasks.training.train import train
 
     # the plain model has one group of parameters
     train(**options(folder, run_dir, size, length, recompute, WARM_UP_STEPS + timed), wd=0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of training through ``tasks.train``: tokens per second, and where the time of a step goes.
+"""Speed of training through ``tasks.training.train``: tokens per second, and where the time of a step goes.
 
 Trains on phage lambda from indexed data, float32, two threads in all, on one process and on two. The clock is around
 the calls themselves: the wait for data, Megatron's forward and backward step, every call into a process group and
@@ -144,7 +144,7 @@ def add_hidden_512() -> None:
 def prepare(folder: Path) -> Path:
     """Make an indexed dataset of the genome, both strands; returns the YAML of a blend."""
     from evo2_megatron.data.preprocess_config import PreprocessConfig
-    from evo2_megatron.tasks.preprocess import preprocess
+    from evo2_megatron.tasks.preparation.preprocess import preprocess
 
     preprocess(
         PreprocessConfig(
@@ -170,7 +170,7 @@ def prepare(folder: Path) -> Path:
 
 
 def options(folder: Path, run_dir: Path, size: str, length: int, recompute: str, steps: int) -> dict[str, Any]:
-    """Arguments of ``tasks.train.train``; what is not here is the recipe's."""
+    """Arguments of ``tasks.training.train.train``; what is not here is the recipe's."""
     return {
         "dataset_config": folder / "blend.yaml",
         "result_dir": run_dir,
@@ -197,7 +197,7 @@ def worker(folder: Path, run_dir: Path, size: str, length: int, recompute: str, 
     install(clock)
     from megatron.bridge.training import train as bridge
 
-    from evo2_megatron.tasks.train import train
+    from evo2_megatron.tasks.training.train import train
 
     upstream, calls = bridge.checkpoint_and_decide_exit, 0
 

@@ -52,7 +52,7 @@ def build(name: str, window: int) -> torch.nn.Module:
 
 def snvs(genome: Genome, records: int, num_alts: int, window: int):
     """Groups and batches as the command makes them."""
-    from evo2_megatron.tasks.variant_windows import Comparison, Edit, WindowSettings, make_groups
+    from evo2_megatron.tasks.scoring.variant_windows import Comparison, Edit, WindowSettings, make_groups
 
     comparisons = []
     for record in range(records):
@@ -76,11 +76,11 @@ def best(calls: list[Callable[[], object]], rounds: int) -> list[float]:
 
 def measure(model: torch.nn.Module, genome: Genome, num_alts: int, args: argparse.Namespace) -> tuple[float, ...]:
     """Seconds per record whole and shared, and the largest difference of a mean score."""
-    from evo2_megatron.tasks.allele_scoring import BATCH_TOKENS_CPU, SharedContext, WholeWindows, make_item
-    from evo2_megatron.tasks.batching import BATCH_TOKENS_CPU as WHOLE_TOKENS
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
-    from evo2_megatron.tasks.variant_windows import plan_groups
+    from evo2_megatron.tasks.scoring.allele_scoring import BATCH_TOKENS_CPU, SharedContext, WholeWindows, make_item
+    from evo2_megatron.tasks.scoring.batching import BATCH_TOKENS_CPU as WHOLE_TOKENS
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.variant_windows import plan_groups
 
     groups = snvs(genome, args.records, num_alts, args.window_length)
     items = [make_item(group, genome, prepend_bos=False) for group in groups]

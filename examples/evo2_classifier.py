@@ -24,7 +24,7 @@ from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.recipes.head_options import HeadOptions
 from evo2_megatron.recipes.options import LORA_TARGETS
 from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks.train_head import train_head
+from evo2_megatron.tasks.heads.train_head import train_head
 
 _PROG = "evo2_classifier.py"
 
@@ -55,7 +55,7 @@ def predict(
     if isinstance(sequences, str):  # whose characters would be sequences of one base
         raise UserError("sequences is one text; give a list of sequences")
     megatron.enter()
-    from evo2_megatron.tasks.head_runner import run_head
+    from evo2_megatron.tasks.heads.head_runner import run_head
 
     ids = [_encode(sequence, name=f"sequence {number}") for number, sequence in enumerate(sequences, 1)]
     with distributed.process_groups(ParallelConfig()):
@@ -85,7 +85,7 @@ def count_params_from_checkpoint(checkpoint_dir: Path | str) -> dict[str, float]
     """
     megatron.enter()
     from evo2_megatron.model.head import is_backbone
-    from evo2_megatron.tasks.predict_head import find_checkpoint, labels_of
+    from evo2_megatron.tasks.heads.predict_head import find_checkpoint, labels_of
 
     checkpoint = find_checkpoint(Path(checkpoint_dir))
     run_config = read_run_config(checkpoint)

@@ -33,6 +33,17 @@ MAY_IMPORT = {
     "tasks": FACTS | {"runtime", "ops", "data", "model", "checkpoint", "recipes"},
     "cli": FACTS | {"tasks"},
 }
+PACKAGES_OF_TASKS = {
+    "scoring": set(),
+    "generation": set(),
+    "training": {"scoring"},
+    "heads": {"scoring", "training"},
+    "planning": {"scoring", "generation", "training"},
+    "conversion": {"scoring"},
+    "preparation": set(),
+    "server": {"scoring", "generation"},
+}
+"""Which of the others each takes from; files beside them are for all."""
 # who may say "megatron": the rest of the code must not need to know what it runs on
 MEGATRON_LAYERS = {"runtime", "model", "checkpoint", "recipes", "tasks"}
 MEGATRON_FILES = {"data/datasets.py", "data/providers.py"}  # subclasses of its dataset and provider
@@ -74,6 +85,14 @@ def test_imports_point_down(path):
     ours = {n.split(".")[1] for n in imported_names(path) if n.startswith("evo2_megatron.")}
     if layer != "__init__":
         assert ours <= MAY_IMPORT[layer] | {layer}
+
+
+def test_packages_of_tasks_point_one_way():
+    for package, others in PACKAGES_OF_TASKS.items():
+        names = set().union(*map(imported_names, (ROOT / "tasks" / package).glob("*.py")))
+        used = {name.split(".")[2] for name in names if name.startswith("evo2_megatron.tasks.")}
+        assert used & PACKAGES_OF_TASKS.keys() <= others | {package}, package
+    assert {path.parent.name for path in (ROOT / "tasks").glob("*/__init__.py")} == set(PACKAGES_OF_TASKS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

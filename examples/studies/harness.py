@@ -71,14 +71,14 @@ class Model:
 
     def __init__(self, loaded: LoadedModel, layers: Sequence[int], max_batch_tokens: int | None) -> None:
         """``layers``: of embeddings, counted from 0, ascending, to the last of ``loaded``; none: for scores."""
-        from evo2_megatron.tasks.batching import batch_tokens
+        from evo2_megatron.tasks.scoring.batching import batch_tokens
 
         self._loaded, self.layers = loaded, list(layers)
         self._max_tokens = max_batch_tokens or batch_tokens()
 
     def log_probs(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
         """``LogProbs``."""
-        from evo2_megatron.tasks.prediction_settings import Output
+        from evo2_megatron.tasks.scoring.prediction_settings import Output
 
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
         for indices, batch in self._batches(sequences, Output(log_probs="per_token")):
@@ -89,7 +89,7 @@ class Model:
 
     def log_likelihoods(self, sequences: Sequence[bytes]) -> np.ndarray:
         """Sums of ``log_probs`` in nat, float64, one per sequence."""
-        from evo2_megatron.tasks.prediction_settings import Output
+        from evo2_megatron.tasks.scoring.prediction_settings import Output
 
         results = np.zeros(len(sequences))
         for indices, batch in self._batches(sequences, Output(log_probs="sum")):
@@ -98,7 +98,7 @@ class Model:
 
     def distributions(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
         """``Distributions``; the logits of all tokens of a batch exist at a time."""
-        from evo2_megatron.tasks.prediction_settings import Output
+        from evo2_megatron.tasks.scoring.prediction_settings import Output
 
         letters = list(BASES.encode())
         results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
@@ -111,7 +111,7 @@ class Model:
 
     def embed(self, sequences: Sequence[bytes]) -> list[np.ndarray]:
         """``Embed``, after the layer that the model was opened with."""
-        from evo2_megatron.tasks.prediction_settings import Output
+        from evo2_megatron.tasks.scoring.prediction_settings import Output
 
         (layer,) = self.layers
         results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
@@ -123,7 +123,7 @@ class Model:
 
     def pooled(self, sequences: Sequence[bytes], pooling: Pooling) -> dict[int, np.ndarray]:
         """Of each layer, float32 [sequences, H]."""
-        from evo2_megatron.tasks.prediction_settings import Output, Window
+        from evo2_megatron.tasks.scoring.prediction_settings import Output, Window
 
         how = Window(pooling.start + 1, pooling.stop) if isinstance(pooling, range) else pooling
         output = Output(embedding_layers=tuple(self.layers), pooling=how)
@@ -139,8 +139,8 @@ class Model:
 
         from evo2_megatron.data.fasta_dataset import make_sample
         from evo2_megatron.data.tokenizer import encode_sequence
-        from evo2_megatron.tasks.batching import Backoff, plan_batches
-        from evo2_megatron.tasks.prediction_runner import Runner
+        from evo2_megatron.tasks.scoring.batching import Backoff, plan_batches
+        from evo2_megatron.tasks.scoring.prediction_runner import Runner
 
         runner = Runner(self._loaded.model, output, precision=self._loaded.precision, layers=self.layers)
         forward = Backoff(runner, can_split=True)
@@ -180,7 +180,7 @@ def open_model(
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.checkpoint.run_config import read_run_config
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = read_run_config(checkpoint)

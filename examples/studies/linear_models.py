@@ -131,7 +131,7 @@ def predict(labels: Labels, model: Pipeline, features: np.ndarray) -> np.ndarray
 
 def measure(candidate: Candidate, labels: Labels, targets: np.ndarray, folds: Sequence[Fold]) -> Result:
     """Fit to the rows of each fold, and measure on those that it has not seen."""
-    from evo2_megatron.tasks.head_metrics import metrics_of
+    from evo2_megatron.tasks.heads.head_metrics import metrics_of
 
     predictions = np.zeros((len(targets), max(len(labels.classes), 1)))
     of_folds = []

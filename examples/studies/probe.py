@@ -200,7 +200,7 @@ def test(
     features: Sequence[np.ndarray], labels: Labels, tables: Sequence[Table], output_dir: Path, *, seed: int
 ) -> dict[str, float]:
     """Learn from the first table, measure on the second, and write ``probe_test.tsv``; its metrics."""
-    from evo2_megatron.tasks.head_metrics import metrics_of
+    from evo2_megatron.tasks.heads.head_metrics import metrics_of
 
     targets = [table.rows.targets[:, 0] for table in tables]
     inner = folds_of(labels, targets[0], tables[0].group_of, INNER_FOLDS, seed)

@@ -39,9 +39,9 @@ def call(monkeypatch):
             seen.update(scorer=given)
             yield "score"
 
-        monkeypatch.setattr("evo2_megatron.tasks.scorers.open_scorer", open_scorer)
+        monkeypatch.setattr("evo2_megatron.tasks.generation.scorers.open_scorer", open_scorer)
         monkeypatch.setattr(
-            "evo2_megatron.tasks.guide.guide",
+            "evo2_megatron.tasks.generation.guide.guide",
             lambda prompts, ckpt_dir, settings, search, score, **rest: seen.update(
                 rest, prompts=prompts, ckpt_dir=ckpt_dir, settings=settings, search=search, score=score
             ),
@@ -54,10 +54,10 @@ def call(monkeypatch):
 
 
 def test_defaults(call):
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.guided import SearchSettings
-    from evo2_megatron.tasks.prompts import Prompt
-    from evo2_megatron.tasks.scorers import TIMEOUT
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.guided import SearchSettings
+    from evo2_megatron.tasks.generation.prompts import Prompt
+    from evo2_megatron.tasks.generation.scorers import TIMEOUT
 
     search = SearchSettings()
     assert call("--prompt", "ACGT", "--scorer-command", "./program --fast") == {
@@ -80,10 +80,10 @@ def test_defaults(call):
 
 
 def test_every_flag(call, tmp_path, monkeypatch):
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.guided import SearchSettings
-    from evo2_megatron.tasks.prompts import Prompt
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.guided import SearchSettings
+    from evo2_megatron.tasks.generation.prompts import Prompt
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"id": "a", "prompt": "ACGT", "seed": 3}\n')

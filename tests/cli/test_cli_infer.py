@@ -34,7 +34,7 @@ def call(monkeypatch):
     def run(*argv):
         seen = {}
         monkeypatch.setattr(
-            "evo2_megatron.tasks.infer.infer",
+            "evo2_megatron.tasks.generation.infer.infer",
             lambda prompts, ckpt_dir, settings, **rest: seen.update(
                 rest, prompts=prompts, ckpt_dir=ckpt_dir, settings=settings
             ),
@@ -46,8 +46,8 @@ def call(monkeypatch):
 
 
 def test_defaults(call):
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.prompts import Prompt
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.prompts import Prompt
 
     seen = call()
     assert callable(seen.pop("on_record"))
@@ -70,9 +70,9 @@ def test_defaults(call):
 
 
 def test_every_flag_arrives(call, tmp_path, monkeypatch):
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.prompts import Prompt
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.prompts import Prompt
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"id": "x", "prompt": "ACGT", "seed": 9}\n')
@@ -137,7 +137,7 @@ def test_records_are_printed(call, capsys):
 
 
 def test_prompt_files_of_every_kind(call, tmp_path):
-    from evo2_megatron.tasks.prompts import Prompt
+    from evo2_megatron.tasks.generation.prompts import Prompt
 
     for name, content in (("x.fa", ">a b\nAC\nGT\n"), ("x.txt", "ACGT\n"), ("x.jsonl", '{"prompt": "ACGT"}\n')):
         (tmp_path / name).write_text(content)
@@ -180,7 +180,7 @@ def test_a_format_for_the_file_leaves_what_is_printed(call, capsys):
 
 
 def test_stream_of_one_prints_at_once_what_is_printed_without(call, capsys):
-    from evo2_megatron.tasks.infer import Piece
+    from evo2_megatron.tasks.generation.infer import Piece
 
     show = call("--stream")["on_piece"]
     printed = []
@@ -193,7 +193,7 @@ def test_stream_of_one_prints_at_once_what_is_printed_without(call, capsys):
 
 
 def test_stream_of_many_prints_lines_with_ids(call, capsys):
-    from evo2_megatron.tasks.infer import Piece
+    from evo2_megatron.tasks.generation.infer import Piece
 
     show = call("--stream", "--num-samples", "2")["on_piece"]
     for number in range(130):

@@ -30,7 +30,7 @@ def call(monkeypatch):
         seen = {}
         monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
-            "evo2_megatron.tasks.predict.predict",
+            "evo2_megatron.tasks.scoring.predict.predict",
             lambda fasta, ckpt_dir, **settings: seen.update(settings, fasta=fasta, ckpt_dir=ckpt_dir),
         )
         predict.main([*NEEDED, *argv])
@@ -40,7 +40,7 @@ def call(monkeypatch):
 
 
 def test_defaults(call):
-    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Output, Sequences
 
     assert call() == {
         "fasta": Path("x.fa"),
@@ -57,7 +57,7 @@ def test_defaults(call):
 
 
 def test_every_flag_arrives(call, monkeypatch):
-    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Sequences, Window
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Sequences, Window
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "16")
@@ -93,7 +93,7 @@ def test_every_flag_arrives(call, monkeypatch):
 
 
 def test_values_of_bases(call):
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     flags = ["--output-log-prob-seqs", "--log-prob-collapse-option", "per_token"]
     assert call(*flags)["output"] == Output(log_probs="per_token")
@@ -102,7 +102,7 @@ def test_values_of_bases(call):
 
 
 def test_windows_have_a_format_of_their_own(call):
-    from evo2_megatron.tasks.prediction_settings import Sequences
+    from evo2_megatron.tasks.scoring.prediction_settings import Sequences
 
     seen = call("--output-log-prob-seqs", "--window-length", "90", "--window-overlap", "0", "--prepend-bos")
     assert seen["sequences"] == Sequences(window_length=90, window_overlap=0, prepend_bos=True)

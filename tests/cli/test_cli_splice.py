@@ -79,7 +79,7 @@ def test_a_reader_that_leaves_early_is_no_error(files, tmp_path):
 def test_an_interruption_leaves_nothing(files, tmp_path):
     code = """
 import os, signal
-from evo2_megatron.tasks import splice
+from evo2_megatron.tasks.preparation import splice
 from evo2_megatron.cli.splice import main
 write = splice._write
 def interrupted(out, *rest):

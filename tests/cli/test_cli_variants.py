@@ -27,7 +27,7 @@ def call(monkeypatch):
         seen = {}
         monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
-            "evo2_megatron.tasks.variants.score_variants",
+            "evo2_megatron.tasks.scoring.variants.score_variants",
             lambda vcf, fasta, ckpt_dir, **settings: seen.update(settings, files=(vcf, fasta, ckpt_dir)),
         )
         variants.main([*NEEDED, *argv])
@@ -37,8 +37,8 @@ def call(monkeypatch):
 
 
 def test_defaults(call):
-    from evo2_megatron.tasks.prediction_settings import ModelChanges
-    from evo2_megatron.tasks.variants import VariantSettings
+    from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.scoring.variants import VariantSettings
 
     assert call() == {
         "files": (Path("x.vcf"), Path("x.fa"), Path("ckpt")),
@@ -54,8 +54,8 @@ def test_defaults(call):
 
 
 def test_every_flag_arrives(call):
-    from evo2_megatron.tasks.prediction_settings import ModelChanges
-    from evo2_megatron.tasks.variants import VariantSettings
+    from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.scoring.variants import VariantSettings
 
     seen = call(*shlex.split(EVERY_FLAG))
     assert seen["formats"] == ("vcf.gz", "tsv")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/evo2_classifier.py: its flags, and what it makes of checkpoints. The rest is ``tasks.train_head``'s."""
+"""examples/evo2_classifier.py: its flags, and what it makes of checkpoints. The rest is ``train_head``'s."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ def test_on_a_model(study, checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_pooled_is_the_mean_of_predict(study, checkpoint, tmp_path):
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output, Window
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Window
 
     rng = np.random.default_rng(3)
     sequences = ["".join(rng.choice(list("ACGT"), n)).encode() for n in (9, 40, 25)]

@@ -105,8 +105,8 @@ def test_sparse_autoencoder(study):
 
 def test_numbers_are_those_of_predict(study, checkpoint, tmp_path):
     """Whatever the batches, and with windows of different lengths."""
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output
 
     harness = importlib.import_module("harness")
     rng = np.random.default_rng(3)

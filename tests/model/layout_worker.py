@@ -174,8 +174,8 @@ def generated(model):
     """Token ids drawn where each process has random numbers of its own: those of the first count."""
     from megatron.core import parallel_state
 
-    from evo2_megatron.tasks import decoding
-    from evo2_megatron.tasks.generate import GenerationSettings
+    from evo2_megatron.tasks.generation import decoding
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
 
     place = parallel_state.get_model_parallel_group().rank()
     settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False)

@@ -69,8 +69,8 @@ def test_scores_in_eight_bits(recipe, length):
     from megatron.core.fp8_utils import prepare_model_for_fp8_inference
 
     from evo2_megatron.runtime.precision import precision_settings
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     if torch.cuda.get_device_capability() < RECIPES[recipe]:
         pytest.skip("this GPU lacks the format")

@@ -49,8 +49,8 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module", params=_MODELS)
 def converted(request, megatron, tmp_path_factory):
     """A model taken the whole way, with the checks of ``--verify`` on."""
-    from evo2_megatron.tasks.convert import Result, savanna_to_mbridge
-    from evo2_megatron.tasks.export import mbridge_to_vortex
+    from evo2_megatron.tasks.conversion.convert import Result, savanna_to_mbridge
+    from evo2_megatron.tasks.conversion.export import mbridge_to_vortex
 
     folder, model = tmp_path_factory.mktemp(request.param), _MODELS[request.param]
     weights = {name: value.bfloat16() for name, value in random_weights(model).items()}
@@ -96,8 +96,8 @@ def test_logits_equal_those_of_vortex(ours, theirs):
 
 
 def test_greedy_generation_equals_that_of_vortex(ours, theirs):
-    from evo2_megatron.tasks.generate import GenerationSettings, generate
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.generate import GenerationSettings, generate
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     settings = GenerationSettings(max_new_tokens=NUM_NEW, sampling=Sampling(temperature=0.0), stop_ids=())
     for prompt, vortex in zip(PROMPTS, theirs[1], strict=True):

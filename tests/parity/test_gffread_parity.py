@@ -4,7 +4,7 @@
 import pytest
 
 from evo2_megatron.data.fasta import read_fasta
-from evo2_megatron.tasks.splice import splice
+from evo2_megatron.tasks.preparation.splice import splice
 from generated_genome import generate_genome
 from parity.gffread import Gffread, NoGffreadError
 

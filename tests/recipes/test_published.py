@@ -7,7 +7,7 @@ from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.config import UserError
 from evo2_megatron.recipes.options import Schedule, schedule
 from evo2_megatron.recipes.published import RECIPES, training_options
-from evo2_megatron.tasks import train_checks
+from evo2_megatron.tasks.training import train_checks
 
 EXTENSION = [
     ("evo2_7b_32k", 32_768, 10**6, 4, 50),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evo2_megatron.config import ParallelConfig
-from evo2_megatron.tasks.plan_inference import Inference, score
+from evo2_megatron.tasks.planning.plan_inference import Inference, score
 
 
 def of_training_step(**given: Any) -> int:
@@ -23,7 +23,7 @@ def of_training_step(**given: Any) -> int:
 
     from evo2_megatron.recipes.options import TrainingOptions
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks import plan_step
+    from evo2_megatron.tasks.planning import plan_step
 
     with process_groups(ParallelConfig()):
         config = plan_step.step_config(TrainingOptions(mock_data=True, **given), 512)
@@ -43,7 +43,7 @@ def of_inference(inference: Inference, **given: Any) -> int:
 
     from evo2_megatron.recipes.options import TrainingOptions
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks import plan_step
+    from evo2_megatron.tasks.planning import plan_step
 
     with process_groups(ParallelConfig()), torch.no_grad():
         config = plan_step.step_config(TrainingOptions(mock_data=True, global_batch_size=1, **given), 512)

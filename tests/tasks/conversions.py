@@ -12,7 +12,7 @@ from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint import distcp
 from evo2_megatron.checkpoint.names import is_kept_in_float32
 from evo2_megatron.data.tokenizer import tokenizer_dir
-from evo2_megatron.tasks.convert import Result
+from evo2_megatron.tasks.conversion.convert import Result
 from parity.vortex_model import random_weights
 
 TINY = architecture("evo2_tiny")

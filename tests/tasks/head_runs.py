@@ -22,7 +22,7 @@ import json, sys
 from pathlib import Path
 from evo2_megatron.config import UserError
 from evo2_megatron.recipes.head_options import HeadOptions
-from evo2_megatron.tasks.train_head import train_head
+from evo2_megatron.tasks.heads.train_head import train_head
 for given in json.loads(sys.argv[1]):
     paths = {name: Path(value) for name, value in given.items() if name.endswith(("_data", "_dir"))}
     lists = {name: tuple(given[name]) for name in ("label_columns", "classes") if name in given}
@@ -74,7 +74,7 @@ def make_rows(count):
 
 
 def predicted(runs, name, tmp_path, **options):
-    from evo2_megatron.tasks.predict_head import predict_head
+    from evo2_megatron.tasks.heads.predict_head import predict_head
 
     source = options.pop("source", runs[0] / "val.csv")
     target = tmp_path / "predictions.tsv"
@@ -91,7 +91,7 @@ def model_section(runs, name):
 
 def give_output(monkeypatch, value):
     """From now on the first output of the third sequence, or of its first base, is this."""
-    from evo2_megatron.tasks import head_runner
+    from evo2_megatron.tasks.heads import head_runner
 
     run = head_runner._HeadRunner.__call__
 

@@ -20,8 +20,8 @@ def predictions(checkpoint, fasta, parallel):
     """Everything that depends on the layout: split logits, gathered logits, pieces, split hidden states."""
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.data.fasta_dataset import FastaDataset
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output, Window
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output, Window
 
     items = list(FastaDataset(fasta, prepend_bos=True))
     with process_groups(parallel):
@@ -44,8 +44,8 @@ def predictions(checkpoint, fasta, parallel):
 def _in_8_bits(checkpoint, parallel, items):
     """Per-base log-probabilities of the model with weights in 8 bits."""
     from evo2_megatron.checkpoint.load import load_model
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     loaded = load_model(checkpoint, parallel=parallel, provider_overrides={"int8_weights": True})
     return Runner(loaded.model, Output(log_probs="per_token"), precision=loaded.precision)(items)

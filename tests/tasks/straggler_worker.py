@@ -15,7 +15,7 @@ from pathlib import Path
 def main() -> None:
     from evo2_megatron.cli.groups import set_up_logging
     from evo2_megatron.runtime import megatron
-    from evo2_megatron.tasks.train import train
+    from evo2_megatron.tasks.training.train import train
 
     set_up_logging()
     megatron.enter()

@@ -141,8 +141,8 @@ def test_lines_of_a_file(runs, tmp_path):
 
 def test_parquet_and_tsv_hold_the_same(runs, tmp_path, monkeypatch):
     """Also if the file is written in parts."""
-    from evo2_megatron.tasks import head_tables
-    from evo2_megatron.tasks.predict_head import predict_head
+    from evo2_megatron.tasks.heads import head_tables
+    from evo2_megatron.tasks.heads.predict_head import predict_head
 
     lines, _ = predicted(runs, "whole", tmp_path)
     monkeypatch.setattr(head_tables, "_BASES_AT_ONCE", 50)
@@ -229,7 +229,7 @@ def test_tracks_for_genome_browsers(runs, tmp_path, monkeypatch, kind):
     """Also if a sequence is written in parts."""
     import pybigtools
 
-    from evo2_megatron.tasks import head_tracks
+    from evo2_megatron.tasks.heads import head_tracks
 
     monkeypatch.setattr(head_tracks, "_BASES_AT_ONCE", 7)
     lines, _ = predicted(runs, "whole", tmp_path, id_column="name", tracks=kind)

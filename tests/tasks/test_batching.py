@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.batching import Backoff, plan_batches
+from evo2_megatron.tasks.scoring.batching import Backoff, plan_batches
 
 
 @pytest.mark.parametrize("max_tokens, max_sequences", [(1, None), (100, None), (100, 3), (10_000, None), (10_000, 1)])

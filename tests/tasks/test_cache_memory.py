@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from evo2_megatron.tasks import cache_memory
-from evo2_megatron.tasks.cache_memory import CACHE_SHARE, memory_limit, tokens_like_weights
+from evo2_megatron.tasks.generation import cache_memory
+from evo2_megatron.tasks.generation.cache_memory import CACHE_SHARE, memory_limit, tokens_like_weights
 from helpers import tiny_model
 
 BATCH = 3

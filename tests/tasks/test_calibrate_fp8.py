@@ -17,7 +17,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
-from evo2_megatron.tasks.calibrate_fp8 import calibrate_fp8, scale_for
+from evo2_megatron.tasks.conversion.calibrate_fp8 import calibrate_fp8, scale_for
 
 ONE = ParallelConfig()
 LENGTHS = (5, 130, 64, 1)

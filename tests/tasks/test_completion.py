@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from evo2_megatron.tasks.completion import Completion
+from evo2_megatron.tasks.generation.completion import Completion
 
 
 def fill(text, **settings):

@@ -20,7 +20,7 @@ from evo2_megatron.checkpoint.names import is_kept_in_float32, unfused
 from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
-from evo2_megatron.tasks.convert import savanna_to_mbridge, vortex_to_mbridge
+from evo2_megatron.tasks.conversion.convert import savanna_to_mbridge, vortex_to_mbridge
 from helpers import Hostile
 from parity.vortex_model import random_weights
 from tasks.conversions import TINY, WEIGHTS, assert_weights, left_behind, new_result, save, stored

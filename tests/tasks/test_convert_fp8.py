@@ -13,7 +13,7 @@ from checkpoint.savanna_model import savanna_state
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks.convert import savanna_to_mbridge, vortex_to_mbridge
+from evo2_megatron.tasks.conversion.convert import savanna_to_mbridge, vortex_to_mbridge
 from tasks.conversions import TINY, WEIGHTS, left_behind, new_result, save
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -28,7 +28,7 @@ def result(tmp_path):
 @pytest.fixture
 def sensitive(monkeypatch):
     """As if the size of the tests were one of Arc's that need 8 bits."""
-    monkeypatch.setattr("evo2_megatron.tasks.convert.FP8_SENSITIVE", {"evo2_tiny"})
+    monkeypatch.setattr("evo2_megatron.tasks.conversion.convert.FP8_SENSITIVE", {"evo2_tiny"})
 
 
 def vortex_file(folder, fp8):

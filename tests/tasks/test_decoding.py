@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from evo2_megatron.model.inference_state import InferenceState, KeyValueState
-from evo2_megatron.tasks.decoding import Decoding, Row
-from evo2_megatron.tasks.generate import GenerationSettings, generate
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.decoding import Decoding, Row
+from evo2_megatron.tasks.generation.generate import GenerationSettings, generate
+from evo2_megatron.tasks.generation.sampling import Sampling
 from helpers import TOLERANCE, random_tokens, sensitive_model
 
 

@@ -3,8 +3,8 @@
 
 import asyncio
 
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.sampling import Sampling
 from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, make_room
 from evo2_megatron.tasks.server.jobs import GenerateJob
 from helpers import tiny_model

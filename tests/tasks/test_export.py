@@ -17,8 +17,8 @@ from evo2_megatron.checkpoint import distcp
 from evo2_megatron.checkpoint.names import unfused
 from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import export
-from evo2_megatron.tasks.export import mbridge_to_vortex, remove_optimizer
+from evo2_megatron.tasks.conversion import export
+from evo2_megatron.tasks.conversion.export import mbridge_to_vortex, remove_optimizer
 
 TINY = architecture("evo2_tiny")
 

@@ -8,8 +8,8 @@ import pytest
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data import fasta
-from evo2_megatron.tasks import fasta_to_jsonl as task
-from evo2_megatron.tasks.fasta_to_jsonl import fasta_to_jsonl
+from evo2_megatron.tasks.preparation import fasta_to_jsonl as task
+from evo2_megatron.tasks.preparation.fasta_to_jsonl import fasta_to_jsonl
 
 MESSY = b'>one  first\nACgt\n\nNN\r\n>empty\n>t"w\\o\xc3\xa9 x\n |d__A "b"\\;| AC \nG*-\n>last\nAC'
 RECORDS = [("one", "ACgtNN"), ("empty", ""), ('t"w\\o\xe9', '|d__A "b"\\;| ACG*-'), ("last", "AC")]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.generate import GenerationSettings, generate, plan_batches
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.generate import GenerationSettings, generate, plan_batches
+from evo2_megatron.tasks.generation.sampling import Sampling
 from helpers import TOLERANCE, random_tokens, sensitive_model, tiny_model
 
 VOCAB = 512
@@ -283,7 +283,7 @@ def test_cuda_graphs_need_a_gpu(model):
 
 def test_cuda_graphs_need_one_process_a_model(megatron, monkeypatch):
     from evo2_megatron.config import ParallelConfig
-    from evo2_megatron.tasks.decoding_step import check_cuda_graphs
+    from evo2_megatron.tasks.generation.decoding_step import check_cuda_graphs
 
     monkeypatch.setattr("evo2_megatron.runtime.megatron.on_cuda", lambda: True)
     check_cuda_graphs(ParallelConfig())

@@ -11,9 +11,9 @@ import torch
 
 from evo2_megatron.config import UserError
 from evo2_megatron.model.inference_state import InferenceState
-from evo2_megatron.tasks.generate import GenerationSettings, generate
-from evo2_megatron.tasks.guided import Search, SearchSettings
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.generate import GenerationSettings, generate
+from evo2_megatron.tasks.generation.guided import Search, SearchSettings
+from evo2_megatron.tasks.generation.sampling import Sampling
 from helpers import tiny_model
 
 PROMPT = "ACGTTGCATCGA"

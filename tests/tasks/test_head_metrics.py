@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evo2_megatron.data.labels import Labels
-from evo2_megatron.tasks.head_metrics import log_metrics, metrics_of
+from evo2_megatron.tasks.heads.head_metrics import log_metrics, metrics_of
 
 nan = math.nan
 CLASSES = Labels(classes=("a", "b", "c"))

@@ -11,11 +11,12 @@ import torch
 from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks import cache_memory, self_test
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.infer import infer
-from evo2_megatron.tasks.prompts import Prompt
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks import self_test
+from evo2_megatron.tasks.generation import cache_memory
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.infer import infer
+from evo2_megatron.tasks.generation.prompts import Prompt
+from evo2_megatron.tasks.generation.sampling import Sampling
 
 PROMPTS = [Prompt("long", "ACGTTGCA" * 5), Prompt("one", "g"), Prompt("tag", "|d__B;p__C|"), Prompt("one", "g")]
 SETTINGS = GenerationSettings(max_new_tokens=8, return_log_probs=True, max_batch_size=4)
@@ -247,7 +248,7 @@ def test_adapters_in_an_8_bit_recipe(checkpoint, tmp_path):
     """What pads single tokens there does not know what a layer with an adapter returns."""
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.generation_model import decoder_of
+    from evo2_megatron.tasks.generation.generation_model import decoder_of
 
     adapters = write_tiny_adapters(tmp_path, checkpoint)
     with process_groups(ParallelConfig()):

@@ -11,9 +11,9 @@ from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
-from evo2_megatron.tasks.export import mbridge_to_vortex
-from evo2_megatron.tasks.merge_lora import merge_lora
-from evo2_megatron.tasks.verify_logits import compare, random_dna
+from evo2_megatron.tasks.conversion.export import mbridge_to_vortex
+from evo2_megatron.tasks.conversion.merge_lora import merge_lora
+from evo2_megatron.tasks.conversion.verify_logits import compare, random_dna
 
 ONE = ParallelConfig()
 KEPT = ["final_norm", "word_embeddings", "output_layer"]

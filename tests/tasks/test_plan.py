@@ -10,8 +10,8 @@ import pytest
 from evo2_megatron.cli import plan as cli
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.recipes.options import TrainingOptions
-from evo2_megatron.tasks import train_checks
-from evo2_megatron.tasks.plan import nearest_fit, plan
+from evo2_megatron.tasks.planning.plan import nearest_fit, plan
+from evo2_megatron.tasks.training import train_checks
 from helpers import PARAMETERS
 from tasks.allocations import as_on_a_cpu, of_training_step
 

@@ -7,7 +7,7 @@ import pytest
 
 from evo2_megatron.architectures import architecture
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.tasks.plan_inference import Inference, longest_sequence, plan_inference
+from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
 from helpers import PARAMETERS
 from tasks.allocations import as_on_a_cpu, generate, of_inference
 
@@ -51,7 +51,7 @@ def test_published_models_have_their_size(megatron):
 
 def test_skipped_pieces_of_a_prompt_change_nothing(megatron, monkeypatch):
     """The same peak and operations as with all pieces run."""
-    from evo2_megatron.tasks import plan_inference as module
+    from evo2_megatron.tasks.planning import plan_inference as module
 
     given = SMALL | {"seq_length": 1000}
     (some,) = plan_inference(Inference("generate", 1, 100), **given)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evo2_megatron.config import ParallelConfig
-from evo2_megatron.tasks.plan import plan
-from evo2_megatron.tasks.plan_inference import Inference, longest_sequence, plan_inference
+from evo2_megatron.tasks.planning.plan import plan
+from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
 
 DOCS = Path(__file__).parents[2] / "docs"
 SLOW = pytest.mark.slow

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from evo2_megatron.cli import plot_run
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.plot_run import Curve, plot_runs, read_curves
+from evo2_megatron.tasks.training.plot_run import Curve, plot_runs, read_curves
 
 
 def write_run(folder, losses, first=1):
@@ -62,7 +62,7 @@ def test_picture(tmp_path, capsys):
 
 
 def test_names_in_the_legend(tmp_path):
-    from evo2_megatron.tasks.plot_run import _name
+    from evo2_megatron.tasks.training.plot_run import _name
 
     runs = [tmp_path / "a" / "evo2", tmp_path / "b" / "evo2", tmp_path / "c" / "other" / "tb_logs"]
     assert [_name(run, runs) for run in runs] == ["a/evo2", "b/evo2", "other"]

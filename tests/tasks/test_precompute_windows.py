@@ -10,7 +10,7 @@ from pyarrow import parquet
 from evo2_megatron.cli.precompute_windows import main
 from evo2_megatron.config import UserError
 from evo2_megatron.data.window_database import WindowDatabase, WindowPlan
-from evo2_megatron.tasks.precompute_windows import precompute_windows
+from evo2_megatron.tasks.preparation.precompute_windows import precompute_windows
 
 PLAN = WindowPlan(window_size=8, stride=6, min_length=0)
 

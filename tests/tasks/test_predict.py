@@ -37,8 +37,8 @@ def fasta(tmp_path_factory):
 @pytest.fixture
 def predict(checkpoint, fasta, tmp_path):
     """predict() into ``tmp_path/out``; returns the rows by record name, in the order of seq_idx."""
-    from evo2_megatron.tasks.predict import predict as run
-    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences
+    from evo2_megatron.tasks.scoring.predict import predict as run
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Output, Sequences
 
     def pick(kind, settings):
         return kind(**{f.name: settings.pop(f.name) for f in fields(kind) if f.name in settings})
@@ -199,7 +199,7 @@ def test_precision(predict, caplog):
 
 
 def test_throughput_is_reported(predict, caplog, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.tasks.batch_progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("evo2_megatron.tasks.scoring.batch_progress._SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"):
         predict(log_probs="sum", micro_batch_size=4)
     num_tokens = sum(map(len, RECORDS.values()))
@@ -217,8 +217,8 @@ def test_earlier_results_are_replaced(predict, tmp_path):
 
 
 def test_sequences_that_are_no_dna(checkpoint, tmp_path, caplog):
-    from evo2_megatron.tasks.predict import predict as run
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.predict import predict as run
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     (tmp_path / "rna.fa").write_text(">dna\nACGTN\n>rna\nACGU\n")
     run(tmp_path / "rna.fa", checkpoint, output=Output(log_probs="sum"))
@@ -226,8 +226,8 @@ def test_sequences_that_are_no_dna(checkpoint, tmp_path, caplog):
 
 
 def test_without_output_dir(checkpoint, fasta, caplog):
-    from evo2_megatron.tasks.predict import predict as run
-    from evo2_megatron.tasks.prediction_settings import Sequences
+    from evo2_megatron.tasks.scoring.predict import predict as run
+    from evo2_megatron.tasks.scoring.prediction_settings import Sequences
 
     with caplog.at_level("INFO"):
         run(fasta, checkpoint, sequences=Sequences(micro_batch_size=6))
@@ -251,7 +251,7 @@ def test_what_is_refused(predict, tmp_path, settings, message):
 
 
 def test_a_folder_that_cannot_be_written(megatron, tmp_path, monkeypatch):
-    from evo2_megatron.tasks.prediction_settings import Files
+    from evo2_megatron.tasks.scoring.prediction_settings import Files
 
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"no permission to write in {tmp_path}$"):
@@ -286,8 +286,8 @@ def not_finite(megatron, tmp_path_factory):
     "settings", [{"log_probs": "sum"}, {"log_probs": "per_token"}, {}, {"embedding_layers": (0,)}]
 )
 def test_output_that_is_not_finite(not_finite, tmp_path, settings):
-    from evo2_megatron.tasks.predict import predict as run
-    from evo2_megatron.tasks.prediction_settings import Files, Output
+    from evo2_megatron.tasks.scoring.predict import predict as run
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output
 
     (tmp_path / "x.fa").write_text(">first\nACGT\n")
     with pytest.raises(UserError, match="sequence 'first': the model's output is not finite; check the weights, or"):
@@ -296,7 +296,7 @@ def test_output_that_is_not_finite(not_finite, tmp_path, settings):
 
 
 def test_which_results_must_be_finite(megatron):
-    from evo2_megatron.tasks.prediction_results import check_finite
+    from evo2_megatron.tasks.scoring.prediction_results import check_finite
 
     logits, pooled = torch.zeros(2, 3, 4), torch.zeros(2, 5)
     results = {"token_logits": logits, "hidden": pooled, "seq_idx": torch.arange(2), "pad_mask": torch.ones(2, 3)}
@@ -325,7 +325,7 @@ def test_a_name_that_safetensors_keeps(predict, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("multiple, expected", [(1, 5), (4, 8), (5, 5)])
 def test_collate_rounds_up(megatron, multiple, expected):
-    from evo2_megatron.tasks.prediction_runner import collate
+    from evo2_megatron.tasks.scoring.prediction_runner import collate
 
     items = [
         {"tokens": torch.full((n,), 65), "loss_mask": torch.ones(n, dtype=torch.int64), "seq_idx": torch.tensor(n)}

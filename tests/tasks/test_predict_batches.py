@@ -48,8 +48,8 @@ def many(tmp_path_factory) -> Path:
 
 
 def run(fasta: Path, checkpoint: Path, out: Path, *, output=None, formats=("tsv",), **settings) -> Path:
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 
     predict(
         fasta,
@@ -132,7 +132,7 @@ def test_pieces_change_nothing(checkpoint, tmp_path, length, chunk_length):
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_layers_and_pooling(checkpoint, tmp_path, pooling, prepend_bos):
     """Several layers in one pass are those of single passes; pooled, they are what numpy makes of them."""
-    from evo2_megatron.tasks.prediction_settings import Window
+    from evo2_megatron.tasks.scoring.prediction_settings import Window
 
     fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": dna(90, 6)})
     settings = {"prepend_bos": prepend_bos, "chunk_length": 64}
@@ -165,7 +165,7 @@ def test_layers_and_pooling(checkpoint, tmp_path, pooling, prepend_bos):
 
 
 def test_a_window_that_no_sequence_reaches(checkpoint, tmp_path):
-    from evo2_megatron.tasks.prediction_settings import Window
+    from evo2_megatron.tasks.scoring.prediction_settings import Window
 
     fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": dna(90, 6)})
     with pytest.raises(UserError, match="'short' has 90 bases, fewer than the 91 that --pooling-window reaches to"):
@@ -274,7 +274,7 @@ def test_a_job_that_was_killed_goes_on(checkpoint, tmp_path, interval):
 
 
 def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog):
-    from evo2_megatron.tasks.predict import Results
+    from evo2_megatron.tasks.scoring.predict import Results
 
     fasta = write_fasta(tmp_path / "x.fa", {"a": dna(200, 1), "b": dna(100, 2)})
     with monkeypatch.context() as patch:
@@ -295,7 +295,7 @@ def test_memory_that_really_runs_out(many, checkpoint, alone, tmp_path):
     flags = ["--output-log-prob-seqs", "--output-format", "tsv", "--max-batch-tokens", "400000"]
     code = f"""
 import resource
-from evo2_megatron.tasks import batching, predict
+from evo2_megatron.tasks.scoring import batching, predict
 upstream = predict.Backoff.__init__
 def limit(self, *args, **settings):
     upstream(self, *args, **settings)

@@ -38,8 +38,8 @@ def torchrun(*command, processes=2):
 
 @pytest.mark.slow
 def test_two_copies(inputs, tmp_path):
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 
     checkpoint, fasta = inputs
     predict(

@@ -98,7 +98,7 @@ def test_long_sequences_are_cut_as_in_training(runs, tmp_path, caplog):
 def test_parquet_and_csv_hold_the_same(runs, tmp_path):
     from pyarrow import parquet
 
-    from evo2_megatron.tasks.predict_head import predict_head
+    from evo2_megatron.tasks.heads.predict_head import predict_head
 
     for suffix in (".parquet", ".csv"):
         predict_head(runs[0] / "val.csv", runs[0] / "labels", tmp_path / f"p{suffix}")
@@ -114,7 +114,7 @@ def test_parquet_and_csv_hold_the_same(runs, tmp_path):
 
 def test_memory_that_runs_out(runs, tmp_path, monkeypatch, caplog):
     """A batch that does not fit is run in halves, and the results are the same."""
-    from evo2_megatron.tasks import head_runner
+    from evo2_megatron.tasks.heads import head_runner
 
     before, _ = predicted(runs, "whole", tmp_path)
     run = head_runner._HeadRunner.__call__
@@ -146,7 +146,7 @@ def test_outputs_that_are_not_finite(runs, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_predicted(runs, tmp_path):
-    from evo2_megatron.tasks.predict_head import predict_head
+    from evo2_megatron.tasks.heads.predict_head import predict_head
 
     with pytest.raises(UserError, match="has no prediction head; train one with evo2_train_head"):
         predict_head(runs[0] / "val.csv", runs[0] / "base", tmp_path / "p.tsv")
@@ -178,10 +178,10 @@ def test_what_cannot_be_predicted(runs, tmp_path):
 def test_language_model_commands_refuse_a_head(runs, tmp_path):
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.generation_model import find_checkpoint
-    from evo2_megatron.tasks.merge_lora import merge_lora
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output
+    from evo2_megatron.tasks.conversion.merge_lora import merge_lora
+    from evo2_megatron.tasks.generation.generation_model import find_checkpoint
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output
 
     with (
         process_groups(ParallelConfig()),
@@ -199,7 +199,7 @@ def test_language_model_commands_refuse_a_head(runs, tmp_path):
 
 
 def test_a_damaged_description(runs, tmp_path):
-    from evo2_megatron.tasks.predict_head import predict_head
+    from evo2_megatron.tasks.heads.predict_head import predict_head
 
     folder = shutil.copytree(max((runs[0] / "whole" / "checkpoints").glob("iter_*")), tmp_path / "iter_0000004")
     sections = yaml.safe_load((folder / "run_config.yaml").read_text())

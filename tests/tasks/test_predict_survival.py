@@ -18,11 +18,11 @@ import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import prediction_tables as tables
-from evo2_megatron.tasks import variant_files
-from evo2_megatron.tasks.prediction_files import TensorFiles, write_beside
-from evo2_megatron.tasks.prediction_folder import LOCK
-from evo2_megatron.tasks.prediction_tracks import write_bedgraph
+from evo2_megatron.tasks.scoring import prediction_tables as tables
+from evo2_megatron.tasks.scoring import variant_files
+from evo2_megatron.tasks.scoring.prediction_files import TensorFiles, write_beside
+from evo2_megatron.tasks.scoring.prediction_folder import LOCK
+from evo2_megatron.tasks.scoring.prediction_tracks import write_bedgraph
 from helpers import no_file_larger_than
 
 PREDICT = "from evo2_megatron.cli.predict import main; main()"
@@ -44,8 +44,8 @@ def fasta(tmp_path_factory) -> Path:
 
 
 def run(fasta: Path, checkpoint: Path, out: Path, *, log_probs="sum", formats=("tsv",), **settings) -> None:
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 
     files = Files(output_dir=out, formats=formats)
     predict(fasta, checkpoint, output=Output(log_probs=log_probs), files=files, sequences=Sequences(**settings))
@@ -144,7 +144,7 @@ def started(fasta: Path, checkpoint: Path, out: Path, *, code: str = PREDICT) ->
 
 
 def test_a_folder_that_another_run_writes_to(fasta, checkpoint, tmp_path):
-    from evo2_megatron.tasks.variants import score_variants
+    from evo2_megatron.tasks.scoring.variants import score_variants
 
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / LOCK).open("w") as lock:
@@ -175,7 +175,7 @@ def test_two_runs_at_once(fasta, checkpoint, tmp_path):
 
 SLOW_DISK = """
 import time
-from evo2_megatron.tasks import prediction_tables
+from evo2_megatron.tasks.scoring import prediction_tables
 
 class Slow:
     def __init__(self, file):
@@ -204,7 +204,7 @@ def test_a_run_that_is_terminated_leaves_nothing_half_written(fasta, checkpoint,
 
 
 def test_an_input_among_the_results_stays(fasta, checkpoint, tmp_path):
-    from evo2_megatron.tasks.variants import score_variants
+    from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = vcf_with(3, tmp_path).rename(tmp_path / "variants.vcf")
     text = vcf.read_bytes()

@@ -45,8 +45,8 @@ def fasta(tmp_path_factory) -> Path:
 
 
 def run(fasta: Path, checkpoint: Path, out: Path, *, output=PER_TOKEN, formats=("tsv",), **settings) -> Path:
-    from evo2_megatron.tasks.predict import predict
-    from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
+    from evo2_megatron.tasks.scoring.predict import predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 
     files = Files(output_dir=out, formats=formats)
     predict(fasta, checkpoint, output=Output(**output), files=files, sequences=Sequences(**settings))
@@ -68,8 +68,8 @@ def by_context(checkpoint):
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.data.fasta_dataset import make_sample
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     def compute(sequences: list[tuple[str, list[int]]], prepend_bos: bool) -> Iterator[list[float | None]]:
         with process_groups(ParallelConfig()):
@@ -106,7 +106,7 @@ def contexts(num_bases: int, length: int, overlap: int) -> list[int]:
 def test_every_base_is_scored_after_its_own_context(
     fasta, checkpoint, by_context, tmp_path, monkeypatch, length, overlap, prepend_bos, both_strands
 ):
-    monkeypatch.setattr("evo2_megatron.tasks.prediction_results._BLOCK_BASES", 9)
+    monkeypatch.setattr("evo2_megatron.tasks.scoring.prediction_results._BLOCK_BASES", 9)
     settings = {"window_length": length, "window_overlap": overlap, "prepend_bos": prepend_bos}
     out = run(fasta, checkpoint, tmp_path / "out", both_strands=both_strands, max_batch_tokens=100, **settings)
     expected, totals, sequences = {}, {}, []
@@ -231,7 +231,7 @@ def intervals_of_bedgraph(path: Path) -> Iterator[tuple[str, int, int, float]]:
 @pytest.mark.parametrize("window_length", [None, 9])
 @pytest.mark.parametrize("block", [4, 1 << 16])
 def test_formats_hold_the_same(fasta, checkpoint, tmp_path, window_length, block, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.tasks.prediction_results._BLOCK_BASES", block)
+    monkeypatch.setattr("evo2_megatron.tasks.scoring.prediction_results._BLOCK_BASES", block)
     formats = ("bigwig", "bedgraph", "tsv", "parquet")
     out = run(fasta, checkpoint, tmp_path / "out", formats=formats, window_length=window_length, both_strands=True)
     text = rows(out / "bases.tsv")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from evo2_megatron.tasks.prediction_files import TensorFiles, concatenate, remove_stale_files, write_index
+from evo2_megatron.tasks.scoring.prediction_files import TensorFiles, concatenate, remove_stale_files, write_index
 
 
 def batch(first, length, rows=2):

@@ -16,9 +16,9 @@ import pytest
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import variant_files
-from evo2_megatron.tasks.prediction_files import RESULTS
-from evo2_megatron.tasks.prediction_folder import LOCK, check_inputs, reserved
+from evo2_megatron.tasks.scoring import variant_files
+from evo2_megatron.tasks.scoring.prediction_files import RESULTS
+from evo2_megatron.tasks.scoring.prediction_folder import LOCK, check_inputs, reserved
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def test_a_folder_that_nothing_was_written_to_goes_again(one_process, tmp_path):
 
 
 def test_what_a_killed_run_leaves_is_no_obstacle(one_process, tmp_path):
-    code = "import sys; from pathlib import Path; from evo2_megatron.tasks.prediction_folder import _locked\n"
+    code = "import sys; from pathlib import Path; from evo2_megatron.tasks.scoring.prediction_folder import _locked\n"
     code += "with _locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

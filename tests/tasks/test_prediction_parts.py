@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import variant_files
-from evo2_megatron.tasks.prediction_files import RESULTS
-from evo2_megatron.tasks.prediction_parts import FOLDER, Parts, begin, identity
+from evo2_megatron.tasks.scoring import variant_files
+from evo2_megatron.tasks.scoring.prediction_files import RESULTS
+from evo2_megatron.tasks.scoring.prediction_parts import FOLDER, Parts, begin, identity
 
 BATCHES = [[2], [0, 1]]
 

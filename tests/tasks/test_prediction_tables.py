@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 from safetensors import safe_open
 
-from evo2_megatron.tasks import prediction_tables
-from evo2_megatron.tasks.prediction_tables import (
+from evo2_megatron.tasks.scoring import prediction_tables
+from evo2_megatron.tasks.scoring.prediction_tables import (
     Array,
     Bases,
     Score,

@@ -12,8 +12,8 @@ import pybigtools
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.prediction_tables import Bases
-from evo2_megatron.tasks.prediction_tracks import MAX_CONTIGS, check_num_contigs, write_bedgraph, write_bigwig
+from evo2_megatron.tasks.scoring.prediction_tables import Bases
+from evo2_megatron.tasks.scoring.prediction_tracks import MAX_CONTIGS, check_num_contigs, write_bedgraph, write_bigwig
 
 POSITIONS = np.array([2, 3, 7])
 VALUES = np.array([-1.5, np.float32(-0.1), -3e-5], np.float32)
@@ -87,8 +87,8 @@ def test_a_full_disk_is_an_error(tmp_path, num_values, num_bytes):
 import resource
 from pathlib import Path
 import numpy as np
-from evo2_megatron.tasks.prediction_tables import Bases
-from evo2_megatron.tasks.prediction_tracks import write_bigwig
+from evo2_megatron.tasks.scoring.prediction_tables import Bases
+from evo2_megatron.tasks.scoring.prediction_tracks import write_bigwig
 resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, resource.RLIM_INFINITY))
 values = np.random.default_rng(0).random({num_values}, np.float32)
 bases = Bases("a", np.arange(1, {num_values} + 1), b"", {{"x": values}})

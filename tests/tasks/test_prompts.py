@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.prompts import Prompt, encode_prompt, read_prompts, warn_of_no_dna
+from evo2_megatron.tasks.generation.prompts import Prompt, encode_prompt, read_prompts, warn_of_no_dna
 
 
 def test_read_prompts(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 from evo2_megatron.cli import generation_groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.fasta import read_fasta
-from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.prompts import FASTA_SUFFIXES, Prompt, read_prompts
-from evo2_megatron.tasks.records import (
+from evo2_megatron.tasks.generation.completion import Generation
+from evo2_megatron.tasks.generation.prompts import FASTA_SUFFIXES, Prompt, read_prompts
+from evo2_megatron.tasks.generation.records import (
     FORMATS,
     RecordFile,
     check_format,

@@ -7,7 +7,14 @@ from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.sampling import NOT_FINITE, BatchSampling, Sampling, derive_seed, log_probability, uniforms
+from evo2_megatron.tasks.generation.sampling import (
+    NOT_FINITE,
+    BatchSampling,
+    Sampling,
+    derive_seed,
+    log_probability,
+    uniforms,
+)
 
 NONE_BLOCKED = torch.zeros(6, dtype=torch.bool)
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.4, -0.3])

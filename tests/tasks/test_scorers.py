@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.scorers import check_scores, open_scorer
+from evo2_megatron.tasks.generation.scorers import check_scores, open_scorer
 
 SEQUENCES = ["GGCC", "ACGT", "AATT"]
 FUNCTION = """
@@ -175,7 +175,7 @@ def test_what_cannot_be_started(folder):
 
 
 def test_a_program_that_stays_is_killed(folder, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.tasks.scorers._ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("evo2_megatron.tasks.generation.scorers._ENDING_SECONDS", 0.2)
     Path("stays.py").write_text(COMMAND + "import time; time.sleep(60)\n")
     with contextlib.suppress(UserError), open_scorer(command=f"'{sys.executable}' stays.py") as score:
         score(["C"])

@@ -19,7 +19,7 @@ from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
-from evo2_megatron.tasks.convert import vortex_to_mbridge
+from evo2_megatron.tasks.conversion.convert import vortex_to_mbridge
 from tasks.conversions import TINY, WEIGHTS, left_behind, new_result
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -203,7 +203,7 @@ def test_too_little_memory_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_numbers_go_with_the_weights(converted, tmp_path):
-    from evo2_megatron.tasks.export import remove_optimizer
+    from evo2_megatron.tasks.conversion.export import remove_optimizer
 
     copied = remove_optimizer(converted.parent, tmp_path / "weights")
     assert (copied / layout.SELF_TEST).read_bytes() == (converted / layout.SELF_TEST).read_bytes()

@@ -14,12 +14,12 @@ import requests
 import torch
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.infer import infer
-from evo2_megatron.tasks.predict import predict
-from evo2_megatron.tasks.prediction_settings import Files, Output, Sequences
-from evo2_megatron.tasks.prompts import Prompt
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.infer import infer
+from evo2_megatron.tasks.generation.prompts import Prompt
+from evo2_megatron.tasks.generation.sampling import Sampling
+from evo2_megatron.tasks.scoring.predict import predict
+from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 from tasks.server_process import Server, arrays_of, until
 
 SEQUENCES = ["ACGTTGCAACGGTTAC" * 3, "acgtNNga", "|d__Bacteria;p__X|GATTACA", "A"]

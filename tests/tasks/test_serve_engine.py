@@ -16,10 +16,10 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.model.inference_state import KeyValueState
 from evo2_megatron.model.shared_caches import SharedCaches
-from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.completion import Generation
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.sampling import Sampling
+from evo2_megatron.tasks.scoring.prediction_settings import Output
 from evo2_megatron.tasks.server import engine as engine_module
 from evo2_megatron.tasks.server import generations
 from evo2_megatron.tasks.server.app import make_app

@@ -14,9 +14,9 @@ import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.genome import Genome
+from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.engine import Engine, ModelSettings
-from evo2_megatron.tasks.variants import VariantSettings, score_variants
 
 BASES = "".join(random.Random(7).choices("ACGTacgt", k=700))
 UPPER = BASES.upper()

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.generate import GenerationSettings, generate
-from evo2_megatron.tasks.sampling import Sampling
-from evo2_megatron.tasks.session import Session
+from evo2_megatron.tasks.generation.generate import GenerationSettings, generate
+from evo2_megatron.tasks.generation.sampling import Sampling
+from evo2_megatron.tasks.generation.session import Session
 from helpers import tiny_model
 
 

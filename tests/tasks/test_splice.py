@@ -8,7 +8,7 @@ import pytest
 from evo2_megatron.config import UserError
 from evo2_megatron.data import genome
 from evo2_megatron.data.nucleotides import reverse_complement
-from evo2_megatron.tasks.splice import StitchedSettings, flanks, splice
+from evo2_megatron.tasks.preparation.splice import StitchedSettings, flanks, splice
 
 ONE = "ACGTTGCAacgttgcaNNRYACGATCGATTTACCAGT"
 NOT_NUMBERED = "exon numbers are not 1, 2, 3 and so on"
@@ -295,7 +295,7 @@ def test_paths_that_cannot_be_used(run, tmp_path):
 
 
 def test_a_transcript_longer_than_what_is_read_at_once(run, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.tasks.splice._LONGEST_SPAN", 5)
+    monkeypatch.setattr("evo2_megatron.tasks.preparation.splice._LONGEST_SPAN", 5)
     monkeypatch.setattr(genome, "BLOCK_BYTES", 4)
 
     assert run(GOOD + OTHER) == ([GOOD_RECORD, OTHER_RECORD], [])

@@ -34,7 +34,7 @@ def knows_dna(model) -> dict[str, torch.Tensor]:
 
 
 def test_weights_that_know_something(model, caplog):
-    from evo2_megatron.tasks.starting_weights import load_and_compare
+    from evo2_megatron.tasks.training.starting_weights import load_and_compare
 
     weights = knows_dna(model)
     caplog.set_level(logging.INFO)
@@ -46,7 +46,7 @@ def test_weights_that_know_something(model, caplog):
 
 
 def test_weights_that_know_nothing(model, caplog):
-    from evo2_megatron.tasks.starting_weights import load_and_compare
+    from evo2_megatron.tasks.training.starting_weights import load_and_compare
 
     caplog.set_level(logging.INFO)
     load_and_compare(model, lambda: None, "fp32")
@@ -55,7 +55,7 @@ def test_weights_that_know_nothing(model, caplog):
 
 
 def test_weights_that_are_kept_in_8_bits_are_made_again(model):
-    from evo2_megatron.tasks.starting_weights import load_and_compare
+    from evo2_megatron.tasks.training.starting_weights import load_and_compare
 
     layer = model.decoder.layers[0].mixer.dense
     model.config.fp8 = "hybrid"
@@ -66,7 +66,7 @@ def test_weights_that_are_kept_in_8_bits_are_made_again(model):
 
 def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
     from evo2_megatron.model.int8_linear import in_full_width
-    from evo2_megatron.tasks.starting_weights import load_and_compare
+    from evo2_megatron.tasks.training.starting_weights import load_and_compare
 
     narrow, wide = tiny_model(int8_weights=True), knows_dna(tiny_model())
 

@@ -20,7 +20,7 @@ HEADER = (
 
 @pytest.fixture
 def stragglers(megatron):
-    from evo2_megatron.tasks import stragglers
+    from evo2_megatron.tasks.training import stragglers
 
     return stragglers
 

@@ -12,9 +12,9 @@ import torch
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.infer import infer, stream
-from evo2_megatron.tasks.prompts import Prompt
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.infer import infer, stream
+from evo2_megatron.tasks.generation.prompts import Prompt
 
 PROMPTS = [Prompt("long", "ACGTTGCA" * 2), Prompt("one", "g", seed=3)]
 SETTINGS = GenerationSettings(

@@ -9,7 +9,7 @@ import pytest
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks import train_checks
+from evo2_megatron.tasks.training import train_checks
 
 
 def options(**given) -> TrainingOptions:

@@ -15,7 +15,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.recipes.head_options import HeadOptions
-from evo2_megatron.tasks import train_head
+from evo2_megatron.tasks.heads import train_head
 from tasks.head_runs import NUM_VALIDATION, make_rows, model_section, predicted, scalars, train_all, write_csv
 
 
@@ -93,7 +93,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, megatron, capl
     """Its run_config.yaml does not say what its data were."""
     from evo2_megatron.checkpoint.run_config import read_run_config
     from evo2_megatron.data.providers import LabelledSequencesProvider
-    from evo2_megatron.tasks.train_head import _check_same_data
+    from evo2_megatron.tasks.heads.train_head import _check_same_data
 
     (path, *_) = sorted((runs[0] / "halves" / "checkpoints").glob("iter_*/run_config.yaml"))
     own, values = read_run_config(path.parent), yaml.safe_load(path.read_text())["dataset"]
@@ -259,7 +259,7 @@ def test_runs_that_cannot_begin(runs, number, message):
 
 
 def test_a_named_iteration_wins_over_the_best(runs):
-    from evo2_megatron.tasks.predict_head import find_checkpoint
+    from evo2_megatron.tasks.heads.predict_head import find_checkpoint
 
     folder, (best, _) = runs[0] / "stalls" / "checkpoints", best_of(runs, "stalls")
     newest = max(folder.glob("iter_*"))

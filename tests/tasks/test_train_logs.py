@@ -163,7 +163,7 @@ def test_straggler_table(logs):
 
 
 def test_plot_of_a_real_run(logs, tmp_path):
-    from evo2_megatron.tasks.plot_run import plot_runs, read_curves
+    from evo2_megatron.tasks.training.plot_run import plot_runs, read_curves
 
     assert read_curves(logs[0])["lm loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
     plot_runs([logs[0]], tmp_path / "run.png")

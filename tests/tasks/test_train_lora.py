@@ -15,7 +15,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from data.test_datasets import write, write_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.recipes.options import TrainingOptions
-from evo2_megatron.tasks import train_lora
+from evo2_megatron.tasks.training import train_lora
 from tasks.test_train import SMALL, checkpoint, run_config, train_all
 
 LORA = {"lora_finetune": True, "lora_dim": 4, "lora_alpha": 8, "lr": 3e-3}
@@ -129,7 +129,7 @@ def test_on_weights_in_8_bits(runs, caplog):
 
 
 def test_merged_they_are_wide(runs, tmp_path):
-    from evo2_megatron.tasks.merge_lora import merge_lora
+    from evo2_megatron.tasks.conversion.merge_lora import merge_lora
 
     merged = merge_lora(checkpoint(runs[2] / "narrow", 6), tmp_path, verify=True)
     assert run_config(merged)["model"]["int8_weights"] is False

@@ -10,7 +10,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 @pytest.mark.parametrize("asks, resumes, told", [(True, False, True), (True, True, False), (False, False, False)])
 def test_training_does_without_and_says_so(megatron, tmp_path, caplog, asks, resumes, told):
     from evo2_megatron.recipes.options import TrainingOptions
-    from evo2_megatron.tasks import train
+    from evo2_megatron.tasks.training import train
 
     checkpoint = write_tiny_checkpoint(tmp_path)
     path = checkpoint / "run_config.yaml"

@@ -81,7 +81,7 @@ def test_weights_that_are_not_those_of_the_configuration(runs, megatron, tmp_pat
     from evo2_megatron.config import UserError
     from evo2_megatron.recipes.options import TrainingOptions
     from evo2_megatron.recipes.pretrain import pretrain_config
-    from evo2_megatron.tasks.same_run import check_resumed_model
+    from evo2_megatron.tasks.training.same_run import check_resumed_model
 
     folder = shutil.copytree(checkpoint(runs[1] / "begun", 3), tmp_path / "iter_0000003")
     config = pretrain_config(TrainingOptions(**BEGUN, precision="fp32"))

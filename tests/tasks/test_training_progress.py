@@ -17,7 +17,7 @@ def started(megatron, monkeypatch):
     """A run of 10 steps of 64 tokens, 3 of them done, on a clock that the test sets; and its clock."""
     import torch
 
-    from evo2_megatron.tasks import training_progress as progress
+    from evo2_megatron.tasks.training import training_progress as progress
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
@@ -66,7 +66,7 @@ def test_tokens_per_second_leave_pauses_out(started):
 
 def test_utilisation(started):
     """64 tokens a step, 64e9 operations: 2 s a step are 3.2 % of a device that does 10^12 per second."""
-    from evo2_megatron.tasks.training_progress import TrainingProgress
+    from evo2_megatron.tasks.training.training_progress import TrainingProgress
 
     started.step(1.0)
     assert "utilisation" not in started.run.rates()
@@ -83,7 +83,7 @@ def test_utilisation(started):
 
 
 def test_tokens_per_second_and_process(started, monkeypatch):
-    from evo2_megatron.tasks import training_progress as progress
+    from evo2_megatron.tasks.training import training_progress as progress
 
     monkeypatch.setattr(progress, "world_size", lambda: 4)
     started.step(2.0)
@@ -121,7 +121,7 @@ def test_a_saved_step_is_not_saved_again(started, step, interval):
 
 
 def test_quiet_console(started, capsys):
-    from evo2_megatron.tasks.training_progress import quiet_console
+    from evo2_megatron.tasks.training.training_progress import quiet_console
 
     chatter = logging.getLogger("megatron.core.rerun_state_machine")
     with quiet_console(started.run):
@@ -146,7 +146,7 @@ def test_an_end_within_a_forward_pass_is_not_told_by_the_timer(started, caplog):
     """It would show frames, before the command says in a line what happened; other warnings stay."""
     from megatron.core.utils import StragglerDetector
 
-    from evo2_megatron.tasks.training_progress import quiet_console
+    from evo2_megatron.tasks.training.training_progress import quiet_console
 
     shown = []
     for console in (quiet_console(started.run), contextlib.nullcontext()):
@@ -159,7 +159,7 @@ def test_an_end_within_a_forward_pass_is_not_told_by_the_timer(started, caplog):
 
 
 def test_bar_replaces_the_log_lines(started, capsys, monkeypatch):
-    from evo2_megatron.tasks import training_progress as progress
+    from evo2_megatron.tasks.training import training_progress as progress
 
     terminal = io.StringIO()
     real_bar = progress.tqdm

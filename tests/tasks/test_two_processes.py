@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import fasta_blocks_to_jsonl as blocks
-from evo2_megatron.tasks import fasta_to_jsonl as jsonl
-from evo2_megatron.tasks import splice as splicing
-from evo2_megatron.tasks import two_processes
+from evo2_megatron.tasks.preparation import fasta_blocks_to_jsonl as blocks
+from evo2_megatron.tasks.preparation import fasta_to_jsonl as jsonl
+from evo2_megatron.tasks.preparation import splice as splicing
+from evo2_megatron.tasks.preparation import two_processes
 from generated_genome import generate_genome
 
 BASES = "ACgtNNryKAC"
@@ -163,7 +163,7 @@ def test_when_two_are_worth_it(tmp_path, monkeypatch):
 
 START = """
 import os, resource, sys, time
-from evo2_megatron.tasks import fasta_blocks_to_jsonl as blocks, two_processes
+from evo2_megatron.tasks.preparation import fasta_blocks_to_jsonl as blocks, two_processes
 two_processes._WORTH_BYTES = 0
 blocks.BLOCK_BYTES = 64
 cores = int(sys.argv.pop(1))

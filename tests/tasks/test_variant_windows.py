@@ -7,7 +7,7 @@ import pytest
 
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.nucleotides import reverse_complement
-from evo2_megatron.tasks.variant_windows import (
+from evo2_megatron.tasks.scoring.variant_windows import (
     Comparison,
     Edit,
     WindowSettings,

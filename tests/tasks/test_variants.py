@@ -65,7 +65,7 @@ def inputs(megatron, tmp_path_factory):
 @pytest.fixture
 def score(inputs, tmp_path):
     """score_variants() into ``tmp_path/out``; returns the lines of the table."""
-    from evo2_megatron.tasks.variants import VariantSettings, score_variants
+    from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     def call(formats=("tsv",), **settings):
         settings = VariantSettings(**{"window_length": WINDOW} | settings)
@@ -109,8 +109,8 @@ def expected(inputs):
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.data.fasta_dataset import make_sample
     from evo2_megatron.runtime.distributed import process_groups
-    from evo2_megatron.tasks.prediction_runner import Runner
-    from evo2_megatron.tasks.prediction_settings import Output
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_settings import Output
 
     found = {}
     with process_groups(ParallelConfig()):
@@ -179,7 +179,7 @@ def test_shared_windows(score):
 
 
 def test_common_starts_are_computed_once(score, monkeypatch):
-    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
 
     tokens = []
     extending = Runner.extending
@@ -244,7 +244,7 @@ def test_window_length_of_the_model(score, tmp_path):
     ],
 )
 def test_another_genome(inputs, tmp_path, line, message):
-    from evo2_megatron.tasks.variants import score_variants
+    from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = tmp_path / "in.vcf"
     vcf.write_text(f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n{line}\t.\t.\t.\n")
@@ -254,7 +254,7 @@ def test_another_genome(inputs, tmp_path, line, message):
 
 
 def test_a_file_without_records(inputs, tmp_path):
-    from evo2_megatron.tasks.variants import score_variants
+    from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = tmp_path / "in.vcf"
     vcf.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n")
@@ -264,7 +264,7 @@ def test_a_file_without_records(inputs, tmp_path):
 
 
 def test_output_that_is_not_finite(inputs, tmp_path):
-    from evo2_megatron.tasks.variants import VariantSettings, score_variants
+    from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", projection_factor=float("nan"))
     with pytest.raises(UserError, match="variants on contig .*c1.*: the model's output is not finite; check the weig"):
@@ -317,7 +317,7 @@ def test_two_processes(inputs, tmp_path, score, layout):
 
 
 def test_memory_that_runs_out(score, monkeypatch):
-    from evo2_megatron.tasks.prediction_runner import Runner
+    from evo2_megatron.tasks.scoring.prediction_runner import Runner
 
     longer = {"window_length": 600, "max_seq_length": 600, "max_batch_tokens": 2400}
     whole, extending, failures = score(**longer), Runner.extending, []

@@ -11,9 +11,9 @@ from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint.names import unfused
 from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks import verify_logits
+from evo2_megatron.tasks.conversion import verify_logits
+from evo2_megatron.tasks.conversion.verify_logits import check_memory, compare, random_dna
 from evo2_megatron.tasks.reference_forward import reference_logits
-from evo2_megatron.tasks.verify_logits import check_memory, compare, random_dna
 from parity.our_model import our_model
 from parity.vortex_model import random_weights
 

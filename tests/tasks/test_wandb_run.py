@@ -7,7 +7,7 @@ import pytest
 
 from evo2_megatron.config import UserError
 from evo2_megatron.recipes.options import TrainingOptions
-from evo2_megatron.tasks import train_checks, wandb_run
+from evo2_megatron.tasks.training import train_checks, wandb_run
 
 
 @pytest.fixture(autouse=True)

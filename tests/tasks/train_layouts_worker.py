@@ -34,7 +34,7 @@ OPTIONS = {
 
 def train_one(options, parallel):
     from evo2_megatron.cli.groups import set_up_logging
-    from evo2_megatron.tasks.train import train
+    from evo2_megatron.tasks.training.train import train
 
     set_up_logging()
     train(**options, parallel=parallel)

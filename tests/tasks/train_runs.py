@@ -22,7 +22,7 @@ _PATHS = (
 def main() -> None:
     from evo2_megatron.cli.groups import set_up_logging
     from evo2_megatron.config import ParallelConfig, UserError
-    from evo2_megatron.tasks.train import train
+    from evo2_megatron.tasks.training.train import train
 
     first_rank = os.environ.get("RANK", "0") == "0"
     set_up_logging()

@@ -69,8 +69,8 @@ def _calibrate(argv: Sequence[str] | None) -> None:
         return
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.calibrate_fp8 import calibrate_fp8
-    from evo2_megatron.tasks.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.conversion.calibrate_fp8 import calibrate_fp8
+    from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
 
     groups.clean_up_when_terminated()
     written = calibrate_fp8(

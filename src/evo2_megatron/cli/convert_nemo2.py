@@ -32,7 +32,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=args.verbose)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.convert import Result, nemo2_to_mbridge  # torch loads here, not for --help
+    from evo2_megatron.tasks.conversion.convert import Result, nemo2_to_mbridge  # torch loads here, not for --help
 
     print(nemo2_to_mbridge(args.nemo2_ckpt_dir, Result(**groups.conversion(args)), verify=args.verify))
 

@@ -38,7 +38,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=args.verbose)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.convert import Result, vortex_to_mbridge  # torch loads here, not for --help
+    from evo2_megatron.tasks.conversion.convert import Result, vortex_to_mbridge  # torch loads here, not for --help
 
     result = Result(**groups.conversion(args))
     print(vortex_to_mbridge(args.vortex_ckpt_path, result, config=args.vortex_config, verify=args.verify))

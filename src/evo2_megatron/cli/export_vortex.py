@@ -58,7 +58,7 @@ def _export(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=args.verbose)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.export import mbridge_to_vortex  # torch loads here, not for --help
+    from evo2_megatron.tasks.conversion.export import mbridge_to_vortex  # torch loads here, not for --help
 
     written = mbridge_to_vortex(
         args.mbridge_ckpt_dir,

@@ -33,7 +33,7 @@ def _convert(argv: Sequence[str] | None) -> None:
         print(f"Error: input file not found: {args.input}", file=sys.stderr)
         sys.exit(1)
 
-    from evo2_megatron.tasks.fasta_to_jsonl import fasta_to_jsonl
+    from evo2_megatron.tasks.preparation.fasta_to_jsonl import fasta_to_jsonl
 
     num_records = fasta_to_jsonl(args.input, args.output, uppercase=args.upper)
     print(f"Wrote {num_records} record(s) to {args.output}")

@@ -13,7 +13,7 @@ from evo2_megatron.cli import groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.prompts import Prompt
+    from evo2_megatron.tasks.generation.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def add_length(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def running(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments that ``tasks.infer.infer`` and ``tasks.guide.guide`` share: how the model runs, what is written."""
+    """Arguments that ``infer`` and ``guide`` of ``tasks.generation`` share: how the model runs, what is written."""
     return {
         "max_seq_length": given(args.max_seq_length, "EVO2_MAX_SEQ_LEN"),
         "parallel": groups.parallel(args),
@@ -75,8 +75,8 @@ def running(args: argparse.Namespace) -> dict[str, Any]:
 
 def prompts(args: argparse.Namespace) -> list[Prompt]:
     """Of ``--prompt-file``, or else ``--prompt`` alone."""
-    from evo2_megatron.tasks.prompts import Prompt, read_prompts
-    from evo2_megatron.tasks.records import part_of
+    from evo2_megatron.tasks.generation.prompts import Prompt, read_prompts
+    from evo2_megatron.tasks.generation.records import part_of
     from evo2_megatron.tasks.transfer import check_no_input
 
     if args.prompt_file is None:
@@ -158,7 +158,7 @@ def add_stopping(parser: argparse.ArgumentParser, *, max_new_tokens: int = 100) 
 
 def drawing(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of ``GenerationSettings``."""
-    from evo2_megatron.tasks.sampling import Sampling
+    from evo2_megatron.tasks.generation.sampling import Sampling
 
     return {
         "max_new_tokens": args.max_new_tokens,

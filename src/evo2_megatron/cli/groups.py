@@ -306,7 +306,7 @@ def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = 
 
 
 def conversion(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``tasks.convert.Result``."""
+    """The fields of ``tasks.conversion.convert.Result``."""
     return {
         "directory": args.mbridge_ckpt_dir,
         "tokenizer": args.tokenizer_path,

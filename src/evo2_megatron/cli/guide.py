@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
 
 PROG = "evo2_guide"
 SCORER_SECONDS = 600.0
@@ -52,9 +52,9 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.guide import guide  # torch loads here, not for --help
-    from evo2_megatron.tasks.guided import SearchSettings
-    from evo2_megatron.tasks.scorers import open_scorer
+    from evo2_megatron.tasks.generation.guide import guide  # torch loads here, not for --help
+    from evo2_megatron.tasks.generation.guided import SearchSettings
+    from evo2_megatron.tasks.generation.scorers import open_scorer
 
     prompts = generation_groups.prompts(args)
     search = SearchSettings(beams=args.beams, samples=args.samples, chunk=args.chunk_length, score_of=args.score_of)
@@ -71,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _settings(args: argparse.Namespace, *, width: int) -> GenerationSettings:
-    from evo2_megatron.tasks.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
 
     return GenerationSettings(
         **generation_groups.drawing(args),

@@ -12,8 +12,8 @@ from evo2_megatron.cli import generation_groups, groups, launch_groups, model_gr
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.generate import GenerationSettings
-    from evo2_megatron.tasks.infer import Piece
+    from evo2_megatron.tasks.generation.generate import GenerationSettings
+    from evo2_megatron.tasks.generation.infer import Piece
 
 PROG = "infer_evo2"
 
@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if args.stream and args.output_format and args.output_file is None:
         raise UserError("--stream prints bases as they come, not --output-format; give --output-file for the records")
 
-    from evo2_megatron.tasks.infer import infer  # torch loads here, not for --help
+    from evo2_megatron.tasks.generation.infer import infer  # torch loads here, not for --help
 
     prompts = generation_groups.prompts(args)
     printer: dict[str, Any] = {"on_record": _show}
@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _settings(args: argparse.Namespace) -> GenerationSettings:
-    from evo2_megatron.tasks.generate import PREFILL_CHUNK, GenerationSettings
+    from evo2_megatron.tasks.generation.generate import PREFILL_CHUNK, GenerationSettings
 
     prefill_chunk = generation_groups.given(args.prompt_segmentation_threshold, "EVO2_PST")
     return GenerationSettings(
@@ -105,7 +105,7 @@ class _Table:
         self._headless = False
 
     def show(self, record: dict[str, Any]) -> None:
-        from evo2_megatron.tasks.records import write_as
+        from evo2_megatron.tasks.generation.records import write_as
 
         text = write_as(self._format, [record], include_prompt=self._include_prompt, heading=not self._headless)
         _print(text)

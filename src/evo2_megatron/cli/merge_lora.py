@@ -49,7 +49,7 @@ def _merge(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=args.verbose)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.merge_lora import merge_lora  # torch loads here, not for --help
+    from evo2_megatron.tasks.conversion.merge_lora import merge_lora  # torch loads here, not for --help
 
     written = merge_lora(
         args.ckpt_dir,

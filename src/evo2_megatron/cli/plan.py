@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from evo2_megatron.cli import groups, model_groups, training_groups
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.plan_cost import cost
+from evo2_megatron.tasks.planning.plan_cost import cost
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.plan import StagePlan
+    from evo2_megatron.tasks.planning.plan import StagePlan
 
 PROG = "evo2_plan"
 
@@ -131,7 +131,7 @@ def _refuse(args: argparse.Namespace, *flags: str) -> None:
 
 
 def _plan_training(args: argparse.Namespace) -> None:
-    from evo2_megatron.tasks.plan import nearest_fit, plan
+    from evo2_megatron.tasks.planning.plan import nearest_fit, plan
 
     parallel = groups.parallel(args)
     num_gpus = args.num_gpus or parallel.model_size
@@ -154,7 +154,7 @@ def _plan_training(args: argparse.Namespace) -> None:
 
 
 def _plan_inference(args: argparse.Namespace) -> None:
-    from evo2_megatron.tasks import plan_inference as planning
+    from evo2_megatron.tasks.planning import plan_inference as planning
 
     inference = planning.Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
     given = _given(args) | {"parallel": groups.parallel(args)}

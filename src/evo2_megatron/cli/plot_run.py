@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
 
-    from evo2_megatron.tasks.plot_run import plot_runs  # NumPy and TensorBoard load here, not for --help
+    from evo2_megatron.tasks.training.plot_run import plot_runs  # NumPy and TensorBoard load here, not for --help
 
     plot_runs(args.runs, args.output, smooth=args.smooth)
     print(args.output)

@@ -43,7 +43,7 @@ def _precompute(argv: Sequence[str] | None) -> None:
     groups.set_up_logging()
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.precompute_windows import WindowPlan, precompute_windows
+    from evo2_megatron.tasks.preparation.precompute_windows import WindowPlan, precompute_windows
 
     plan = WindowPlan(args.window_size, args.stride, args.window_min_length_threshold)
     totals = precompute_windows(args.table, args.output, plan, drop_tails=args.drop_tails)

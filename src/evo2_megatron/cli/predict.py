@@ -55,8 +55,8 @@ def _main(argv: Sequence[str] | None) -> None:
         return
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.predict import check_nodes, predict
-    from evo2_megatron.tasks.prediction_settings import Files, ModelChanges, Output, Sequences, Window
+    from evo2_megatron.tasks.scoring.predict import check_nodes, predict
+    from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
     groups.clean_up_when_terminated()
     check_nodes(args.num_nodes)

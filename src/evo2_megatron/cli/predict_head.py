@@ -82,7 +82,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         return
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.predict_head import predict_head  # torch loads here, not for --help
+    from evo2_megatron.tasks.heads.predict_head import predict_head  # torch loads here, not for --help
 
     predict_head(
         args.data,

@@ -35,7 +35,7 @@ def _preprocess(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.preprocess import check, count, preprocess, progress_bar
+    from evo2_megatron.tasks.preparation.preprocess import check, count, preprocess, progress_bar
 
     configs, notes = check(args.config)
     for note in notes:

@@ -39,7 +39,7 @@ def _remove(argv: Sequence[str] | None) -> None:
     groups.set_up_logging(debug=args.verbose)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.export import remove_optimizer  # torch loads here, not for --help
+    from evo2_megatron.tasks.conversion.export import remove_optimizer  # torch loads here, not for --help
 
     print(remove_optimizer(args.src_ckpt_dir, args.dst_ckpt_dir, verify=args.verify))
 

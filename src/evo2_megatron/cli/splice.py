@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from evo2_megatron.cli import groups
 
 if TYPE_CHECKING:
-    from evo2_megatron.tasks.splice import Problem
+    from evo2_megatron.tasks.preparation.splice import Problem
 
 _PROG = "splice_evo2"
 _SHOWN_PER_KIND = 5
@@ -75,7 +75,7 @@ def _splice(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     groups.clean_up_when_terminated()
 
-    from evo2_megatron.tasks.splice import StitchedSettings, splice
+    from evo2_megatron.tasks.preparation.splice import StitchedSettings, splice
 
     given = {
         "promoter": args.stitched_promoter,

@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if launch_groups.on_devices(args.devices, argv):
         return
 
-    from evo2_megatron.tasks.train import train  # torch loads here, so --help stays instant
+    from evo2_megatron.tasks.training.train import train  # torch loads here, so --help stays instant
 
     given = {name: value for name, value in _options(args).items() if value is not None}
     train(args.recipe, **given)
@@ -355,7 +355,7 @@ def _add_unavailable(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``tasks.train.train``; None where the user did not speak."""
+    """Arguments of ``tasks.training.train.train``; None where the user did not speak."""
     return {
         "parallel": groups.parallel(args),
         **_data_options(args),

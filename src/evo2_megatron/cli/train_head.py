@@ -183,7 +183,7 @@ def _train(argv: Sequence[str] | None) -> None:
     if launch_groups.on_devices(args.devices, argv):
         return
 
-    from evo2_megatron.tasks.train_head import HeadOptions, train_head  # torch loads here, not for --help
+    from evo2_megatron.tasks.heads.train_head import HeadOptions, train_head  # torch loads here, not for --help
 
     train_head(HeadOptions(**{name: value for name, value in _options(args).items() if value is not None}))
 

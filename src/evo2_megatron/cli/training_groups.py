@@ -95,7 +95,7 @@ def add_frozen_int8(group: argparse._ActionsContainer) -> None:
 
 
 def lora(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``tasks.train.train``; None where the user did not speak."""
+    """Arguments of ``tasks.training.train.train``; None where the user did not speak."""
     return {
         "lora_finetune": args.lora_finetune,
         "lora_dim": args.lora_dim,

@@ -66,8 +66,8 @@ def _main(argv: Sequence[str] | None) -> None:
         return
 
     # torch loads here, so --help stays instant
-    from evo2_megatron.tasks.prediction_settings import ModelChanges
-    from evo2_megatron.tasks.variants import VariantSettings, score_variants
+    from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     groups.clean_up_when_terminated()
     score_variants(

@@ -279,7 +279,7 @@ def _checkpoint(options: TrainingOptions) -> CheckpointConfig:
 
 
 def _profiling(options: TrainingOptions) -> ProfilingConfig:
-    """Nsight Systems alone: see ``tasks.torch_profile`` about PyTorch's profiler."""
+    """Nsight Systems alone: see ``tasks.training.torch_profile`` about PyTorch's profiler."""
     start, end = options.profiled_steps
     return ProfilingConfig(
         use_nsys_profiler=options.nsys_profiling,

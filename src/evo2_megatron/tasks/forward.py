@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens through all pipeline stages of a model, continuing from a state.
+"""Tokens through all pipeline stages of a model, continuing from a state; and what to say of a broken output.
 
 Shape legend: B sequences, T tokens, V vocabulary.
 """
@@ -17,6 +17,8 @@ from evo2_megatron.tasks.steps import finished
 if TYPE_CHECKING:
     from evo2_megatron.model.inference_state import InferenceState
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
+
+OUTPUT_NOT_FINITE = "the model's output is not finite; check the weights, or try --mixed-precision-recipe fp32"
 
 
 def prefill(model: StripedHyenaModel, token_BT: Tensor, state: InferenceState, *, chunk: int) -> Tensor:

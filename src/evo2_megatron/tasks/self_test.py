@@ -31,9 +31,9 @@ from evo2_megatron.config import UserError, uses_fp8
 from evo2_megatron.data import tokenizer
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.runtime import distributed
-from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.prediction_settings import Output
 from evo2_megatron.tasks.reference_forward import reference_logits
+from evo2_megatron.tasks.scoring.prediction_runner import Runner
+from evo2_megatron.tasks.scoring.prediction_settings import Output
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule

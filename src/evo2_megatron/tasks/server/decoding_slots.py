@@ -8,9 +8,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE, Decoding, Row
-from evo2_megatron.tasks.generate import fit_together
+from evo2_megatron.tasks.forward import OUTPUT_NOT_FINITE
+from evo2_megatron.tasks.generation.completion import Generation
+from evo2_megatron.tasks.generation.decoding import Decoding, Row
+from evo2_megatron.tasks.generation.generate import fit_together
 from evo2_megatron.tasks.server.jobs import Generated, GenerateJob, Refused
 
 if TYPE_CHECKING:

@@ -19,26 +19,27 @@ from torch import Tensor
 from evo2_megatron.checkpoint.load import LoadedModel, tensor_shapes
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.runtime import distributed, megatron
-from evo2_megatron.tasks import allele_scoring, self_test
-from evo2_megatron.tasks.allele_scoring import SharedContext
-from evo2_megatron.tasks.batching import Backoff, RunsBatches, batch_tokens, plan_batches
-from evo2_megatron.tasks.cache_memory import memory_limit
-from evo2_megatron.tasks.decoding import OUTPUT_NOT_FINITE
-from evo2_megatron.tasks.generation_model import (
+from evo2_megatron.tasks import self_test
+from evo2_megatron.tasks.forward import OUTPUT_NOT_FINITE
+from evo2_megatron.tasks.generation.cache_memory import memory_limit
+from evo2_megatron.tasks.generation.generation_model import (
     GenerationCheckpoint,
     decoder_of,
     find_checkpoint,
     layout_of_generation,
     log_memory,
 )
-from evo2_megatron.tasks.prediction_runner import Runner
-from evo2_megatron.tasks.prediction_settings import Output
+from evo2_megatron.tasks.scoring import allele_scoring
+from evo2_megatron.tasks.scoring.allele_scoring import SharedContext
+from evo2_megatron.tasks.scoring.batching import Backoff, RunsBatches, batch_tokens, plan_batches
+from evo2_megatron.tasks.scoring.prediction_runner import Runner
+from evo2_megatron.tasks.scoring.prediction_settings import Output
+from evo2_megatron.tasks.scoring.variant_windows import plan_groups
 from evo2_megatron.tasks.server.attempt import RETRY_SECONDS, attempt
 from evo2_megatron.tasks.server.generations import Generations
 from evo2_megatron.tasks.server.jobs import GenerateJob, Job, LayersJob, PassJob, Refused, VariantsJob, Vectors
 from evo2_megatron.tasks.server.layer_outputs import layer_outputs, module_names
 from evo2_megatron.tasks.server.turns import Turn, Turns
-from evo2_megatron.tasks.variant_windows import plan_groups
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evo2_megatron.tasks.cache_memory import tokens_like_weights
+from evo2_megatron.tasks.generation.cache_memory import tokens_like_weights
 from evo2_megatron.tasks.server.attempt import attempt
 from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, best_fit, make_room
 from evo2_megatron.tasks.server.jobs import GenerateJob, Refused

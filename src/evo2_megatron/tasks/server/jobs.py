@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evo2_megatron.tasks.batching import Item
-from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.variant_windows import Group
+from evo2_megatron.tasks.generation.completion import Generation
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.scoring.batching import Item
+from evo2_megatron.tasks.scoring.prediction_settings import Output
+from evo2_megatron.tasks.scoring.variant_windows import Group
 
 
 class Refused(Exception):

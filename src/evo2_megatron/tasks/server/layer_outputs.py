@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from evo2_megatron.config import UserError
-from evo2_megatron.tasks.batching import Item
-from evo2_megatron.tasks.prediction_runner import Runner
+from evo2_megatron.tasks.scoring.batching import Item
+from evo2_megatron.tasks.scoring.prediction_runner import Runner
 from evo2_megatron.tasks.server.arrays import MAX_NPZ_VALUES, check_values
 
 if TYPE_CHECKING:

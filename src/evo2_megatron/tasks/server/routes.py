@@ -19,12 +19,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from evo2_megatron.data.fasta_dataset import make_sample
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.tokenizer import INVALID, SEQUENCE_TOKENS
-from evo2_megatron.tasks.batching import Item
-from evo2_megatron.tasks.completion import Generation
-from evo2_megatron.tasks.generate import GenerationSettings
-from evo2_megatron.tasks.prediction_settings import Output
-from evo2_megatron.tasks.prompts import Prompt, encode_prompt
-from evo2_megatron.tasks.sampling import Sampling
+from evo2_megatron.tasks.generation.completion import Generation
+from evo2_megatron.tasks.generation.generate import GenerationSettings
+from evo2_megatron.tasks.generation.prompts import Prompt, encode_prompt
+from evo2_megatron.tasks.generation.sampling import Sampling
+from evo2_megatron.tasks.scoring.batching import Item
+from evo2_megatron.tasks.scoring.prediction_settings import Output
 from evo2_megatron.tasks.server import schemas, variants
 from evo2_megatron.tasks.server.arrays import MAX_JSON_VALUES, MAX_NPZ_VALUES, check_values, json_in_pieces, npz
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, still_loading

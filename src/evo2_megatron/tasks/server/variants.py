@@ -11,12 +11,12 @@ import numpy as np
 
 from evo2_megatron.data.genome import Genome
 from evo2_megatron.data.vcf import VcfRecord
-from evo2_megatron.tasks.allele_scoring import Score, make_item
-from evo2_megatron.tasks.batching import Item
+from evo2_megatron.tasks.scoring.allele_scoring import Score, make_item
+from evo2_megatron.tasks.scoring.batching import Item
+from evo2_megatron.tasks.scoring.variant_alleles import Allele, comparisons, find_allele
+from evo2_megatron.tasks.scoring.variant_windows import WINDOW_LENGTH, Group, WindowSettings, make_groups
 from evo2_megatron.tasks.server import schemas
 from evo2_megatron.tasks.server.jobs import Refused
-from evo2_megatron.tasks.variant_alleles import Allele, comparisons, find_allele
-from evo2_megatron.tasks.variant_windows import WINDOW_LENGTH, Group, WindowSettings, make_groups
 
 MAX_TOKENS = 2**22
 """Of all windows of a request: 128 variants on both strands, with a reference each."""

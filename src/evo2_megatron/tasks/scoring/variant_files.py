@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and contents of what ``variants_evo2`` writes; every file has the order of the VCF file.
+
+::
+
+    variants.tsv, variants.parquet   one line per ALT
+    variants.vcf, variants.vcf.gz    the VCF file with INFO fields EVO2_DELTA and, of what was not scored, EVO2_SKIPPED
+    skipped.tsv                      line, reason and detail of each ALT that was not scored, if there are any
+    manifest.json                    what made all this; written last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from evo2_megatron.data.bgzf import BgzfWriter
+from evo2_megatron.data.vcf import InfoField, write_annotated
+from evo2_megatron.tasks.scoring.allele_scoring import Score
+from evo2_megatron.tasks.scoring.prediction_files import ResultNames, write_beside
+from evo2_megatron.tasks.scoring.variant_alleles import Allele
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("tsv", "parquet", "vcf", "vcf.gz")
+SKIPPED_FILE = "skipped.tsv"
+RESULTS = ResultNames(r"variants\.(tsv|parquet|vcf|vcf\.gz)|skipped\.tsv|manifest\.json")
+
+_ROWS_AT_A_TIME = 1 << 16
+
+
+class Row(NamedTuple):
+    """A line of ``variants``; the numbers are None where the ALT was not scored."""
+
+    chrom: str
+    pos: int
+    id: str
+    ref: str
+    alt: str
+    delta: float | None
+    """Log-likelihood of the window with ALT minus that with REF: their sum, or per scored token."""
+
+    ref_log_likelihood: float | None
+    """Sum over the scored tokens, in nat; of two strands the mean."""
+
+    alt_log_likelihood: float | None
+    num_scored: int | None
+    """Tokens of each window that are scored."""
+
+    status: str
+    """``scored``, or why not."""
+
+
+def rows(alleles: Iterable[Allele], scores: Iterator[Score]) -> Iterator[Row]:
+    """Lines of ``variants``; ``scores``: of the alleles that have one."""
+    for allele in alleles:
+        record = allele.record
+        texts = [text.decode("utf-8", "backslashreplace") for text in (record.id, record.ref, allele.alt)]
+        numbers = next(scores) if allele.is_scored else (None,) * len(Score._fields)
+        yield Row(record.contig.decode(), record.position, *texts, *numbers, allele.status)
+
+
+def write_table(path: Path, lines: Iterable[Row]) -> None:
+    """Write one line per ALT, as TSV or Parquet by the name of the file."""
+    if path.suffix == ".parquet":
+        write_beside(path, lambda file: _write_parquet(file, lines))
+        return
+
+    def write(file: BinaryIO) -> None:
+        file.write(("\t".join(Row._fields) + "\n").encode())
+        for row in lines:
+            file.write(("\t".join(map(_text, row)) + "\n").encode())
+
+    write_beside(path, write)
+
+
+def _text(value: str | int | float | None) -> str:
+    if value is None:
+        return "NA"
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _write_parquet(file: BinaryIO, lines: Iterable[Row]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    string, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+    types = (string, whole, string, string, string, real, real, real, whole, string)
+    schema = pyarrow.schema(list(zip(Row._fields, types)))
+
+    def table(group: list[Row]) -> pyarrow.Table:
+        return pyarrow.table([pyarrow.array(column, kind) for column, kind in zip(zip(*group), types)], schema=schema)
+
+    with parquet.ParquetWriter(file, schema) as writer:
+        group: list[Row] = []
+        for row in lines:
+            group.append(row)
+            if len(group) == _ROWS_AT_A_TIME:
+                writer.write_table(table(group))
+                group = []
+        if group:
+            writer.write_table(table(group))
+
+
+def write_vcf(path: Path, vcf: Path, alleles: list[Allele], scores: Iterator[Score], *, meaning: str) -> None:
+    """Write the VCF file again with a delta for each ALT, bgzip if the name ends with ``.gz``.
+
+    Args:
+        path: File to write.
+        vcf: File to annotate.
+        alleles: What was read from it.
+        scores: Of the alleles that have one.
+        meaning: Of the delta, for the header.
+    """
+    fields = (
+        InfoField("EVO2_DELTA", "Float", f"Evo 2: {meaning}"),
+        InfoField("EVO2_SKIPPED", "String", "Why variants_evo2 did not score the ALT"),
+    )
+
+    def values() -> Iterator[tuple[str | None, ...]]:
+        position = 0
+        while position < len(alleles):
+            of_record = alleles[position : position + len(alleles[position].record.alts)]
+            position += len(of_record)
+            deltas = [f"{next(scores).delta:.9g}" if allele.is_scored else "." for allele in of_record]
+            reasons = ["." if allele.is_scored else allele.status for allele in of_record]
+            yield ",".join(deltas), ",".join(reasons) if set(reasons) != {"."} else None
+
+    def write(file: BinaryIO) -> None:
+        if path.suffix != ".gz":
+            write_annotated(vcf, file, fields, values())
+            return
+        compressed = BgzfWriter(file)
+        write_annotated(vcf, compressed, fields, values())
+        compressed.close()
+
+    write_beside(path, write)
+
+
+def write_skipped(output_dir: Path, alleles: Iterable[Allele]) -> None:
+    """Write ``skipped.tsv``, unless everything was scored."""
+    lines = ["line\tchrom\tpos\tref\talt\treason\tdetail\n"]
+    for allele in alleles:
+        if not allele.is_scored:
+            record = allele.record
+            texts = [text.decode("utf-8", "backslashreplace") for text in (record.contig, record.ref, allele.alt)]
+            columns = (record.line, texts[0], record.position, *texts[1:], allele.status, allele.detail)
+            lines.append("\t".join(map(str, columns)) + "\n")
+    if len(lines) > 1:
+        write_beside(output_dir / SKIPPED_FILE, lambda file: file.write("".join(lines).encode()))
