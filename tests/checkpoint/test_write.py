@@ -85,13 +85,15 @@ def test_a_disk_that_is_full_at_last_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
 
 
-def test_ctrl_c_at_the_very_end_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_ctrl_c_at_the_very_end_leaves_a_whole_checkpoint(tmp_path, monkeypatch, number):
     def replace(*paths):
         real(*paths)
-        monkeypatch.undo()
-        raise KeyboardInterrupt
+        done.append(paths)
+        if len(done) == number:
+            raise KeyboardInterrupt
 
-    real = os.replace
+    done, real = [], os.replace
     monkeypatch.setattr("evo2_megatron.checkpoint.write.os.replace", replace)
     with pytest.raises(KeyboardInterrupt), new_checkpoint(tmp_path / "c") as partial:
         (partial / "train_state.pt").touch()

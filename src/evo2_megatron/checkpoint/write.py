@@ -93,8 +93,9 @@ def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
         # in the folder as long as it is hidden: a disk that is full by now leaves no checkpoint, and no part of one
         _write_newest(partial, iteration)
         os.replace(partial, target)
+        _name_newest(target)
     finally:
-        _name_newest(target)  # an interruption, too, comes before the checkpoint or after all of it
+        _name_newest(target)  # where it was interrupted
         os.close(claim)
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the checkpoint, or somebody else's file, is in it

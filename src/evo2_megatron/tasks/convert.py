@@ -135,9 +135,9 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
         UserError: The source is not a complete model of this size, or the result cannot be written.
     """
     write.remove_abandoned(result.directory)
+    _check_before(result, verify)
     if result.directory.exists():
         raise UserError(f"--mbridge-ckpt-dir {result.directory} exists already; choose another or remove it")
-    _check_before(result, verify)
     folder, index, renamed = nemo2.find_weights(source)
     entries = distcp.tensor_entries(index)
     shapes = {ours: tuple(entries[theirs].size) for theirs, ours in renamed.items()}
