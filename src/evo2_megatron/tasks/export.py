@@ -22,7 +22,7 @@ from evo2_megatron.checkpoint.strip_optimizer import Stripped, kept_tensors, str
 from evo2_megatron.checkpoint.tensors import WholeTensors
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files, write_torch_file
 from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
-from evo2_megatron.checkpoint.write import new_checkpoint
+from evo2_megatron.checkpoint.write import new_checkpoint, remove_abandoned
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.file_lock import is_abandoned, lock_alone
@@ -182,6 +182,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     Raises:
         UserError: No such checkpoint, or the target exists.
     """
+    remove_abandoned(target)
     if target.exists():
         raise UserError(f"--dst-ckpt-dir {target} exists already; choose another or remove it")
     checkpoint = layout.resolve_checkpoint_path(source, flag="--src-ckpt-dir")
