@@ -184,3 +184,13 @@ def test_lines_are_short(page):
 def test_every_page_is_in_the_index():
     index = (PROJECT / "docs" / "README.md").read_text()
     assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index] == []
+
+
+def test_the_first_prediction_of_a_head_is_of_the_first_sequence_kept():
+    """Validation data of the example are every seventh line of a table whose first is the heading."""
+    fasta = (PROJECT / "examples/data/lambda_phage.fa").read_text().splitlines()
+    bases = [line for line in fasta if re.match("[ACGT]", line)][5]
+    page = (PROJECT / "docs" / "heads.md").read_text()
+    length, gc = re.search(r"^id\tlength\ttrue_gc\t.*\n1\t(\d+)\t([\d.]+)", page, re.MULTILINE).groups()
+    assert int(length) == len(bases)
+    assert float(gc) == pytest.approx(sum(map(bases.count, "GC")) / len(bases), abs=1e-6)

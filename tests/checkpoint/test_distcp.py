@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of torch.distributed.checkpoint, written and read without it, against torch itself."""
 
+import json
 import pickle
 
 import pytest
@@ -75,7 +76,7 @@ def test_pieces_of_a_tensor_in_memory_are_written_once(tmp_path, monkeypatch):
 
 def test_we_read_what_torch_writes(tmp_path):
     dcp.save(dict(TENSORS, text="bytes"), checkpoint_id=tmp_path / "dcp", no_dist=True)
-    (tmp_path / "dcp/metadata.json").write_text("{}")
+    (tmp_path / "dcp/metadata.json").write_text(json.dumps(distcp.FORMAT))
     assert_equal({name: tensor.read() for name, tensor in read(tmp_path / "dcp").items()}, TENSORS)
 
 
@@ -177,4 +178,15 @@ def test_damage(tmp_path):
             distcp.read_index(folder)
     (folder / "metadata.json").unlink()
     with pytest.raises(UserError, match="has no metadata.json"):
+        distcp.read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "metadata.json is not JSON"), ('{"sharded_backend": "zarr"}', "in the format 'zarr'; only")],
+)
+def test_another_format(tmp_path, content, message):
+    folder = write(tmp_path / "new")
+    (folder / "metadata.json").write_text(content)
+    with pytest.raises(UserError, match=message):
         distcp.read_index(folder)

@@ -3,6 +3,7 @@
 
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -275,6 +276,17 @@ def test_damaged_checkpoints(copy, groups, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         load_model(copy, parallel=ONE)
+
+
+def test_ctrl_c_while_weights_are_read(tiny, groups):
+    """torch's reader reports it as it does a file that is damaged."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from evo2_megatron.checkpoint.load import load_model
+
+    stopped = mock.patch.object(FileSystemReader, "read_data", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        load_model(tiny, parallel=ONE)
 
 
 @pytest.mark.slow

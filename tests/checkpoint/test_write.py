@@ -2,6 +2,7 @@
 """Checkpoints that appear when complete, and what is left of one whose writer was killed."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from evo2_megatron.checkpoint import layout
-from evo2_megatron.checkpoint.write import new_checkpoint, remove_abandoned
+from evo2_megatron.checkpoint.write import check_new, new_checkpoint, remove_abandoned
+from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
 
 WRITE = """
@@ -81,6 +83,37 @@ def test_a_disk_that_is_full_at_last_leaves_nothing(tmp_path, monkeypatch):
         (partial / "train_state.pt").touch()
     assert names(tmp_path / "c") == ["iter_0000001", "latest_checkpointed_iteration.txt", "latest_train_state.pt"]
     assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_ctrl_c_at_the_very_end_leaves_a_whole_checkpoint(tmp_path, monkeypatch, number):
+    def replace(*paths):
+        real(*paths)
+        done.append(paths)
+        if len(done) == number:
+            raise KeyboardInterrupt
+
+    done, real = [], os.replace
+    monkeypatch.setattr("evo2_megatron.checkpoint.write.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt), new_checkpoint(tmp_path / "c") as partial:
+        (partial / "train_state.pt").touch()
+    assert names(tmp_path / "c") == ["iter_0000001", "latest_checkpointed_iteration.txt", "latest_train_state.pt"]
+    assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
+
+
+def test_a_kill_at_the_very_end_is_made_good(tmp_path):
+    hidden = tmp_path / "iter_0000001/.latest_checkpointed_iteration.txt"
+    hidden.parent.mkdir()
+    hidden.write_text("1\n")
+    with pytest.raises(UserError, match="exists already"):
+        check_new(tmp_path)
+    assert (tmp_path / hidden.name.removeprefix(".")).read_text() == "1\n" and not hidden.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder that this user may write to; choose another"):
+        check_new(tmp_path / "file/new/folder")
 
 
 def test_a_tokenizer_on_a_full_disk(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -120,6 +121,16 @@ groups.run("evo2_doctor", lambda argv: [print("a line") for _ in range({num_line
     command.stdout.close()
     command.stdin.close()
     assert command.stderr.read() == b"" and command.wait() == 141
+
+
+def test_a_file_that_may_not_be_read(capfd):
+    def main(argv):
+        raise PermissionError(13, "Permission denied", "run_config.yaml")
+
+    with pytest.raises(SystemExit) as ending, mock.patch.object(groups.os, "dup2"):
+        groups.run("predict_evo2", main)
+    message = "predict_evo2: error: run_config.yaml: Permission denied; ask its owner, or choose another\n"
+    assert (ending.value.code, capfd.readouterr().err) == (2, message)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

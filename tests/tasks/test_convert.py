@@ -266,6 +266,14 @@ def test_an_interruption_leaves_nothing(state, result, tmp_path, error):
     assert not left_behind(result)
 
 
+def test_a_source_that_may_not_be_read(state, result, tmp_path):
+    source = save(state, tmp_path / "model.pt")
+    error = PermissionError(13, "Permission denied", source)
+    refused = mock.patch("evo2_megatron.checkpoint.torch_file.io.FileIO", side_effect=error)
+    with refused, pytest.raises(UserError, match=f"^{re.escape(source)}: Permission denied; no result was written$"):
+        savanna_to_mbridge(source, result)
+
+
 def test_hostile_files(state, result, tmp_path):
     for value in (Hostile(tmp_path / "trap"), {"module": state, "args": Hostile(tmp_path / "trap")}):
         with pytest.raises(UserError, match="nothing of it was run"):

@@ -204,3 +204,18 @@ def test_small_shared_memory_and_a_foreign_torchrun(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     (finding,) = [f for f in doctor._files() if f.name == "torchrun"]
     assert finding.status == "problem" and str(tmp_path) in finding.text
+
+
+def test_a_machine_that_does_not_reach_itself(monkeypatch):
+    """As in a network namespace of its own; a new installation mends nothing."""
+
+    def unreachable(*args, **options):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("evo2_megatron.runtime.distributed.socket.create_connection", unreachable)
+    without_model = {name: stage for name, stage in PROBED.items() if name != "model"}
+    monkeypatch.setattr(doctor, "_probe", lambda: (without_model, "Unable to find interface for: [127.0.0.1]"))
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert found["loopback"].text == "127.0.0.1 cannot be reached (Network is unreachable)"
+    assert found["loopback"].fix == found["evo2_tiny"].fix
+    assert found["loopback"].fix.startswith("bring the loopback interface up, as root: ip link set lo up")

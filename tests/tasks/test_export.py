@@ -190,6 +190,7 @@ def test_verification_notices_a_wrong_file(tiny, tmp_path):
 
 def test_remove_optimizer(tiny, tmp_path, caplog):
     source = shutil.copytree(tiny.parent, tmp_path / "run")
+    (tmp_path / "small/.iter_0000012.17.partial").mkdir(parents=True)  # of a run that was killed
     shutil.copytree(tiny, source / "iter_0000012")
     (source / "latest_checkpointed_iteration.txt").write_text("12\n")
     with caplog.at_level(logging.INFO):

@@ -14,6 +14,7 @@ import yaml
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
+from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.recipes.head_options import HeadOptions
 from evo2_megatron.tasks.heads import train_head
 from tasks.head_runs import NUM_VALIDATION, make_rows, model_section, predicted, scalars, train_all, write_csv
@@ -43,6 +44,7 @@ def runs(megatron, tmp_path_factory):
     halves = lora | {"experiment_name": "halves", "decay_steps": 4}
     numbers = {"task": "regression", "label_columns": ["gc", "rich"]}
     long = {"max_steps": 60, "eval_interval": 20}
+    small_base = {"base_ckpt_dir": str(write_tiny_checkpoint(root / "small", seq_length=64, rows=256).parent)}
     errors = train_all(
         [
             lora | test | {"experiment_name": "whole"},
@@ -72,6 +74,7 @@ def runs(megatron, tmp_path_factory):
             ]
             * 2,
             *[halves | {"max_steps": 6, "decay_steps": 6} | change for change in _other_data(root, rows, common)],
+            common | small_base | {"experiment_name": "other", "tokenizer": str(tokenizer_dir(512))},
         ]
     )
     return root, errors, rows[:NUM_VALIDATION]
@@ -86,7 +89,9 @@ def _other_data(root, rows, common):
     swapped = {"train_data": write_csv(root / "swapped.csv", train)}
     val[0]["sequence"] = "T" + val[0]["sequence"][1:] if val[0]["sequence"][0] != "T" else "A" + val[0]["sequence"][1:]
     base = {"val_data": write_csv(root / "other_base.csv", val)}
-    return [swapped, base, {"seq_length": 20}, {"seed": 0}, {"precision": "bf16_mixed"}]
+    done = {"max_steps": 4, "decay_steps": 4}  # the run has no step left
+    after_it = [done | change for change in ({"pooling": "last"}, {"lora_dim": 8}, {}, swapped)]
+    return [swapped, base, {"seq_length": 20}, {"seed": 0}, {"precision": "bf16_mixed"}, *after_it]
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, megatron, caplog):
@@ -250,11 +255,15 @@ def test_every_row_is_trained_on(runs):
         (11, "was trained with seq_length 24, not 20; choose another --result-dir"),
         (12, "--seed is 0; it must be from 1 to 4294967295"),
         (13, "was trained with parameters in float32, not bfloat16; resume with the --mixed-precision-recipe"),
+        (14, "was trained with head_pooling mean, not last; choose another --result-dir"),
+        (15, "--lora-dim is 8, but"),
+        (16, "was trained with other sequences or labels than those of"),
+        (17, "has 512 tokens, the model 256; leave --tokenizer-path out to use the checkpoint's"),
     ],
 )
 def test_runs_that_cannot_begin(runs, number, message):
     root, errors, _ = runs
-    assert len(errors) == 14 and message in errors[number]
+    assert len(errors) == 18 and message in errors[number]
     assert not (root / "other").exists()
 
 

@@ -87,6 +87,7 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         UserError: There are no weights in this format, or the index is damaged or names what does not belong there.
     """
+    _check_format(Path(folder) / WEIGHTS_FORMAT)
     index = Path(folder) / WEIGHTS_INDEX
     for path in (index, Path(folder) / WEIGHTS_FORMAT):
         if not path.is_file():
@@ -102,6 +103,21 @@ def read_index(folder: Path) -> Metadata:
     if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise UserError(f"{index} is not an index of weights; copy the checkpoint again")
     return metadata
+
+
+def _check_format(path: Path) -> None:
+    if not path.is_file():
+        return  # reading the index says what is missing
+    try:
+        described = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is not JSON; copy the checkpoint again") from None
+    backend = described.get("sharded_backend") if isinstance(described, dict) else None
+    if backend != "torch_dist":
+        raise UserError(
+            f"{path.parent} holds weights in the format {backend!r}; only torch_dist can be read: save the checkpoint "
+            "again with a version of NeMo or Megatron that writes it"
+        )
 
 
 def tensor_entries(index: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -137,6 +137,8 @@ def _in_one_line(checkpoint: Path) -> Iterator[None]:
         if "PytorchStreamReader" not in str(error):  # of a file, and not, say, of a GPU's memory
             raise
         cause = error
+    if isinstance(cause, KeyboardInterrupt):  # torch reports Ctrl-C as it does a file that cannot be read
+        raise cause
     if isinstance(cause, pickle.UnpicklingError):
         raise UserError(
             f"a file of {checkpoint} holds more than tensors and plain values; it was not run and nothing was loaded"

@@ -10,13 +10,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from evo2_megatron.checkpoint.distcp import read_index, tensor_entries
-from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.config import UserError
 
@@ -34,23 +32,6 @@ def find_weights(checkpoint: Path) -> tuple[Path, Metadata, dict[str, str]]:
     folder = Path(checkpoint) / "weights"
     if not folder.is_dir():
         raise UserError(f"{checkpoint} has no folder 'weights'; give the folder of a NeMo 2 checkpoint")
-    _check_format(folder)
     index = read_index(folder)
     names = [name for name in tensor_entries(index) if is_weight(name.removeprefix(_PREFIX))]
     return folder, index, {name: name.removeprefix(_PREFIX) for name in names}
-
-
-def _check_format(folder: Path) -> None:
-    path = folder / WEIGHTS_FORMAT
-    if not path.is_file():
-        return  # reading the index says what is missing
-    try:
-        described = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is not JSON; copy the checkpoint again") from None
-    backend = described.get("sharded_backend") if isinstance(described, dict) else None
-    if backend != "torch_dist":
-        raise UserError(
-            f"{folder} holds weights in the format {backend!r}; only torch_dist can be read: save the checkpoint "
-            "again with a version of NeMo that writes it"
-        )

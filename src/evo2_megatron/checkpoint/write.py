@@ -39,6 +39,9 @@ _CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 
+_NEWEST = (layout.LATEST_TRAIN_STATE, layout.TRACKER)
+"""Files beside checkpoints that say which is the newest."""
+
 
 def whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """Weights of a model that no other process shares, by the names of checkpoints."""
@@ -88,11 +91,11 @@ def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
         lock_alone(claim, partial, choose="folder")
         yield partial
         # in the folder as long as it is hidden: a disk that is full by now leaves no checkpoint, and no part of one
-        names = _write_newest(partial, iteration)
+        _write_newest(partial, iteration)
         os.replace(partial, target)
-        for name in names:
-            os.replace(target / f".{name}", directory / name)
+        _name_newest(target)
     finally:
+        _name_newest(target)  # where it was interrupted
         os.close(claim)
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the checkpoint, or somebody else's file, is in it
@@ -114,9 +117,14 @@ def check_new(directory: Path, iteration: int = 1) -> None:
     """Raise UserError if the checkpoint to be written exists already, or something else is in its way."""
     target = Path(directory) / layout.iteration_name(iteration)
     if target.exists():
+        if not (target.parent / layout.TRACKER).exists():  # who wrote it was killed at the very end
+            _name_newest(target)
         raise UserError(f"{target} exists already; choose another folder or remove it")
     if Path(directory).exists() and not Path(directory).is_dir():
         raise UserError(f"{directory} is a file; give a folder for the checkpoint")
+    existing = next(folder for folder in target.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to; choose another")
 
 
 def describe(
@@ -211,11 +219,15 @@ def _write_run_config(
             yaml.safe_dump(dict(more_sections), file, sort_keys=False)
 
 
-def _write_newest(folder: Path, iteration: int) -> list[str]:
-    """Write what will say that this is the newest, under hidden names; returns the names that they will get."""
-    names = [layout.TRACKER]
+def _write_newest(folder: Path, iteration: int) -> None:
+    """Write what will say that this is the newest, under hidden names in its own folder."""
     (folder / f".{layout.TRACKER}").write_text(f"{iteration}\n")
     if (folder / layout.TRAIN_STATE).is_file():  # old checkpoints may lack it
         shutil.copyfile(folder / layout.TRAIN_STATE, folder / f".{layout.LATEST_TRAIN_STATE}")
-        names.insert(0, layout.LATEST_TRAIN_STATE)
-    return names
+
+
+def _name_newest(target: Path) -> None:
+    """Give what ``_write_newest`` wrote its names, unless it has them already."""
+    for name in _NEWEST:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(target / f".{name}", target.parent / name)

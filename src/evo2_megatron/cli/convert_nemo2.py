@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a NeMo 2 checkpoint to a Megatron Bridge checkpoint."""
+"""Convert a NeMo 2 checkpoint to a Megatron Bridge checkpoint, in a folder that must not exist yet."""
 
 from __future__ import annotations
 

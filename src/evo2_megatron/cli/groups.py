@@ -20,6 +20,7 @@ from evo2_megatron.architectures import ARCHITECTURES
 from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
+_REMEDIES = {errno.ENOSPC: "make room, or write somewhere else", errno.EACCES: "ask its owner, or choose another"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,11 +52,12 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _REMEDIES:
             raise
         # of what is printed, nothing may be flushed again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.stderr.write(f"{prog}: error: {error.strerror}; make room, or write somewhere else\n")
+        name = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"{prog}: error: {name}{error.strerror}; {_REMEDIES[error.errno]}\n")
         sys.exit(2)
     except UserError as error:
         speaker = f"{prog}: error"
@@ -264,13 +266,9 @@ def base_checkpoint(args: argparse.Namespace) -> Path | None:
 def add_conversion(parser: argparse.ArgumentParser, *, needs_seq_length: bool = False) -> argparse._ArgumentGroup:
     """Add the flags that ``conversion`` reads, ``--verify`` and ``--verbose``; returns the group of the result."""
     result, model = parser.add_argument_group("result"), parser.add_argument_group("model")
-    result.add_argument(
-        "--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder to write iter_0000001 to"
-    )
-    known = ", ".join(sorted(ARCHITECTURES))
-    model.add_argument(
-        "--model-size", choices=sorted(ARCHITECTURES), required=True, metavar="KEY", help=f"one of {known}"
-    )
+    result.add_argument("--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="folder for iter_0000001")
+    known = sorted(ARCHITECTURES)
+    model.add_argument("--model-size", choices=known, required=True, metavar="KEY", help=f"one of {', '.join(known)}")
     model.add_argument(
         "--tokenizer-path",
         type=Path,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tell classes, labels or numbers of sequences, or of each base, with what evo2_train_head trained.
 
-Where there are labels, a second file tells how good the predictions are. Processes of torchrun share the work.
+Where there are labels, a second file tells how good the predictions are. Several processes, by --devices or
+torchrun, share the work.
 """
 
 from __future__ import annotations

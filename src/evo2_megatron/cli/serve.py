@@ -16,7 +16,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = groups.Parser(PROG, __doc__)
     checkpoint = parser.add_argument_group("checkpoint")
-    checkpoint.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint")
+    checkpoint.add_argument(
+        "--ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
+    )
     groups.add_base_checkpoint(checkpoint)
     groups.add_self_test(checkpoint)
     parser.add_argument_group("variants").add_argument(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model to tell classes, labels or numbers of sequences or bases: a head on it, and LoRA adapters in it.
 
-Tables of sequences and labels go in: CSV, TSV, JSON Lines or Parquet. evo2_predict_head uses what comes out. Start it
-by torchrun to use several processes, which share the batches.
+Tables of sequences and labels go in: CSV, TSV, JSON Lines or Parquet. evo2_predict_head uses what comes out. Several
+processes, by --devices or torchrun, share the batches.
 """
 
 from __future__ import annotations

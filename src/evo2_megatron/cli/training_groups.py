@@ -61,7 +61,7 @@ def add_lora(parser: argparse._ActionsContainer) -> argparse._ArgumentGroup:
         "--lora-finetune",
         action="store_true",
         default=None,
-        help="freeze the weights of --finetune-ckpt-dir and train low-rank adapters",
+        help="freeze the weights that training starts from and train low-rank adapters",
     )
     group.add_argument("--lora-dim", type=positive_int, metavar="N", help="rank of the adapters (default: 16)")
     group.add_argument(

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from evo2_megatron.config import ParallelConfig
+from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.runtime import megatron
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[No
         seed: Seed of Python's, NumPy's and torch's generators and of Megatron's per-region random states.
 
     Raises:
-        UserError: The number of processes is not a multiple of ``parallel.model_size``.
+        UserError: The number of processes is not a multiple of ``parallel.model_size``, or a machine without network
+            lacks even 127.0.0.1.
     """
     parallel.check_world_size(world_size())
     megatron.enter()
@@ -75,7 +76,11 @@ def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[No
     if "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group(backend, rank=rank(), world_size=world_size())
     else:
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        except RuntimeError:
+            check_loopback()
+            raise
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -132,10 +137,26 @@ def of_first_in_model(value: Tensor) -> Tensor:
     return value
 
 
+def check_loopback() -> None:
+    """Raise UserError where this machine cannot be reached at 127.0.0.1, which torch needs for one process, too."""
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=5),
+        ):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"127.0.0.1 cannot be reached ({error.strerror or error}); bring the loopback interface up, as root: ip "
+            "link set lo up"
+        ) from None
+
+
 def be_alone_without_torchrun() -> None:
     """Name one process on a free port; Bridge would guess, from Slurm's variables and the same port for every run."""
     if "MASTER_PORT" in os.environ or world_size() > 1:
         return
+    check_loopback()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

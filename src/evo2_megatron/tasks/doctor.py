@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import VOCAB_SIZES, tokenizer_dir
+from evo2_megatron.runtime.distributed import check_loopback
 from evo2_megatron.tasks.doctor_probe import STAGES
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ PROJECT = "evo2-megatron"
 REBUILD = "./.ci_build.sh, in the project's folder"
 START_OVER = "rm -rf .venv && ./.ci_build.sh, in the project's folder"
 
+_LOOPBACK = "loopback"
 _FP8_CAPABILITY = [8, 9]
 _LARGEST_DIFFERENCE = 1e-3
 """Of logits, in units of their standard deviation; GPUs may round products to TF32."""
@@ -53,7 +56,9 @@ def examine() -> list[Finding]:
     findings = [*_machine(), *_packages(), *_files()]
     probed, failure = _probe()
     has_gpu = any(finding.name == "GPU" and finding.status == "ok" for finding in findings)
-    return [*findings, *_parts(probed, failure, has_gpu=has_gpu)]
+    # what no new installation would mend
+    fix = next((finding.fix for finding in findings if finding.name == _LOOPBACK), START_OVER)
+    return [*findings, *_parts(probed, failure, has_gpu=has_gpu, fix=fix)]
 
 
 def _machine() -> Iterator[Finding]:
@@ -80,6 +85,11 @@ def _machine() -> Iterator[Finding]:
         yield Finding(
             "machine", "shared memory", "problem", text, "start the container with --ipc=host or --shm-size=8g"
         )
+    try:
+        check_loopback()
+    except UserError as error:
+        text, _, fix = str(error).partition("; ")
+        yield Finding("machine", _LOOPBACK, "problem", text, fix)
     for name, why in (("cc", "kernels that Triton compiles"), ("nvcc", "Transformer Engine")) if gpus else ():
         found = shutil.which(name)
         status, fix = ("ok", None) if found else ("note", f"install {name}; it is needed to build {why}")
@@ -193,8 +203,10 @@ def _probe() -> tuple[dict[str, dict[str, Any]], str | None]:
     return {line["stage"]: line for line in lines}, failure
 
 
-def _parts(probed: dict[str, dict[str, Any]], failure: str | None, *, has_gpu: bool) -> Iterator[Finding]:
-    """What of the machine is used."""
+def _parts(
+    probed: dict[str, dict[str, Any]], failure: str | None, *, has_gpu: bool, fix: str = START_OVER
+) -> Iterator[Finding]:
+    """What of the machine is used; ``fix`` is for the first part that cannot be."""
     if "torch" in probed:
         yield _torch(probed["torch"], has_gpu=has_gpu)
     if "bridge" in probed:
@@ -206,7 +218,7 @@ def _parts(probed: dict[str, dict[str, Any]], failure: str | None, *, has_gpu: b
     failed = next((stage for stage in STAGES if stage not in probed), None)
     if failed is not None:
         what = {"torch": "torch", "bridge": "Megatron Bridge", "kernels": "kernels", "model": "evo2_tiny"}[failed]
-        yield Finding("parts", what, "problem", f"cannot be used: {failure}", START_OVER)
+        yield Finding("parts", what, "problem", f"cannot be used: {failure}", fix)
 
 
 def _torch(torch: dict[str, Any], *, has_gpu: bool) -> Finding:

@@ -51,6 +51,7 @@ _SMALLEST = 1e-30
 """What is smaller has no scale that float32 could hold, and needs none."""
 
 
+@disk_errors()
 def calibrate_fp8(
     fasta: Path,
     ckpt_dir: Path,
@@ -216,7 +217,7 @@ def _write(
     origin: dict[str, Any],
     with_self_test: bool | None,
 ) -> None:
-    with disk_errors(), new_checkpoint(target, layout.iteration_of(checkpoint)) as folder:
+    with new_checkpoint(target, layout.iteration_of(checkpoint)) as folder:
         copy_weights(checkpoint, folder)
         # numbers of the scales before
         (folder / layout.SELF_TEST).unlink(missing_ok=True)

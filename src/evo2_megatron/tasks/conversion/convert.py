@@ -62,6 +62,7 @@ class Result:
     """Score fixed sequences and store the result for ``--self-test``; None: if the weights are small."""
 
 
+@disk_errors()
 def savanna_to_mbridge(
     source: str, result: Result, *, revision: str | None = None, unfused_names: bool = False, verify: bool = False
 ) -> Path:
@@ -87,6 +88,7 @@ def savanna_to_mbridge(
     return _write_tensors(weights, result, "savanna", origin, unfused_names=unfused_names, verify=verify)
 
 
+@disk_errors()
 def vortex_to_mbridge(source: Path, result: Result, *, config: Path | None = None, verify: bool = False) -> Path:
     """Convert a Vortex file.
 
@@ -117,6 +119,7 @@ def vortex_to_mbridge(source: Path, result: Result, *, config: Path | None = Non
     return _write_tensors(weights, result, "vortex", {"format": "vortex", "source": str(source)}, verify=verify)
 
 
+@disk_errors()
 def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> Path:
     """Convert a NeMo 2 checkpoint; its tensors are copied byte for byte.
 
@@ -132,9 +135,9 @@ def nemo2_to_mbridge(source: Path, result: Result, *, verify: bool = False) -> P
         UserError: The source is not a complete model of this size, or the result cannot be written.
     """
     write.remove_abandoned(result.directory)
+    _check_before(result, verify)
     if result.directory.exists():
         raise UserError(f"--mbridge-ckpt-dir {result.directory} exists already; choose another or remove it")
-    _check_before(result, verify)
     folder, index, renamed = nemo2.find_weights(source)
     entries = distcp.tensor_entries(index)
     shapes = {ours: tuple(entries[theirs].size) for theirs, ours in renamed.items()}
@@ -265,7 +268,7 @@ def _write(
     origin = {**origin, "model_size": result.model_size}
     if _fp8_not_said(result, bool(fp8_scales)):
         origin["vortex_style_fp8"] = NOT_SAID
-    with disk_errors(), write.new_checkpoint(result.directory) as partial:
+    with write.new_checkpoint(result.directory) as partial:
         check_space(result.directory, sum(sizes))
         # first, so that what it could refuse is refused before the long part
         write.describe(

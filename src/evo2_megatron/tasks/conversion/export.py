@@ -22,7 +22,7 @@ from evo2_megatron.checkpoint.strip_optimizer import Stripped, kept_tensors, str
 from evo2_megatron.checkpoint.tensors import WholeTensors
 from evo2_megatron.checkpoint.torch_file import read_torch_file, whole_files, write_torch_file
 from evo2_megatron.checkpoint.vortex import vortex_config, vortex_tensors
-from evo2_megatron.checkpoint.write import new_checkpoint
+from evo2_megatron.checkpoint.write import new_checkpoint, remove_abandoned
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.file_lock import is_abandoned, lock_alone
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _CONFIG_JSON = "config.json"
 
 
+@disk_errors()
 def mbridge_to_vortex(
     ckpt_dir: Path,
     output: Path,
@@ -85,7 +86,7 @@ def mbridge_to_vortex(
     if verify:
         check_memory(model, rows)
     total = sum({id(tensor): tensor.nbytes for tensor in theirs.values()}.values())
-    with disk_errors(), _new_files(files) as (weights_file, config_file, summary_file):
+    with _new_files(files) as (weights_file, config_file, summary_file):
         check_space(weights_file.parent, total)
         with moving(len(theirs), total) as on_bytes:
             write_torch_file(theirs, weights_file, on_bytes=on_bytes)
@@ -166,6 +167,7 @@ def _summary(provider: StripedHyenaProvider, rows: int) -> dict[str, Any]:
     return {name: getattr(provider, name) for name in fields} | {"vocab_size": rows}
 
 
+@disk_errors()
 def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Path:
     """Copy the newest checkpoint of a folder without optimizer, scheduler and random state.
 
@@ -180,6 +182,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     Raises:
         UserError: No such checkpoint, or the target exists.
     """
+    remove_abandoned(target)
     if target.exists():
         raise UserError(f"--dst-ckpt-dir {target} exists already; choose another or remove it")
     checkpoint = layout.resolve_checkpoint_path(source, flag="--src-ckpt-dir")
@@ -187,7 +190,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
     megatron.enter()
     read_run_config(checkpoint)  # a copy of one that cannot be read is of no use
     kept = kept_tensors(checkpoint)
-    with disk_errors(), new_checkpoint(target, iteration) as partial:
+    with new_checkpoint(target, iteration) as partial:
         sizes = copy_weights(checkpoint, partial)
         if verify:
             _check_equal(checkpoint, partial)

@@ -29,6 +29,7 @@ MAX_ROUNDED_RMS = 0.02
 number in bfloat16 can be off by."""
 
 
+@disk_errors()
 def merge_lora(
     ckpt_dir: Path,
     target: Path,
@@ -69,7 +70,7 @@ def merge_lora(
     tokenizer = find_tokenizer(checkpoint, base)
     origin = {"merged_from": {"base": str(base.absolute()), "adapters": str(checkpoint.absolute())}}
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with disk_errors(), new_checkpoint(target, iteration) as folder:
+    with new_checkpoint(target, iteration) as folder:
         check_space(target, total)
         with moving(len(tensors), total) as on_bytes:
             distcp.write_tensors(tensors, folder, on_bytes=on_bytes)

@@ -76,9 +76,6 @@ def train_head(options: HeadOptions) -> None:
         seq_length=data.seq_length, **{f"num_{split}": count for split, count in data.num_samples.items()}
     )
     evaluations = read_evaluations(of_training.checkpoint_dir, until=start.step)
-    if start.step >= of_training.max_steps or has_stalled(evaluations, options.patience):
-        logger.info("Nothing to do: %s has done step %s", of_training.checkpoint_dir, start.step)
-        return
     training.enter()
     from evo2_megatron.model.head import forward_step
     from evo2_megatron.tasks.heads.head_callbacks import BestCheckpoint, FittedNorm, SharedDropout, WholeTestSet
@@ -86,6 +83,9 @@ def train_head(options: HeadOptions) -> None:
     config = _config(options, of_training, start.base, base, data)
     if start.resumes:
         _check_same_run(read_run_config(start.checkpoint), config)
+    if start.step >= of_training.max_steps or has_stalled(evaluations, options.patience):
+        logger.info("Nothing to do: %s has done step %s", of_training.checkpoint_dir, start.step)
+        return
     _begin_with(start, config)
     _log_plan(options, of_training, start, data)
     callbacks = [WholeTestSet()] if options.test_data is not None and options.eval_iters is None else []
@@ -199,8 +199,11 @@ def _config(
     rows = load.stored_shapes(checkpoint)[load.EMBEDDING][0]
     folder = options.tokenizer or load.find_tokenizer(checkpoint, checkpoint)
     tokens = tokenizer.read_vocab_size(folder)
-    if tokens > rows:
-        raise UserError(f"the tokenizer in {folder} has {tokens} tokens, the model {rows}; choose another")
+    if tokens > rows:  # not the checkpoint's own, which is looked at as it is found
+        raise UserError(
+            f"the tokenizer in {folder} has {tokens} tokens, the model {rows}; leave --tokenizer-path out to use the "
+            "checkpoint's"
+        )
     config = pretrain_config(of_training)
     override(config.tokenizer, tokenizer_model=str(folder.absolute()))
     # Bridge counts operations of a language model that learns
