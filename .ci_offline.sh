@@ -24,11 +24,12 @@ die() {
 
 collect() {
     [ -x .venv/bin/python ] || die "there is no .venv to take the versions from; run make setup first"
-    local version tags=() pins skip=$HAVE${LEAVE_OUT:+|${LEAVE_OUT// /|}}
+    local version machine tags=() pins skip=$HAVE${LEAVE_OUT:+|${LEAVE_OUT// /|}}
     version=${FOR_PYTHON:-$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
     mkdir -p "$1"
-    for tag in 2_28 2_27 2_24 2_17 2_12 2_5; do tags+=(--platform "manylinux_${tag}_x86_64"); done
-    tags+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
+    machine=$(uname -m)
+    for tag in 2_28 2_27 2_24 2_17 2_12 2_5; do tags+=(--platform "manylinux_${tag}_$machine"); done
+    tags+=(--platform "manylinux2014_$machine" --platform "manylinux1_$machine")
     pins=$(.venv/bin/uv pip freeze --python .venv/bin/python --exclude-editable |
         grep -Ev "^($skip)=="
         for pin in ${ALSO:-}; do echo "$pin"; done)

@@ -44,12 +44,12 @@ format: setup  ## mend style
 	$(IN_ENV) ruff check --fix . && ruff format .
 
 # Every version that any build may install; what uv adds after '# via' is why it is there. Excluded: the wrong CUDA core
-# (see .ci_build.sh). The markers that sed drops are those of the only platform there are wheels for.
+# (see .ci_build.sh). The markers that sed drops say Linux, or its machines, on which all versions are the same.
 lock: setup  ## renew constraints.txt from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	$(IN_ENV) uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url \
 	    --no-emit-find-links --custom-compile-command 'make lock' --excludes <(echo transformer-engine-cu12) \
 	    --extra dev --extra cuda13 $(UPGRADE) pyproject.toml --output-file constraints.txt
-	sed -Ei "s/ ?(and )?platform_machine == 'x86_64' and sys_platform == 'linux'//; \
+	sed -Ei "s/ *;.*platform_machine.*//; s/ ?(and )?sys_platform == 'linux'//; \
 	    s/ and python_full_version < '3.13'//; s/python_full_version < '3.13'//; s/ *; *$$//; s/; +and /; /" constraints.txt
 
 clean:  ## remove .venv and caches

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing weights and loading them again; refusal of everything that does not fit."""
 
+import enum
 import pickle
 import shutil
 from unittest import mock
@@ -253,6 +254,32 @@ def test_a_tampered_index_runs_nothing(copy, groups):
     with pytest.raises(UserError, match="names builtins.exec, which does not belong there"):
         load_model(copy, parallel=ONE)
     assert not (copy / "marker").exists()
+
+
+class _AsPython3112(pickle.Pickler):
+    """Writes enumerations as the first releases of Python 3.11 do."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_an_index_of_an_early_python_3_11(copy, groups):
+    from evo2_megatron.checkpoint import distcp
+    from evo2_megatron.checkpoint.load import load_model
+
+    index = distcp.read_index(copy)
+    with (copy / ".metadata").open("wb") as file:
+        _AsPython3112(file).dump(index)
+    assert b"getattr" in (copy / ".metadata").read_bytes() and distcp.read_index(copy) == index
+    load_model(copy, parallel=ONE)
+
+
+@pytest.mark.parametrize("kind, name", [(torch, "load"), (torch.dtype, "__class__"), (enum.Enum, "__subclasses__")])
+def test_getattr_of_an_index_gives_enumerations_alone(copy, kind, name):
+    from evo2_megatron.checkpoint.distcp import _enum_member
+
+    with pytest.raises(pickle.UnpicklingError, match=f"it names '{name}' of what is no enumeration"):
+        _enum_member(kind, name)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,21 @@ class _IndexReader(pickle.Unpickler):
         elif module == "torch":
             found = getattr(torch, name, None)
             found = found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else None
+        elif (module, name) == ("builtins", "getattr"):
+            found = _enum_member
         if found is None or (module in _INDEX_MODULES and not isinstance(found, type)):
             raise UserError(
                 f"the checkpoint's index of weights names {module}.{name}, which does not belong there; "
                 "the file is damaged or was tampered with, and nothing was loaded"
             )
         return found
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What ``getattr`` is for in an index: the first releases of Python 3.11 write enumerations so, as Debian 12's."""
+    if not isinstance(kind, EnumMeta) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"it names {name!r} of what is no enumeration")
+    return kind[name]
 
 
 def read_index(folder: Path) -> Metadata:

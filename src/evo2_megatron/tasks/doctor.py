@@ -66,10 +66,14 @@ def _machine() -> Iterator[Finding]:
     supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
     fix = None if supported else f"PYTHON=python3.12 {REBUILD}"
     yield Finding("machine", "Python", "ok" if supported else "problem", f"{version}, {sys.executable}", fix)
-    is_linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     text = f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores, {_memory()}"
     yield Finding(
-        "machine", "system", "ok" if is_linux else "problem", text, None if is_linux else "use Linux on x86-64"
+        "machine",
+        "system",
+        "ok" if is_known else "problem",
+        text,
+        None if is_known else "use Linux on x86-64 or ARM64",
     )
     gpus = _gpus()
     if gpus:
