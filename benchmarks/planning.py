@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from evo2_megatron.config import ParallelConfig
 from evo2_megatron.tasks.planning.plan import plan
 from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
-from tasks.allocations import as_on_a_cpu, of_inference, of_training_step
+from tasks.planning.allocations import as_on_a_cpu, of_inference, of_training_step
 
 TRAINING = (
     # tokens, GPUs, layout, and how far positions are stretched beyond the model size's own

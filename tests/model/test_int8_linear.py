@@ -9,7 +9,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.ops.int8 import quantize_rows
 from helpers import tiny_model
-from tasks.allocations import largest
+from tasks.planning.allocations import largest
 
 ONE = ParallelConfig()
 INT8 = {"int8_weights": True}

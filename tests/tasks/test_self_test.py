@@ -20,7 +20,7 @@ from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.conversion.convert import vortex_to_mbridge
-from tasks.conversions import TINY, WEIGHTS, left_behind, new_result
+from tasks.conversion.conversions import TINY, WEIGHTS, left_behind, new_result
 
 pytestmark = pytest.mark.usefixtures("megatron")
 ONE = ParallelConfig()

@@ -14,7 +14,7 @@ from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.conversion.convert import savanna_to_mbridge, vortex_to_mbridge
-from tasks.conversions import TINY, WEIGHTS, left_behind, new_result, save
+from tasks.conversion.conversions import TINY, WEIGHTS, left_behind, new_result, save
 
 pytestmark = pytest.mark.usefixtures("megatron")
 SCALES = {0: (2.0, 900.0), 1: (3.0, 800.0), 2: (4.5, 1000.25)}

@@ -9,7 +9,7 @@ from evo2_megatron.architectures import architecture
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
 from helpers import PARAMETERS
-from tasks.allocations import as_on_a_cpu, generate, of_inference
+from tasks.planning.allocations import as_on_a_cpu, generate, of_inference
 
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048}
 

@@ -13,7 +13,7 @@ from evo2_megatron.checkpoint import distcp
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.tasks.conversion.convert import nemo2_to_mbridge
-from tasks.conversions import WEIGHTS, left_behind, new_result, stored
+from tasks.conversion.conversions import WEIGHTS, left_behind, new_result, stored
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -11,7 +11,7 @@ from evo2_megatron.config import ParallelConfig
 from evo2_megatron.tasks.planning.plan import plan
 from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 SLOW = pytest.mark.slow
 GB = 1e9
 

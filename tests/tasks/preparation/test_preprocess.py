@@ -18,7 +18,7 @@ from evo2_megatron.data.preprocess_config import PreprocessConfig
 from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.tasks.preparation.preprocess import check, count, preprocess
 
-LAMBDA = Path(__file__).parents[2] / "examples" / "data" / "lambda_phage.fa"
+LAMBDA = Path(__file__).parents[3] / "examples" / "data" / "lambda_phage.fa"
 ALL_TRAIN = {"train_split": 1.0, "valid_split": 0.0, "test_split": 0.0}
 ENDINGS = [f"{split}{ending}" for split in ("test", "train", "val") for ending in (".bin", ".idx")]
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
-from tasks.head_runs import give_output, model_section, predicted, scalars, train_all, write_csv
+from tasks.heads.head_runs import give_output, model_section, predicted, scalars, train_all, write_csv
 
 NUM_VALIDATION, WINDOW = 13, 16
 

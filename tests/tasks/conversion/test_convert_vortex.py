@@ -15,7 +15,7 @@ from evo2_megatron.checkpoint.vortex import to_vortex, vortex_config
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.conversion.convert import vortex_to_mbridge
 from parity.vortex_model import random_weights
-from tasks.conversions import TINY, WEIGHTS, left_behind, new_result, save, stored
+from tasks.conversion.conversions import TINY, WEIGHTS, left_behind, new_result, save, stored
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from tasks.test_train import SMALL, train_all
+from tasks.training.test_train import SMALL, train_all
 
 TAGS = {
     "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",

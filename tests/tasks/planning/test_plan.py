@@ -13,7 +13,7 @@ from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.tasks.planning.plan import nearest_fit, plan
 from evo2_megatron.tasks.training import train_checks
 from helpers import PARAMETERS
-from tasks.allocations import as_on_a_cpu, of_training_step
+from tasks.planning.allocations import as_on_a_cpu, of_training_step
 
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048, "global_batch_size": 1}
 

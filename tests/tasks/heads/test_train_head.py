@@ -17,7 +17,7 @@ from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.recipes.head_options import HeadOptions
 from evo2_megatron.tasks.heads import train_head
-from tasks.head_runs import NUM_VALIDATION, make_rows, model_section, predicted, scalars, train_all, write_csv
+from tasks.heads.head_runs import NUM_VALIDATION, make_rows, model_section, predicted, scalars, train_all, write_csv
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from tasks.head_runs import NUM_VALIDATION, give_output, make_rows, predicted, train_all, write_csv
+from tasks.heads.head_runs import NUM_VALIDATION, give_output, make_rows, predicted, train_all, write_csv
 
 
 @pytest.fixture(scope="module")

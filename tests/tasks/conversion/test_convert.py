@@ -23,7 +23,7 @@ from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.tasks.conversion.convert import savanna_to_mbridge, vortex_to_mbridge
 from helpers import Hostile
 from parity.vortex_model import random_weights
-from tasks.conversions import TINY, WEIGHTS, assert_weights, left_behind, new_result, save, stored
+from tasks.conversion.conversions import TINY, WEIGHTS, assert_weights, left_behind, new_result, save, stored
 
 ONE = ParallelConfig()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.test_train import LOG_LINE, SMALL, Run, checkpoint, command, environment, read, train_all
+from tasks.training.test_train import LOG_LINE, SMALL, Run, checkpoint, command, environment, read, train_all
 
 pytestmark = pytest.mark.slow
 

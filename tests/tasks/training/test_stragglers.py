@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from evo2_megatron.config import UserError
-from tasks.test_train import environment
+from tasks.training.test_train import environment
 
 HEADER = (
     "step pipeline_stage processes median_forward_ms slowest_forward_ms slowest_rank slowest_host median_batch_ms "

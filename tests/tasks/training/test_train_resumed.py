@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tasks.test_train import SMALL, checkpoint, train_all
+from tasks.training.test_train import SMALL, checkpoint, train_all
 
 pytestmark = pytest.mark.slow
 

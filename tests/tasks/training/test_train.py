@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 WORKER = Path(__file__).with_name("train_runs.py")
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = Path(__file__).parents[3] / "src"
 
 SMALL = {
     "mock_data": True,

@@ -16,7 +16,7 @@ from data.test_datasets import write, write_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.recipes.options import TrainingOptions
 from evo2_megatron.tasks.training import train_lora
-from tasks.test_train import SMALL, checkpoint, run_config, train_all
+from tasks.training.test_train import SMALL, checkpoint, run_config, train_all
 
 LORA = {"lora_finetune": True, "lora_dim": 4, "lora_alpha": 8, "lr": 3e-3}
 KEPT = ["final_norm", "word_embeddings", "output_layer"]

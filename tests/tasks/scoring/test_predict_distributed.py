@@ -14,7 +14,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig
 from model.layout_worker import LAYOUTS
 from processes import launch
-from tasks.predict_worker import predictions
+from tasks.scoring.predict_worker import predictions
 
 WORKER = Path(__file__).with_name("predict_worker.py")
 # in batches of three, the first copy gets one more than the second

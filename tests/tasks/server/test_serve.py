@@ -20,7 +20,7 @@ from evo2_megatron.tasks.generation.prompts import Prompt
 from evo2_megatron.tasks.generation.sampling import Sampling
 from evo2_megatron.tasks.scoring.predict import predict
 from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
-from tasks.server_process import Server, arrays_of, until
+from tasks.server.server_process import Server, arrays_of, until
 
 SEQUENCES = ["ACGTTGCAACGGTTAC" * 3, "acgtNNga", "|d__Bacteria;p__X|GATTACA", "A"]
 MAX_LENGTH = 2048
