@@ -69,7 +69,8 @@ def manifest(loaded: LoadedModel, checkpoint_sha256: str, settings: dict[str, An
         "int8_weights": provider.int8_weights,
         "device": torch.cuda.get_device_name() if megatron.on_cuda() else f"CPU ({platform.machine()})",
         "settings": settings,
-        "versions": {"python": platform.python_version()} | _versions(),
+        # its own word for itself also says which CUDA it was built for
+        "versions": {"python": platform.python_version()} | _versions() | {"torch": torch.__version__},
     }
 
 

@@ -43,8 +43,7 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
         UserError: The port is taken, or the genome cannot be read, or the model not loaded.
     """
     if distributed.rank() > 0:
-        with _already_ended():  # this process ends when the first one says so
-            Engine(settings).run()
+        Engine(settings).run()
         return
     start = time.perf_counter()
     listener = _listen(host, port)
@@ -105,7 +104,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _already_ended() -> Iterator[None]:
-    """Nothing is left to end by a signal: uvicorn catches it, ends in order and then raises it again."""
+    """uvicorn catches a signal, ends in order and then raises it again: by then there is nothing left to end."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -33,10 +34,14 @@ class Turns:
     """Brings each turn of the first process, which hears clients, to the others, which do the same without a word."""
 
     def __init__(self) -> None:
-        """Call it on all processes, inside their process groups."""
+        """Call it on all processes, inside their process groups; on others than the first, in the main thread."""
         self._group = None
         if distributed.world_size() > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=_FOREVER)
+        if not self.is_first:
+            # the first hears them too, finishes what was taken, and then sends the end
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
 
     @property
     def is_first(self) -> bool:
