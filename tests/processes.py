@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes with torchrun's environment, forked from one that has imported everything.
+"""Several processes with torchrun's environment, forked from one that has imported all; and what becomes of them.
 
 Importing Megatron takes longer than most of what is tested; torchrun would have every process do it.
 """
@@ -68,3 +68,20 @@ def _run(rank: int, world_size: int, port: int, target: Callable[..., None], *ar
         "MASTER_PORT": str(port),
     }
     target(*arguments)
+
+
+def until(happens: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for something to be true."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # one that has ended may not have been waited for

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from processes import is_running, until
 
 
 @pytest.fixture(scope="module")
@@ -100,27 +100,13 @@ def test_a_kill_while_saving_leaves_no_process(tmp_path):
     assert done.returncode == -signal.SIGKILL
     children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     try:
-        assert len(children) == 2 and wait_until(lambda: not any(map(is_running, children)))
+        assert len(children) == 2
+        until(lambda: not any(map(is_running, children)), 5)
         with (tmp_path / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         for pid in filter(is_running, children):
             os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
-def is_running(pid):
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"  # one that has ended may not have been waited for
 
 
 def test_writers_of_checkpoints_are_the_repaired_ones(repairs):

@@ -26,6 +26,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.file_lock import is_abandoned, lock_alone
+from evo2_megatron.runtime.writable import check_may_write
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
@@ -122,9 +123,7 @@ def check_new(directory: Path, iteration: int = 1) -> None:
         raise UserError(f"{target} exists already; choose another folder or remove it")
     if Path(directory).exists() and not Path(directory).is_dir():
         raise UserError(f"{directory} is a file; give a folder for the checkpoint")
-    existing = next(folder for folder in target.absolute().parents if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to; choose another")
+    check_may_write(target, advice="; choose another")
 
 
 def describe(

@@ -21,7 +21,7 @@ FORMATS = ("jsonl", "fasta", "text")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model; ``running`` reads all but ``--ckpt-dir``."""
+    """Add the flags that say which model; of commands that generate, ``running`` reads all but ``--ckpt-dir``."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them")
     groups.add_base_checkpoint(group)

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, launch_groups, model_groups
+from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
 
 PROG = "evo2_serve"
 
@@ -15,12 +15,7 @@ PROG = "evo2_serve"
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = groups.Parser(PROG, __doc__)
-    checkpoint = parser.add_argument_group("checkpoint")
-    checkpoint.add_argument(
-        "--ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
-    )
-    groups.add_base_checkpoint(checkpoint)
-    groups.add_self_test(checkpoint)
+    generation_groups.add_checkpoint(parser)
     parser.add_argument_group("variants").add_argument(
         "--fasta",
         type=Path,

@@ -68,13 +68,8 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "Python", "ok" if supported else "problem", f"{version}, {sys.executable}", fix)
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     text = f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores, {_memory()}"
-    yield Finding(
-        "machine",
-        "system",
-        "ok" if is_known else "problem",
-        text,
-        None if is_known else "use Linux on x86-64 or ARM64",
-    )
+    fix = None if is_known else "use Linux on x86-64 or ARM64"
+    yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()
     if gpus:
         yield Finding("machine", "GPU", "ok", "; ".join(gpus))

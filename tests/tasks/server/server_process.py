@@ -9,10 +9,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import requests
+
+from processes import until
 
 COMMAND = [sys.executable, "-c", "from evo2_megatron.cli.serve import main; main()"]
 
@@ -56,10 +57,3 @@ def arrays_of(data):
     """Of an archive in Base64."""
     with np.load(io.BytesIO(base64.b64decode(data))) as archive:
         return dict(archive)
-
-
-def until(happens, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.05)

@@ -20,7 +20,8 @@ from evo2_megatron.tasks.generation.prompts import Prompt
 from evo2_megatron.tasks.generation.sampling import Sampling
 from evo2_megatron.tasks.scoring.predict import predict
 from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
-from tasks.server.server_process import Server, arrays_of, until
+from processes import until
+from tasks.server.server_process import Server, arrays_of
 
 SEQUENCES = ["ACGTTGCAACGGTTAC" * 3, "acgtNNga", "|d__Bacteria;p__X|GATTACA", "A"]
 MAX_LENGTH = 2048

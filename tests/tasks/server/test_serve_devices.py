@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
-from tasks.server.server_process import Server, arrays_of, until
+from processes import until
+from tasks.server.server_process import Server, arrays_of
 
 PROMPTS = ["GGGCGGCGACCTC", "ATG" * 30, "T", "acgt" * 11]
 

@@ -26,7 +26,7 @@ from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.attempt import NO_MEMORY
 from evo2_megatron.tasks.server.engine import Engine, ModelInfo, ModelSettings
 from evo2_megatron.tasks.server.jobs import GenerateJob, PassJob, Refused, Reply, Vectors
-from tasks.server.server_process import until
+from processes import until
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,7 @@ from pyarrow import parquet
 from evo2_megatron.config import UserError
 from evo2_megatron.data.labelled import Labelled
 from evo2_megatron.data.labels import Labels
+from evo2_megatron.runtime.writable import check_may_write
 from evo2_megatron.tasks.transfer import check_no_input, file_behind
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
@@ -47,9 +47,7 @@ def check_target(target: Path, source: Path) -> None:
     for path in files:
         file_behind(path)
     check_no_input(files, [source])
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {target}: {existing} is no folder that this user may write to")
+    check_may_write(target)
 
 
 def write(
