@@ -105,7 +105,7 @@ def install(clock: Clock) -> None:
     for name in _COLLECTIVES:
         clock.watch(c10d.ProcessGroup, name, "communication")
     clock.watch(c10d.Work, "wait", "communication")
-    megatron.enter()
+    megatron.enter_training()
     from megatron.bridge.training import train as bridge
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import ChainedOptimizer

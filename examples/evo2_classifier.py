@@ -18,7 +18,7 @@ from evo2_megatron.checkpoint.adapter import base_checkpoint
 from evo2_megatron.checkpoint.load import load_model, tensor_shapes
 from evo2_megatron.checkpoint.names import is_trained, is_weight
 from evo2_megatron.checkpoint.run_config import read_run_config
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import encode_sequence
 from evo2_megatron.recipes.head_options import HeadOptions
@@ -111,7 +111,7 @@ def count_params_from_checkpoint(checkpoint_dir: Path | str) -> dict[str, float]
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, with the flags of the recipe's script."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     path, number, count = {"type": Path, "metavar": "PATH"}, {"type": float, "metavar": "X"}, groups.non_negative_int
     some = {"type": groups.positive_int, "metavar": "N"}
@@ -200,12 +200,12 @@ def options_of(args: argparse.Namespace) -> HeadOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """What torchrun starts."""
-    groups.run(_PROG, _train, argv)
+    command.run(_PROG, _train, argv)
 
 
 def _train(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     train_head(options_of(args))
 
 

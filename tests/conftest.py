@@ -78,9 +78,9 @@ def one_thread():
 @pytest.fixture(scope="session")
 def megatron():
     """Megatron Bridge, importable on this machine."""
-    from evo2_megatron.runtime.megatron import enter
+    from evo2_megatron.runtime.megatron import enter_training
 
-    enter()
+    enter_training()
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ Importing Megatron takes longer than most of what is tested; torchrun would have
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _TESTS = Path(__file__).parent
@@ -29,14 +30,17 @@ def launch(script: Path, *arguments: object, timeout: float = 600) -> None:
     subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True, env=environment(), timeout=timeout)
 
 
-def fork(num_processes: int, target: Callable[..., None], *arguments: object) -> None:
+def fork(num_processes: int, target: Callable[..., None], *arguments: object, loads: Sequence[str] = ()) -> None:
     """Call ``target`` in so many processes and wait; ends the program with status 1 as soon as one of them fails.
 
-    Call it before anything large was computed: OpenMP's threads do not survive a fork.
+    Call it before anything large was computed: OpenMP's threads do not survive a fork. ``loads`` names modules to
+    import before, once for all.
     """
     from evo2_megatron.runtime.megatron import enter
 
     enter()
+    for name in loads:
+        importlib.import_module(name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

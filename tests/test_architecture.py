@@ -59,9 +59,9 @@ LONG_FILES: dict[str, str] = {}
 SOURCES = sorted(ROOT.rglob("*.py"))
 ALL_CODE = SOURCES + sorted(p for d in ("tests", "examples", "benchmarks") for p in (PROJECT / d).rglob("*.py"))
 SCRIPTS = [PROJECT / ".ci_build.sh", PROJECT / ".ci_test_env.sh", PROJECT / ".ci/run", PROJECT / "Makefile"]
-# of flags, for the commands
-GROUPS = {"groups", "generation_groups", "launch_groups", "model_groups", "training_groups"}
-COMMANDS = sorted(p.stem for p in (ROOT / "cli").glob("*.py") if p.stem not in ("__init__", *GROUPS))
+SHARED = {"command", "groups", "generation_groups", "launch_groups", "model_groups", "training_groups"}
+"""Files of ``cli`` for all commands."""
+COMMANDS = sorted(p.stem for p in (ROOT / "cli").glob("*.py") if p.stem not in ("__init__", *SHARED))
 
 
 def name_of(path: Path) -> str:
@@ -108,7 +108,7 @@ def test_megatron_and_compiled_packages_stay_in_their_layers(path):
 def test_commands_do_not_import_each_other():
     for command in COMMANDS:
         names = imported_names(ROOT / "cli" / f"{command}.py")
-        assert {n.split(".")[2] for n in names if n.startswith("evo2_megatron.cli.")} <= GROUPS, command
+        assert {n.split(".")[2] for n in names if n.startswith("evo2_megatron.cli.")} <= SHARED, command
 
 
 def test_every_package_that_we_import_is_declared():
@@ -137,7 +137,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 def test_every_flag_is_read(command):
     parser = importlib.import_module(f"evo2_megatron.cli.{command}").build_parser()
     declared = {action.dest for action in actions_of(parser)}
-    source = "".join((ROOT / "cli" / f"{name}.py").read_text() for name in (command, *GROUPS))
+    source = "".join((ROOT / "cli" / f"{name}.py").read_text() for name in (command, *SHARED))
     nodes = ast.walk(ast.parse(source))
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "args"}
     assert declared <= read

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
@@ -46,7 +46,7 @@ Pooling = Literal["mean", "last"] | range
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """With the flags that every study has."""
-    made = groups.Parser(name, description)
+    made = command.Parser(name, description)
     made.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
     )
@@ -62,8 +62,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def run(name: str, main: Callable[[], None]) -> None:
     """Call ``main``; a UserError becomes one line on stderr and exit status 2."""
-    groups.set_up_logging()
-    groups.run(name, lambda _: main())
+    command.set_up_logging()
+    command.run(name, lambda _: main())
 
 
 class Model:

@@ -19,7 +19,7 @@ import pyarrow
 from annotation import Interval, check_within, read_bed, read_transcripts
 from pyarrow import parquet
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command
 from evo2_megatron.config import UserError
 from evo2_megatron.data.gtf import text
 from evo2_megatron.data.labels import is_known
@@ -167,7 +167,7 @@ def write(path: Path, rows: Iterator[Row]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = groups.Parser(NAME, __doc__)
+    parser = command.Parser(NAME, __doc__)
     parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="genome, plain or gzip")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="table to write: .parquet")
     parser.add_argument("--contigs", nargs="+", metavar="NAME", help="of the table (default: all)")

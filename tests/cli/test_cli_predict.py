@@ -28,7 +28,7 @@ def call(monkeypatch):
 
     def run(*argv):
         seen = {}
-        monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
+        monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
             "evo2_megatron.tasks.scoring.predict.predict",
             lambda fasta, ckpt_dir, **settings: seen.update(settings, fasta=fasta, ckpt_dir=ckpt_dir),
@@ -153,7 +153,7 @@ def test_log_probs(call, argv, expected):
     ],
 )
 def test_errors_are_one_line_and_status_2(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
+    monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         predict.main([*NEEDED, *argv])
     assert stopped.value.code == 2

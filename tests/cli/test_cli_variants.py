@@ -25,7 +25,7 @@ def call(monkeypatch):
 
     def run(*argv):
         seen = {}
-        monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
+        monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
             "evo2_megatron.tasks.scoring.variants.score_variants",
             lambda vcf, fasta, ckpt_dir, **settings: seen.update(settings, files=(vcf, fasta, ckpt_dir)),
@@ -90,7 +90,7 @@ def test_every_flag_arrives(call):
     ],
 )
 def test_errors_are_one_line_and_status_2(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
+    monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         variants.main([*NEEDED, *argv])
     assert stopped.value.code == 2
@@ -100,7 +100,7 @@ def test_errors_are_one_line_and_status_2(argv, message, capsys, monkeypatch):
 
 def test_sequences_that_are_split_have_no_shared_context(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("evo2_megatron.cli.groups.clean_up_when_terminated", lambda: None)
+    monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
     with pytest.raises(SystemExit):
         variants.main([*NEEDED, "--context-parallel-size", "2"])
     assert "add --no-shared-context" in capsys.readouterr().err

@@ -6,13 +6,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import runpy
-from pathlib import Path
+from importlib import metadata
 
 import pytest
 
-from evo2_megatron import cli
-
-COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("[a-z]*.py") if not p.stem.endswith("groups"))
+SCRIPTS = metadata.distribution("evo2-megatron").entry_points.select(group="console_scripts")
+COMMANDS = sorted(script.module.rpartition(".")[2] for script in SCRIPTS)
 NOT_FLAGS = (argparse._HelpAction, argparse._SubParsersAction)
 FLAGS_AT_A_GLANCE = 10  # a command with no more needs no groups
 

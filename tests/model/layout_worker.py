@@ -28,6 +28,13 @@ LAYOUTS = {
     "tensor 2 x pipeline 2": ParallelConfig(tensor=2, pipeline=2),
     "context 2 x pipeline 2": ParallelConfig(context=2, pipeline=2),
 }
+LOADS = (
+    "megatron.bridge.training.config",
+    "megatron.bridge.training.losses",
+    "evo2_megatron.checkpoint.load",
+    "evo2_megatron.model.provider",
+    "evo2_megatron.tasks.generation.generate",
+)
 PATTERN = "SDH*SH"  # six layers: four stages are unequal
 NUM_SEQUENCES, LENGTH = 4, 1040
 
@@ -226,4 +233,4 @@ def main(checkpoint, layout, output):
 
 if __name__ == "__main__":
     for name, layout in LAYOUTS.items():
-        fork(4, main, Path(sys.argv[1]), layout, Path(sys.argv[2]) / f"{name}.pt")
+        fork(4, main, Path(sys.argv[1]), layout, Path(sys.argv[2]) / f"{name}.pt", loads=LOADS)

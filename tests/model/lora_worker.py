@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from evo2_megatron.runtime.distributed import process_groups, rank
-from model.layout_worker import LAYOUTS, build, global_name, merged, train_step, whole
+from evo2_megatron.runtime.megatron import enter_training
+from model.layout_worker import LAYOUTS, LOADS, build, global_name, merged, train_step, whole
 from processes import fork
 
 
@@ -62,7 +63,8 @@ def main(base, adapter_checkpoint, layout, int8_weights, output):
 
 
 if __name__ == "__main__":
+    enter_training()
     base, checkpoint, int8_weights, *layouts = sys.argv[1:]
     for name in layouts:
         output = Path(checkpoint).with_name(f"{name}.pt")
-        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], int8_weights == "1", output)
+        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], int8_weights == "1", output, loads=LOADS)

@@ -95,7 +95,7 @@ def small(model_size, **overrides):
 
 
 @pytest.mark.parametrize("model_size", SIZES)
-@pytest.mark.parametrize("length", [1, 2, 7, 127, 130])
+@pytest.mark.parametrize("length", [1, 2, 7, pytest.param(127, marks=pytest.mark.slow), 130])
 def test_forward_equals_the_slow_model(one_process, model_size, length):
     torch.manual_seed(length)
     model = small(model_size)

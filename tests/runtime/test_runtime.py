@@ -23,6 +23,30 @@ def test_importing_the_package_changes_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_scoring_loads_neither_the_training_loop_nor_the_models_of_others():
+    """They would take as long again as everything else that a command loads, and half as much memory."""
+    code = (
+        "from evo2_megatron.runtime import megatron; megatron.enter()\n"
+        "import evo2_megatron.checkpoint.load, evo2_megatron.model.head, evo2_megatron.model.provider, sys\n"
+        "import evo2_megatron.tasks.scoring.predict, evo2_megatron.tasks.generation.decoding\n"
+        "from evo2_megatron.runtime.precision import precision_settings; precision_settings('bf16_mixed')\n"
+        "names = 'modelopt', 'datasets', 'transformers', 'sklearn', 'wandb.sdk', 'megatron.bridge.training.train'\n"
+        "print([name for name in names if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_what_loads_on_demand_is_all_there_when_asked_for(megatron):
+    import wandb
+    from megatron.bridge import AutoBridge
+
+    assert callable(wandb.init)
+    assert "LlamaForCausalLM" in AutoBridge.list_supported_models()
+    with pytest.raises(AttributeError, match="no_such_name"):
+        wandb.no_such_name  # noqa: B018
+
+
 @without_gpu
 def test_cuda_devices_become_the_cpu(megatron):
     cpu = torch.device("cpu")

@@ -19,11 +19,11 @@ from processes import is_running, until
 _COMMAND = """
 import os, signal, sys, time
 from pathlib import Path
-from evo2_megatron.cli import groups, launch_groups
+from evo2_megatron.cli import command, launch_groups
 from evo2_megatron.config import UserError
 
 def main(argv):
-    parser = groups.Parser("command", None)
+    parser = command.Parser("command", None)
     launch_groups.add_devices(parser)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--do", default="nothing")
@@ -40,7 +40,7 @@ def main(argv):
     if args.do != "nothing":
         time.sleep(60)
 
-groups.run("command", main)
+command.run("command", main)
 """
 
 

@@ -91,7 +91,7 @@ def read_adapters(run_config: RunConfig) -> Evo2LoRA:
     Raises:
         UserError: The section is damaged, or describes adapters that this version cannot run.
     """
-    megatron.enter()
+    megatron.enter_training()
     from evo2_megatron.model.lora import Evo2LoRA
 
     section = run_config.sections["peft"]

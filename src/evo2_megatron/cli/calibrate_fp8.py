@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, launch_groups, model_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups
 
 PROG = "evo2_calibrate_fp8"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
@@ -59,12 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(PROG, _calibrate, argv)
+    command.run(PROG, _calibrate, argv)
 
 
 def _calibrate(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv):
         return
 
@@ -72,7 +72,7 @@ def _calibrate(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.conversion.calibrate_fp8 import calibrate_fp8
     from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
 
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
     written = calibrate_fp8(
         args.fasta,
         args.ckpt_dir,

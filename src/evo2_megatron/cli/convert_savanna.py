@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 _PROG = "evo2_convert_savanna_to_mbridge"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument(
         "--savanna-ckpt-path",
@@ -32,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _convert, argv)
+    command.run(_PROG, _convert, argv)
 
 
 def _convert(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
-    groups.clean_up_when_terminated()
+    command.set_up_logging(debug=args.verbose)
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.conversion.convert import Result, savanna_to_mbridge  # torch loads here, not for --help
 

@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 _PROG = "evo2_convert_vortex_to_mbridge"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument("--vortex-ckpt-path", type=Path, required=True, metavar="FILE", help="the model's .pt file")
     source.add_argument(
@@ -30,13 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _convert, argv)
+    command.run(_PROG, _convert, argv)
 
 
 def _convert(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
-    groups.clean_up_when_terminated()
+    command.set_up_logging(debug=args.verbose)
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.conversion.convert import Result, vortex_to_mbridge  # torch loads here, not for --help
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.doctor import Finding
@@ -22,14 +22,14 @@ PROG = "evo2_doctor"
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead, to attach to a report")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``evo2_doctor``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:

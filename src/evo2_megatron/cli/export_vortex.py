@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evo2_megatron.architectures import ARCHITECTURES
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 _PROG = "evo2_export_mbridge_to_vortex"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     source, result = (parser.add_argument_group(title) for title in ("source", "result"))
     source.add_argument(
         "--mbridge-ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
@@ -50,13 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _export, argv)
+    command.run(_PROG, _export, argv)
 
 
 def _export(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
-    groups.clean_up_when_terminated()
+    command.set_up_logging(debug=args.verbose)
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.conversion.export import mbridge_to_vortex  # torch loads here, not for --help
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command
 
 _PROG = "bionemo_fasta_to_jsonl"
 
 
-def build_parser() -> groups.Parser:
+def build_parser() -> command.Parser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     parser.add_argument("input", type=Path, help="FASTA file, plain or gzip")
     parser.add_argument("output", type=Path, help="JSON Lines file to write")
     parser.add_argument("--upper", action="store_true", help="write sequences in upper case")
@@ -23,12 +23,12 @@ def build_parser() -> groups.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _convert, argv)
+    command.run(_PROG, _convert, argv)
 
 
 def _convert(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
     if not args.input.exists():  # scripts look for this message and this status
         print(f"Error: input file not found: {args.input}", file=sys.stderr)
         sys.exit(1)

@@ -1,92 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: parser, flag groups with every accepted spelling, logging, and how an error is shown."""
+"""Flags that several commands share, with every accepted spelling, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
-import errno
-import logging
 import math
-import os
-import signal
-import sys
-import time
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evo2_megatron.architectures import ARCHITECTURES
-from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig, UserError
-
-_GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
-_REMEDIES = {errno.ENOSPC: "make room, or write somewhere else", errno.EACCES: "ask its owner, or choose another"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser without prefix matching that reports a wrong command line on rank 0 only."""
-
-    def __init__(self, prog: str, description: str | None) -> None:
-        """``prog``: name of the command. ``description``: shown by ``--help``."""
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        """Exit with status 2, as argparse does, but with one line: a list of all flags would hide it."""
-        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the flags\n" if _rank() == 0 else None)
-
-
-def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Call ``main(argv)``; show a UserError as ``<prog>: error: <line>`` on stderr and exit with status 2.
-
-    Rank 0 speaks for all. Another rank that fails waits a moment first: were it to exit at once, the launcher would
-    end rank 0 before it has spoken. If nobody ended it meanwhile, the fault was its own, and it reports it.
-    """
-    try:
-        main(argv)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted\n" if _rank() == 0 else "")
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # who reads what is printed has seen enough; nothing may be flushed to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        # of what is printed, nothing may be flushed again when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        name = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"{prog}: error: {name}{error.strerror}; {_REMEDIES[error.errno]}\n")
-        sys.exit(2)
-    except UserError as error:
-        speaker = f"{prog}: error"
-        if _rank() != 0:
-            # rank 0 has spoken when the launcher ends this one, which then has nothing to add
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_GRACE_SECONDS)
-            speaker += f" on rank {_rank()}"
-        sys.stderr.write(f"{speaker}: {error}\n")
-        sys.exit(2)
-
-
-def clean_up_when_terminated() -> None:
-    """Make SIGTERM end the program as Ctrl-C does, so that what it was writing is removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def set_up_logging(*, debug: bool = False) -> None:
-    """Send log lines to stderr: ours from INFO up, on rank 0; the libraries' from WARNING up; with ``debug`` all."""
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
-    if not debug:
-        logging.getLogger("evo2_megatron").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
-        # what libraries tell each other concerns their developers; the variable reaches helper processes
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="megatron|torch")
-        warnings.filterwarnings("ignore", message=".*is experimental", category=UserWarning)
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+from evo2_megatron.config import PRECISION_RECIPES, ParallelConfig
 
 
 def add_parallel(parser: argparse._ActionsContainer) -> None:
@@ -392,7 +315,3 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:  # argparse would show the name of our function
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

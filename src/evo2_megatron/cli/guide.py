@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
+from evo2_megatron.cli import command, generation_groups, groups, launch_groups, model_groups
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.generation.generate import GenerationSettings
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 1024
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     generation_groups.add_checkpoint(parser)
     _add_prompts(parser)
     _add_scorer(parser)
@@ -42,15 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``evo2_guide``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv):
         return
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.generation.guide import guide  # torch loads here, not for --help
     from evo2_megatron.tasks.generation.guided import SearchSettings

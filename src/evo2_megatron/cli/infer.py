@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
+from evo2_megatron.cli import command, generation_groups, groups, launch_groups, model_groups
 from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LINE_BASES = 60
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults of sampling and memory are in the help."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     generation_groups.add_checkpoint(parser)
     _add_prompts(parser)
     _add_output(parser)
@@ -44,15 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``infer_evo2``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv):
         return
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
     if args.stream and args.output_format and args.output_file is None:
         raise UserError("--stream prints bases as they come, not --output-format; give --output-file for the records")
 

@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 _PROG = "evo2_merge_lora"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     checkpoint, result = parser.add_argument_group("checkpoint"), parser.add_argument_group("result")
     checkpoint.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint of a LoRA run, or a folder of them"
@@ -41,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _merge, argv)
+    command.run(_PROG, _merge, argv)
 
 
 def _merge(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
-    groups.clean_up_when_terminated()
+    command.set_up_logging(debug=args.verbose)
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.conversion.merge_lora import merge_lora  # torch loads here, not for --help
 

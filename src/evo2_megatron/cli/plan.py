@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from evo2_megatron.cli import groups, model_groups, training_groups
+from evo2_megatron.cli import command, groups, model_groups, training_groups
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.planning.plan_cost import cost
 
@@ -30,7 +30,7 @@ _RECOMPUTE = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train_evo2 that decide about memory, and the machine."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     parser.add_argument_group("job").add_argument(
         "--for",
         dest="use",
@@ -103,12 +103,12 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``evo2_plan``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that fake groups have no real backend
 
     if args.tflops is None and (args.num_tokens or args.gpu_hour_price):

@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 PROG = "evo2_plot_run"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: --result-dir and its name")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("run.png"), metavar="PNG", help="file to write (default: run.png)"
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``evo2_plot_run``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:

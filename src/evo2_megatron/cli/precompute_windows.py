@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command
 
 _PROG = "bionemo_precompute_windows"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = groups.Parser(_PROG, __doc__)
+    top = command.Parser(_PROG, __doc__)
     parser = top.add_subparsers(required=True, metavar="precompute").add_parser("precompute", description=__doc__)
     parser.add_argument("table", type=Path, metavar="TABLE", help="Parquet with the columns contig_id and length")
     parser.add_argument("output", type=Path, metavar="DATABASE", help="window database to write, for one split")
@@ -35,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _precompute, argv)
+    command.run(_PROG, _precompute, argv)
 
 
 def _precompute(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
-    groups.clean_up_when_terminated()
+    command.set_up_logging()
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.preparation.precompute_windows import WindowPlan, precompute_windows
 

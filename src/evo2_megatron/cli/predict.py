@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, launch_groups, model_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups
 from evo2_megatron.config import UserError
 
 PROG = "predict_evo2"
@@ -15,7 +15,7 @@ PROG = "predict_evo2"
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; None stands for "not given"."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument(
         "--fasta", type=Path, metavar="FILE", help="sequences, plain or gzip (default: none, with --self-test only)"
@@ -37,12 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``predict_evo2``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if args.eden_tokenizer:
         raise UserError("--eden-tokenizer: the tokenizer comes from the checkpoint's folder 'tokenizer'; leave it out")
     if args.log_prob_collapse_option is not None and not args.output_log_prob_seqs:
@@ -58,7 +58,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.scoring.predict import check_nodes, predict
     from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Output, Sequences, Window
 
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
     check_nodes(args.num_nodes)
     predict(
         args.fasta,

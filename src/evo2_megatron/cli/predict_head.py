@@ -11,14 +11,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, launch_groups, model_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups
 
 _PROG = "evo2_predict_head"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     data, model = parser.add_argument_group("sequences and result"), parser.add_argument_group("model")
     data.add_argument(
         "--data",
@@ -73,15 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _predict, argv)
+    command.run(_PROG, _predict, argv)
 
 
 def _predict(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
+    command.set_up_logging(debug=args.verbose)
     if launch_groups.on_devices(args.devices, argv):
         return
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.heads.predict_head import predict_head  # torch loads here, not for --help
 

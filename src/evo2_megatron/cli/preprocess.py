@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command
 
 _PROG = "preprocess_evo2"
 
 
-def build_parser() -> groups.Parser:
+def build_parser() -> command.Parser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     parser.add_argument_group("data").add_argument(
         "-c", "--config", type=Path, required=True, metavar="FILE", help="YAML list with one mapping per dataset"
     )
@@ -28,12 +28,12 @@ def build_parser() -> groups.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _preprocess, argv)
+    command.run(_PROG, _preprocess, argv)
 
 
 def _preprocess(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.preparation.preprocess import check, count, preprocess, progress_bar
 

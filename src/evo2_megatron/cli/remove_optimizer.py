@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 _PROG = "evo2_remove_optimizer"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     checkpoints = parser.add_argument_group("checkpoints")
     checkpoints.add_argument(
         "--src-ckpt-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or a folder of them"
@@ -31,13 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _remove, argv)
+    command.run(_PROG, _remove, argv)
 
 
 def _remove(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=args.verbose)
-    groups.clean_up_when_terminated()
+    command.set_up_logging(debug=args.verbose)
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.conversion.export import remove_optimizer  # torch loads here, not for --help
 

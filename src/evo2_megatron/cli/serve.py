@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import generation_groups, groups, launch_groups, model_groups
+from evo2_megatron.cli import command, generation_groups, groups, launch_groups, model_groups
 
 PROG = "evo2_serve"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     generation_groups.add_checkpoint(parser)
     parser.add_argument_group("variants").add_argument(
         "--fasta",
@@ -68,12 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``evo2_serve``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv, until_stopped=True):
         return
 

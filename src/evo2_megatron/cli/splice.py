@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evo2_megatron.cli import groups
+from evo2_megatron.cli import command, groups
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.preparation.splice import Problem
@@ -18,9 +18,9 @@ _PROG = "splice_evo2"
 _SHOWN_PER_KIND = 5
 
 
-def build_parser() -> groups.Parser:
+def build_parser() -> command.Parser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     parser.add_argument("--fasta-path", type=Path, required=True, metavar="FILE", help="genome, plain or gzip")
     parser.add_argument(
         "--gtf-path", type=Path, required=True, metavar="FILE", help="annotation in GTF, plain or gzip"
@@ -68,12 +68,12 @@ def build_parser() -> groups.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _splice, argv)
+    command.run(_PROG, _splice, argv)
 
 
 def _splice(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
 
     from evo2_megatron.tasks.preparation.splice import StitchedSettings, splice
 

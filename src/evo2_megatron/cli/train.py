@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups, launch_groups, training_groups
+from evo2_megatron.cli import command, groups, launch_groups, training_groups
 from evo2_megatron.config import UserError
 
 PROG = "train_evo2"
@@ -25,7 +25,7 @@ _UNAVAILABLE = {
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags. None stands for "not given": the defaults that the help names belong to the recipe."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     _add_data(parser)
     training_groups.add_windows(parser)
     _add_model(parser)
@@ -45,12 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``train_evo2``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging(debug=bool(args.debug))
+    command.set_up_logging(debug=bool(args.debug))
     for flag in args.unavailable or ():
         raise UserError(f"{flag}: {_UNAVAILABLE[flag]}")
     if launch_groups.on_devices(args.devices, argv):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import groups, launch_groups, training_groups
+from evo2_megatron.cli import command, groups, launch_groups, training_groups
 
 _PROG = "evo2_train_head"
 _TASKS = ("classification", "multilabel", "regression")
@@ -20,7 +20,7 @@ _TASKS = ("classification", "multilabel", "regression")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = groups.Parser(_PROG, __doc__)
+    parser = command.Parser(_PROG, __doc__)
     _add_data(parser)
     _add_model(parser)
     _add_adapters(parser)
@@ -174,12 +174,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script."""
-    groups.run(_PROG, _train, argv)
+    command.run(_PROG, _train, argv)
 
 
 def _train(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv):
         return
 

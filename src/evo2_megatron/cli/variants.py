@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo2_megatron.cli import groups, launch_groups, model_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups
 
 PROG = "variants_evo2"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; None stands for "not given"."""
-    parser = groups.Parser(PROG, __doc__)
+    parser = command.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
     source.add_argument("--vcf", type=Path, required=True, metavar="FILE", help="variants: VCF, plain, gzip or bgzip")
     source.add_argument(
@@ -56,12 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``variants_evo2``."""
-    groups.run(PROG, _main, argv)
+    command.run(PROG, _main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    groups.set_up_logging()
+    command.set_up_logging()
     if launch_groups.on_devices(args.devices, argv):
         return
 
@@ -69,7 +69,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
     from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
-    groups.clean_up_when_terminated()
+    command.clean_up_when_terminated()
     score_variants(
         args.vcf,
         args.fasta,

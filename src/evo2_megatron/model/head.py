@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from megatron.bridge.training.state import GlobalState
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from evo2_megatron.model.pooling import Pool, Pooling, without_padding
 from evo2_megatron.model.provider import StripedHyenaProvider
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.runtime import megatron
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.state import GlobalState  # with Bridge's training loop, which scoring has no use for
 
 HEAD = "prediction_head"
 """Name of the head in the model, and so the start of its parameters' names in checkpoints."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a user's options to Megatron Bridge's configuration of a training run.
 
-Megatron Bridge can be imported only after ``runtime.megatron.enter``: do that before importing this module.
+Megatron Bridge can be imported only after ``runtime.megatron.enter_training``: do that before importing this module.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from evo2_megatron.runtime.precision import precision_settings
 
 
 def pretrain_config(options: TrainingOptions) -> ConfigContainer:
-    """The configuration of a training run for Megatron Bridge's ``pretrain``; call ``runtime.megatron.enter`` first.
+    """The configuration of a training run for Megatron Bridge's ``pretrain``; enter training first.
 
     Raises:
         UserError: Options that contradict each other.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one gate to Megatron Bridge, with or without Transformer Engine, with or without a GPU.
 
-A task calls ``enter`` before anything imports ``megatron.bridge``. With CUDA and Transformer Engine it changes nothing
-but the two wheel defects noted below; everything else here is for machines that lack one or the other.
+A task calls ``enter`` before anything imports ``megatron.bridge``, and ``enter_training`` before its training loop or
+LoRA. With CUDA and Transformer Engine that changes what is loaded, and the wheel defect noted below, and nothing else;
+the rest here is for machines that lack one or the other.
 """
 
 from __future__ import annotations
@@ -56,20 +57,70 @@ def device_name() -> str:
 
 @functools.cache
 def enter() -> None:
-    """Make Megatron Bridge importable and usable on this machine. Further calls do nothing."""
+    """Make Megatron Core, and Bridge's model providers and configurations, usable on this machine.
+
+    Further calls do nothing.
+    """
     if not on_cuda():
         # torch.compile would need a C++ compiler at run time, and cannot trace the stand-ins
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if importlib.util.find_spec("transformer_engine") is None:
-        with warnings.catch_warnings():
-            # a dozen times that Transformer Engine and Apex are absent, and that torch is used instead
-            warnings.simplefilter("ignore", UserWarning)
-            _import_bridge_without_transformer_engine()
+    for group in _ON_DEMAND:
+        for name in reversed(group):  # a package before those in it
+            _load_on_demand(name)
     if not on_cuda():
         from evo2_megatron.runtime import cuda_on_cpu
 
         cuda_on_cpu.install()
+
+
+@functools.cache
+def enter_training() -> None:
+    """``enter``, and make Bridge's training loop and LoRA usable, too. Further calls do nothing."""
+    enter()
+    if importlib.util.find_spec("transformer_engine") is None:
+        with warnings.catch_warnings():
+            # a dozen times that Transformer Engine and Apex are absent, and that torch is used instead
+            warnings.simplefilter("ignore", UserWarning)
+            _import_lora_without_transformer_engine()
     _patch_initialize()
+
+
+_ON_DEMAND = (("megatron.bridge.models", "megatron.bridge"), ("wandb",))
+"""Packages that run when somebody needs them, in the order in which those of a group then run."""
+_PROVIDERS = {"GPTModelProvider": "gpt_provider", "T5ModelProvider": "t5_provider"}
+"""What Bridge's own configurations take from ``megatron.bridge.models``, and the modules in it that define them."""
+
+
+class _OnDemand(types.ModuleType):
+    """A package whose modules can be imported although its own ``__init__`` has not run.
+
+    That of ``megatron.bridge.models`` imports every model that Bridge knows, with transformers, scikit-learn and five
+    seconds, of which Evo 2 needs none; megatron-core imports Weights & Biases for an engine that we do not use.
+    Whoever asks for another name than those in ``_PROVIDERS`` gets all of it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__name__ == "megatron.bridge.models" and name in _PROVIDERS:
+            return getattr(importlib.import_module(f"{self.__name__}.{_PROVIDERS[name]}"), name)
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        (group,) = (group for group in _ON_DEMAND if self.__name__ in group)
+        for module in [sys.modules[package] for package in group]:
+            if isinstance(module, _OnDemand):
+                module.__class__ = types.ModuleType
+                module.__spec__.loader.exec_module(module)
+        return getattr(self, name)
+
+
+def _load_on_demand(name: str) -> None:
+    if name in sys.modules or importlib.util.find_spec(name) is None:
+        return
+    module = importlib.util.module_from_spec(importlib.util.find_spec(name))
+    module.__class__ = _OnDemand
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
 
 
 class _StandIn(types.ModuleType):
@@ -83,7 +134,7 @@ class _StandIn(types.ModuleType):
         return value
 
 
-def _import_bridge_without_transformer_engine() -> None:
+def _import_lora_without_transformer_engine() -> None:
     """megatron.bridge.peft imports Transformer Engine unconditionally (Bridge 0.3.1): satisfy that import, no more.
 
     Ends when Bridge guards the import as megatron-core does.

@@ -20,7 +20,7 @@ from evo2_megatron.runtime.children import end_with_parent
 
 @functools.cache
 def install() -> None:
-    """Put the repairs that this machine needs in place; call after ``megatron.enter``."""
+    """Put the repairs that this machine needs in place; call after ``megatron.enter_training``."""
     from megatron.bridge.data import loaders
     from megatron.bridge.training import pretrain
     from megatron.bridge.training.utils import flop_utils, train_utils

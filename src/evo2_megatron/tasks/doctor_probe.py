@@ -48,7 +48,7 @@ def _torch() -> dict[str, Any]:
 
 def _bridge() -> dict[str, Any]:
     start = time.perf_counter()
-    megatron.enter()
+    megatron.enter_training()
     importlib.import_module("megatron.bridge.training.pretrain")
     return {
         "seconds": time.perf_counter() - start,

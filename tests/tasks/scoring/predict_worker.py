@@ -15,6 +15,8 @@ from evo2_megatron.runtime.distributed import process_groups
 from model.layout_worker import LAYOUTS
 from processes import fork
 
+LOADS = ("evo2_megatron.checkpoint.load", "evo2_megatron.model.provider", "evo2_megatron.tasks.scoring.predict")
+
 
 def predictions(checkpoint, fasta, parallel):
     """Everything that depends on the layout: split logits, gathered logits, pieces, split hidden states."""
@@ -62,4 +64,4 @@ def save(checkpoint, fasta, parallel, output):
 
 if __name__ == "__main__":
     for name, layout in LAYOUTS.items():
-        fork(4, save, Path(sys.argv[1]), Path(sys.argv[2]), layout, Path(sys.argv[3]) / f"{name}.pt")
+        fork(4, save, Path(sys.argv[1]), Path(sys.argv[2]), layout, Path(sys.argv[3]) / f"{name}.pt", loads=LOADS)

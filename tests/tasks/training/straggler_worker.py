@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    from evo2_megatron.cli.groups import set_up_logging
+    from evo2_megatron.cli.command import set_up_logging
     from evo2_megatron.runtime import megatron
     from evo2_megatron.tasks.training.train import train
 
     set_up_logging()
-    megatron.enter()
+    megatron.enter_training()
     from evo2_megatron.model import forward_step
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
 

@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from evo2_megatron.runtime.megatron import enter_training
 from model.layout_worker import LAYOUTS, PATTERN
 from processes import fork
 
+LOADS = ("evo2_megatron.recipes.pretrain", "evo2_megatron.tasks.training.train", "megatron.bridge.training.pretrain")
 STEPS_BEFORE, STEPS = 3, 5
 OPTIONS = {
     "mock_data": True,
@@ -33,7 +35,7 @@ OPTIONS = {
 
 
 def train_one(options, parallel):
-    from evo2_megatron.cli.groups import set_up_logging
+    from evo2_megatron.cli.command import set_up_logging
     from evo2_megatron.tasks.training.train import train
 
     set_up_logging()
@@ -46,9 +48,10 @@ def main(folder, checkpoint):
         options = OPTIONS | {"result_dir": folder / first, "finetune_ckpt_dir": checkpoint}
         for name, stop in ((first, STEPS_BEFORE), (then, None)):
             print(f"RUN {first}/{name}", flush=True)
-            fork(4, train_one, options | {"early_stop_on_step": stop}, replace(LAYOUTS[name]))
+            fork(4, train_one, options | {"early_stop_on_step": stop}, replace(LAYOUTS[name]), loads=LOADS)
 
 
 if __name__ == "__main__":
+    enter_training()
     job = json.loads(sys.argv[1])
     main(Path(job["folder"]), Path(job["checkpoint"]))

@@ -20,7 +20,7 @@ _PATHS = (
 
 
 def main() -> None:
-    from evo2_megatron.cli.groups import set_up_logging
+    from evo2_megatron.cli.command import set_up_logging
     from evo2_megatron.config import ParallelConfig, UserError
     from evo2_megatron.tasks.training.train import train
 

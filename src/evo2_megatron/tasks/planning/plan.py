@@ -142,7 +142,7 @@ def nearest_fit(
 
 def _summary(stages: list[StagePlan], options: TrainingOptions, vocab_size: int) -> Plan:
     whole = replace(options, parallel=ParallelConfig())
-    megatron.enter()
+    megatron.enter_training()
     from evo2_megatron.runtime.fake_processes import fake_processes
     from evo2_megatron.tasks.planning.plan_step import step_config
 

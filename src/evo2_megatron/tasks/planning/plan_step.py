@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model, optimizer and one step of ``train_evo2`` without its loop: on real tensors, or on meta tensors to plan.
 
-Megatron Bridge can be imported only after ``runtime.megatron.enter``: do that before importing this module.
+Megatron Bridge can be imported only after ``runtime.megatron.enter_training``: do that before importing this module.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
 
 def enter() -> None:
     """Make Megatron Bridge importable, and its training loop do what it says."""
-    megatron.enter()
+    megatron.enter_training()
     training_repairs.install()
     run_checkpoints.make_saving_safe()
 
