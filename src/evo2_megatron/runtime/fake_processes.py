@@ -26,7 +26,7 @@ def fake_processes(parallel: ParallelConfig, *, rank: int, world_size: int) -> I
         UserError: There is a GPU, whose code path has no meta form; or the processes do not divide as wanted.
     """
     parallel.check_world_size(world_size)
-    megatron.enter()
+    megatron.enter_training()
     import torch
 
     if megatron.on_cuda():

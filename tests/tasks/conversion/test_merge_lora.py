@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,6 +50,12 @@ def test_merging_changes_no_logits(adapters, tmp_path, caplog):
     assert sections["merged_from"]["adapters"] == str(adapters)
     files = mbridge_to_vortex(merged, tmp_path / "vortex" / "model.pt", model_size="evo2_tiny", verify=True)
     assert all(file.is_file() for file in files)
+
+
+def test_in_a_process_that_has_loaded_nothing_before(adapters, tmp_path):
+    flags = ["--ckpt-dir", str(adapters), "--output-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "evo2_megatron.cli.merge_lora", *flags], check=True)
+    assert compare(logits(tmp_path / "iter_0000020"), logits(adapters)).max_abs < 1e-5
 
 
 def test_adapters_alone_are_not_exported(adapters, tmp_path):

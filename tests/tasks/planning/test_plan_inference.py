@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from evo2_megatron.architectures import architecture
@@ -97,18 +100,21 @@ def test_refusals(megatron):
         plan_inference(Inference("score"), **SMALL, precision="bf16_with_fp8_current_scaling_mixed")
 
 
-def test_command(megatron, capsys):
-    from evo2_megatron.cli.plan import main
-
-    small = ["--model-size", "evo2_tiny", "--seq-length", "1001", "--tensor-parallel-size", "2"]
-    main(["--for", "score", *small])
-    heading, stage, fits, longest = capsys.readouterr().out.splitlines()
+def test_command():
+    """In a process of its own, which has loaded nothing before."""
+    code = """
+from evo2_megatron.cli.plan import main
+small = ["--model-size", "evo2_tiny", "--seq-length", "1001", "--tensor-parallel-size", "2"]
+main(["--for", "score", *small])
+main(["--for", "generate", *small, "--gpu-memory", "0.001"])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True)
+    heading, stage, fits, longest, *rest = ended.stdout.splitlines()
     assert heading.split()[:3] == ["stage", "parameters", "weights"] and stage.split()[0] == "0"
     assert fits.startswith("fits 80 GB: 0.0 GB")
     assert longest == "longest sequence within 80 GB: 8,192 tokens, all that the model has positions for"
-    main(["--for", "generate", *small, "--gpu-memory", "0.001"])
-    out = capsys.readouterr().out
-    assert "does not fit 0.001 GB" in out and "not even 512 tokens fit; use --tensor-parallel-size" in out
+    assert any("does not fit 0.001 GB" in line for line in rest)
+    assert "not even 512 tokens fit; use --tensor-parallel-size" in rest[-1]
 
 
 @pytest.mark.parametrize(
