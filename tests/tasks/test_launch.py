@@ -121,6 +121,34 @@ def test_no_more_than_there_are_gpus(monkeypatch):
         launch.on_devices(5, None)
 
 
+@pytest.mark.parametrize(
+    "size, copies, expected",
+    [
+        (1, True, (4, [])),
+        (2, True, (4, ["--tensor-parallel-size", "2"])),
+        (3, True, (3, ["--tensor-parallel-size", "3"])),
+        (2, False, (2, ["--tensor-parallel-size", "2"])),
+        (1, False, None),
+    ],
+)
+def test_auto_divides_what_is_too_large(monkeypatch, size, copies, expected):
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch, "_memory", lambda gpu: 80 - gpu)
+    asked, started = [], []
+    monkeypatch.setattr(launch, "_run", lambda count, flags, *, until_stopped: started.append((count, flags)))
+
+    def divide(**given):
+        asked.append(given)
+        return size
+
+    assert launch.on_devices(None, None, divide=divide, copies=copies) is bool(expected)
+    assert asked == [{"num_gpus": 4, "gpu_bytes": 77}]
+    assert started == [expected] * bool(expected)
+    launch.on_devices(2, None, divide=divide, copies=copies)  # who says how many says how they are used
+    assert len(asked) == 1
+
+
 def test_cores_are_divided_without_a_gpu(command, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if not megatron.on_cuda():

@@ -98,8 +98,8 @@ def load_model(
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     stored = stored_shapes(base)
     tokenizer = find_tokenizer(checkpoint, base)
-    name, settings = _precision(run_config, precision)
-    provider = _provider(run_config, stored, parallel, dict(provider_overrides or {}))
+    name, settings = precision_of(run_config, precision)
+    provider = provider_of(run_config, stored, parallel, dict(provider_overrides or {}))
     fp8_projections = settle(provider, name, settings, fp8, run_config)
     settings.setup(provider)
     provider.finalize()
@@ -224,7 +224,12 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _precision(run_config: RunConfig, asked: str | None) -> tuple[str, MixedPrecisionConfig]:
+def precision_of(run_config: RunConfig, asked: str | None) -> tuple[str, MixedPrecisionConfig]:
+    """Name and settings of the precision that a model runs in; ``asked`` as for ``load_model``.
+
+    Raises:
+        UserError: This machine has no hardware for it.
+    """
     values = run_config.precision_values() if asked is None else None
     if values is not None:
         name = "custom" if values.fp8 or values.fp4 else _plain_name(values)
@@ -255,9 +260,20 @@ def _check_fp8_hardware(name: str, values: MixedPrecisionConfig) -> None:
     )
 
 
-def _provider(
+def provider_of(
     run_config: RunConfig, stored: Mapping[str, tuple[int, ...]], parallel: ParallelConfig, overrides: dict[str, Any]
 ) -> StripedHyenaProvider:
+    """What builds the model of a checkpoint; not finalized, which is when it is checked against the layout.
+
+    Args:
+        run_config: Of the checkpoint.
+        stored: Its tensors, or its base's.
+        parallel: The layout.
+        overrides: As ``provider_overrides`` of ``load_model``.
+
+    Raises:
+        UserError: The layout does not divide the embedding, or the model needs a GPU and there is none.
+    """
     rows = stored[EMBEDDING][0]
     if rows % parallel.tensor:
         raise UserError(

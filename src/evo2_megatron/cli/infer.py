@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     generation_groups.add_stopping(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
-    launch_groups.add_devices(parser)
+    launch_groups.add_devices(parser, divides=True)
     model_groups.add_precision_and_kernels(parser)
     return parser
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
-    if launch_groups.on_devices(args.devices, argv):
+    if launch_groups.model_on_devices(args, argv, parallel=groups.parallel(args)):
         return
     command.clean_up_when_terminated()
     if args.stream and args.output_format and args.output_file is None:

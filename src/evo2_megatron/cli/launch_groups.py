@@ -5,33 +5,76 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from evo2_megatron.cli import groups
+from evo2_megatron.config import ParallelConfig
 
 _AUTO = "auto"
 
 
-def add_devices(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add ``--devices``, which ``on_devices`` acts on, in a group of its own, which is returned."""
+def add_devices(parser: argparse.ArgumentParser, *, divides: bool = False) -> argparse._ArgumentGroup:
+    """Add ``--devices`` in a group of its own, which is returned.
+
+    ``model_on_devices`` acts on it if it ``divides`` a model, else ``on_devices``.
+    """
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--devices",
         type=_devices,
         metavar="N",
-        help="start N processes on this machine, one a GPU where there are any; auto: as many as there are GPUs; if "
-        "torchrun has started them, it must agree (default: 1, or what torchrun says)",
+        help="start N processes on this machine, one a GPU where there are any; auto: as many as there are GPUs"
+        + (", over which a model that is too large for one is divided" if divides else "")
+        + "; if torchrun has started them, it must agree (default: 1, or what torchrun says)",
     )
     return group
 
 
-def on_devices(devices: int | str | None, argv: Sequence[str] | None, *, until_stopped: bool = False) -> bool:
-    """``tasks.launch.on_devices`` of what ``--devices`` says and ``main`` was given."""
+def on_devices(devices: int | str | None, argv: Sequence[str] | None) -> bool:
+    """``tasks.launch.on_devices`` of what ``--devices`` says and ``main`` was given; a model is not divided."""
     if devices is None:
         return False
 
     from evo2_megatron.tasks import launch  # torch loads here, not for --help
 
-    return launch.on_devices(None if devices == _AUTO else int(devices), argv, until_stopped=until_stopped)
+    return launch.on_devices(_number(devices), argv)
+
+
+def model_on_devices(
+    args: argparse.Namespace, argv: Sequence[str] | None, *, parallel: ParallelConfig, is_server: bool = False
+) -> bool:
+    """The same for a command that runs the model of ``--ckpt-dir``: auto divides one that is too large for a GPU.
+
+    Args:
+        args: With the flags of ``add_devices``, ``groups.add_precision``, ``groups.add_base_checkpoint`` and
+            ``model_groups.add_int8_weights``.
+        argv: What ``main`` was given.
+        parallel: The layout that was asked for; any but the default is kept.
+        is_server: Whether the command has one copy of the model, and runs until it is stopped.
+    """
+    if args.devices is None:
+        return False
+
+    from evo2_megatron.tasks import division, launch  # torch loads here, not for --help
+
+    divide = partial(
+        division.tensor_parallel_size,
+        args.ckpt_dir,
+        base_ckpt_dir=groups.base_checkpoint(args),
+        precision=groups.precision(args),
+        int8_weights=args.int8_weights,
+    )
+    return launch.on_devices(
+        _number(args.devices),
+        argv,
+        divide=divide if parallel.model_size == 1 else None,
+        copies=not is_server,
+        until_stopped=is_server,
+    )
+
+
+def _number(devices: int | str) -> int | None:
+    return None if devices == _AUTO else int(devices)
 
 
 def _devices(text: str) -> int | str:

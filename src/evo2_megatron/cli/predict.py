@@ -47,7 +47,7 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError("--eden-tokenizer: the tokenizer comes from the checkpoint's folder 'tokenizer'; leave it out")
     if args.log_prob_collapse_option is not None and not args.output_log_prob_seqs:
         raise UserError("--log-prob-collapse-option says how to report log-probabilities; add --output-log-prob-seqs")
-    if launch_groups.on_devices(args.devices, argv):
+    if launch_groups.model_on_devices(args, argv, parallel=groups.parallel(args)):
         return
 
     if args.fasta is None:
@@ -268,7 +268,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:
-    launch_groups.add_devices(parser).add_argument(
+    launch_groups.add_devices(parser, divides=True).add_argument(
         "--num-nodes",
         type=groups.positive_int,
         metavar="N",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evo2_megatron.cli import command, generation_groups, groups, launch_groups, model_groups
+from evo2_megatron.config import ParallelConfig
 
 PROG = "evo2_serve"
 
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="requests that may wait; further ones get status 503 and when to try again (default: 128)",
     )
     model_groups.add_precision_and_kernels(parser)
-    launch_groups.add_devices(parser).add_argument(
+    launch_groups.add_devices(parser, divides=True).add_argument(
         "--tensor-parallel-size",
         type=groups.positive_int,
         default=1,
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
-    if launch_groups.on_devices(args.devices, argv, until_stopped=True):
+    parallel = ParallelConfig(tensor=args.tensor_parallel_size)
+    if launch_groups.model_on_devices(args, argv, parallel=parallel, is_server=True):
         return
 
     from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help

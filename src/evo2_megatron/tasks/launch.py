@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,7 +23,14 @@ _GRACE_SECONDS = 30  # to end after a signal; whoever has not is killed
 _LONG_SECONDS = 24 * 60 * 60
 
 
-def on_devices(devices: int | None, argv: Sequence[str] | None, *, until_stopped: bool = False) -> bool:
+def on_devices(
+    devices: int | None,
+    argv: Sequence[str] | None,
+    *,
+    divide: Callable[..., int] | None = None,
+    copies: bool = True,
+    until_stopped: bool = False,
+) -> bool:
     """Start the command again in a process for each device and wait for them, if several are asked for.
 
     Signals that ask this process to end reach the others. Its exit status is that of the process that failed.
@@ -31,6 +38,9 @@ def on_devices(devices: int | None, argv: Sequence[str] | None, *, until_stopped
     Args:
         devices: How many; None: as many as there are GPUs, or 1.
         argv: What ``main`` was given; None, the command line, is all that can be started again.
+        divide: Where ``devices`` is None: given ``num_gpus`` and ``gpu_bytes``, those of the smallest, says over how
+            many to divide the model, which the others learn from ``--tensor-parallel-size``. None: not divided.
+        copies: Whether the command runs a model, or one that is divided, as often as there are GPUs for it.
         until_stopped: The command is ended by a signal in any case, takes its time, and has done well then.
 
     Returns:
@@ -47,12 +57,16 @@ def on_devices(devices: int | None, argv: Sequence[str] | None, *, until_stopped
         if devices not in (None, found):
             raise UserError(f"--devices is {devices}, but torchrun started {found}; leave it out, torchrun decides")
         return False
-    count = _count(devices)
+    count, flags = _count(devices), []
+    if devices is None and divide is not None and count > 1:
+        size = divide(num_gpus=count, gpu_bytes=min(_memory(gpu) for gpu in range(count)))
+        count = count // size * size if copies else size
+        flags = ["--tensor-parallel-size", str(size)] * (size > 1)
     if count == 1:
         return False
     if argv is not None:
         raise UserError("--devices starts a command line again; a function of Python's is to be started by torchrun")
-    _run(count, until_stopped=until_stopped)
+    _run(count, flags, until_stopped=until_stopped)
     return True
 
 
@@ -66,8 +80,15 @@ def _count(devices: int | None) -> int:
     return devices
 
 
-def _run(count: int, *, until_stopped: bool) -> None:
-    """Start this process's own command line so many times; returns when all have ended well, and exits otherwise."""
+def _memory(gpu: int) -> int:
+    return torch.cuda.get_device_properties(gpu).total_memory
+
+
+def _run(count: int, flags: Sequence[str], *, until_stopped: bool) -> None:
+    """Start this process's own command line so many times, with further flags.
+
+    Returns when all have ended well, and exits otherwise.
+    """
     logging.disable()  # the processes speak for themselves
     if not megatron.on_cuda():
         # torchrun would say 1, which leaves cores idle; torch would say all, which has processes wait for each other
@@ -84,7 +105,7 @@ def _run(count: int, *, until_stopped: bool) -> None:
         shutdown_timeout=_LONG_SECONDS if until_stopped else _GRACE_SECONDS,
     )
     try:
-        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *flags)
     except SignalException as error:
         sys.exit(0 if until_stopped else 128 + error.sigval)
     except ChildFailedError as error:
