@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
-    if launch_groups.model_on_devices(args, argv, parallel=groups.parallel(args)):
+    if launch_groups.model_on_devices(args, argv, parallel=groups.parallel(args), copies=False):
         return
     command.clean_up_when_terminated()
 

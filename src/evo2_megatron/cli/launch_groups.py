@@ -41,7 +41,12 @@ def on_devices(devices: int | str | None, argv: Sequence[str] | None) -> bool:
 
 
 def model_on_devices(
-    args: argparse.Namespace, argv: Sequence[str] | None, *, parallel: ParallelConfig, is_server: bool = False
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    *,
+    parallel: ParallelConfig,
+    copies: bool = True,
+    until_stopped: bool = False,
 ) -> bool:
     """The same for a command that runs the model of ``--ckpt-dir``: auto divides one that is too large for a GPU.
 
@@ -50,7 +55,7 @@ def model_on_devices(
             ``model_groups.add_int8_weights``.
         argv: What ``main`` was given.
         parallel: The layout that was asked for; any but the default is kept.
-        is_server: Whether the command has one copy of the model, and runs until it is stopped.
+        copies, until_stopped: As for ``tasks.launch.on_devices``.
     """
     if args.devices is None:
         return False
@@ -68,8 +73,8 @@ def model_on_devices(
         _number(args.devices),
         argv,
         divide=divide if parallel.model_size == 1 else None,
-        copies=not is_server,
-        until_stopped=is_server,
+        copies=copies,
+        until_stopped=until_stopped,
     )
 
 

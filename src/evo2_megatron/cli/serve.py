@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=groups.positive_int,
         default=1,
         metavar="N",
-        help="processes that split each weight matrix, as many as --devices (default: 1)",
+        help="processes that split each weight matrix; of --devices, the rest are copies of the model (default: 1)",
     )
     return parser
 
@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
     parallel = ParallelConfig(tensor=args.tensor_parallel_size)
-    if launch_groups.model_on_devices(args, argv, parallel=parallel, is_server=True):
+    if launch_groups.model_on_devices(args, argv, parallel=parallel, until_stopped=True):
         return
 
     from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help

@@ -40,7 +40,7 @@ def on_devices(
         argv: What ``main`` was given; None, the command line, is all that can be started again.
         divide: Where ``devices`` is None: given ``num_gpus`` and ``gpu_bytes``, those of the smallest, says over how
             many to divide the model, which the others learn from ``--tensor-parallel-size``. None: not divided.
-        copies: Whether the command runs a model, or one that is divided, as often as there are GPUs for it.
+        copies: Whether there is a copy of such a model on each GPU, or on as many as it is divided over.
         until_stopped: The command is ended by a signal in any case, takes its time, and has done well then.
 
     Returns:

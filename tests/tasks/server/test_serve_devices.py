@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""evo2_serve with a model that two processes share: it answers as one process does."""
+"""evo2_serve with a model that two processes share, or that each of them has: it answers as one process does."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import math
 import signal
+import subprocess
 
 import numpy as np
+import psutil
 import pytest
+import requests
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from processes import until
-from tasks.server.server_process import Server, arrays_of
+from tasks.server.server_process import COMMAND, Server, arrays_of
 
 PROMPTS = ["GGGCGGCGACCTC", "ATG" * 30, "T", "acgt" * 11]
 
@@ -124,3 +128,38 @@ def test_sigterm_finishes_what_runs(servers):
         assert len(answer.result()["completion"]) == 200
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.log.read_text() and "Stopped" in server.log.read_text()
+
+
+def test_copies_share_the_port(servers, checkpoint, tmp_path):
+    """Each new connection goes to one of them; what it is answered is what one process answers."""
+    server = Server(checkpoint, tmp_path, "--devices", "2")
+    try:
+        port = int(server.url.rpartition(":")[2])
+        copies = [child.pid for child in psutil.Process(server.process.pid).children(recursive=True)]
+
+        def listening(pid):
+            return [c for c in psutil.Process(pid).net_connections() if c.status == "LISTEN" and c.laddr.port == port]
+
+        until(lambda: sum(bool(listening(pid)) for pid in copies) == 2)
+        body = {"sequences": PROMPTS}
+        expected = servers[1].ask("/v1/score", body)
+        with contextlib.ExitStack() as stack:
+            sessions = [stack.enter_context(requests.Session()) for _ in range(40)]
+            for session in sessions:  # who has connected stays so
+                agree(
+                    session.post(f"{server.url}/v1/score", json=body, timeout=60).json()["scores"], expected["scores"]
+                )
+            who = [[c for c in psutil.Process(pid).net_connections() if c.status == "ESTABLISHED"] for pid in copies]
+            assert sorted(bool([c for c in each if c.laddr.port == port]) for each in who)[-2:] == [True, True]
+        assert "16 at a time in each of 2 copies" in server.log.read_text()
+        second = subprocess.run(
+            [*COMMAND, "--ckpt-dir", str(checkpoint), "--port", str(port), "--devices", "2"], stderr=-1, text=True
+        )
+        assert second.returncode == 2
+        assert f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another" in second.stderr
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.process.kill()
+        server.process.wait()

@@ -41,7 +41,7 @@ def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
 
     engine = Engine(ModelSettings(ckpt_dir=checkpoint, max_queue=1))
     if loaded:  # and nobody works
-        engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", False, "CPU", 100, frozenset())
+        engine.info = ModelInfo(checkpoint, 4, 8, 9, "SDH*", 512, "fp32", False, "CPU", 100, frozenset(), 1)
         asyncio.run(fill())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         http = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))

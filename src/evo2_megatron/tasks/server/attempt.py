@@ -31,9 +31,10 @@ def attempt(work: Callable[..., Result], *arguments: Any) -> Result | Refused:
     """What ``work`` returns; if memory runs out, what to answer.
 
     Raises:
-        UserError: Memory ran out, and there are further processes, which wait for this one in the middle of the work.
+        UserError: Memory ran out, and other processes share the model, which wait for this one in the middle of the
+            work.
     """
-    if distributed.world_size() > 1:
+    if not distributed.is_one_process_per_copy():
         with out_of_memory.told(_NONE_ALONE):
             return work(*arguments)
     try:

@@ -62,7 +62,7 @@ class ModelSettings:
     provider_overrides: Mapping[str, Any] = field(default_factory=dict)
     with_self_test: bool = False
     tensor_parallel_size: int = 1
-    """Processes that share the model. Of other layouts there is none: all processes have the same to do."""
+    """Processes that share a copy of the model; the rest of the processes are further copies."""
 
     max_seq_length: int | None = None
     """Most tokens of a sequence, prompt and completion together; None: what the checkpoint was trained for and memory
@@ -73,6 +73,10 @@ class ModelSettings:
 
     max_queue: int = 128
     """Most requests that wait; further ones are refused."""
+
+    def check_world_size(self, processes: int) -> None:
+        """Raise UserError unless so many processes are whole copies of the model."""
+        ParallelConfig(tensor=self.tensor_parallel_size).check_world_size(processes)
 
 
 class ModelInfo(NamedTuple):
@@ -89,26 +93,22 @@ class ModelInfo(NamedTuple):
     device: str
     max_seq_length: int
     module_names: frozenset[str]
+    num_copies: int
+    """Of the model, each with its own queue."""
 
 
 class Engine:
     """Runs in a thread of its own; ``submit``, ``info`` and ``stop`` may be used from others.
 
-    Of processes that share a model each has one, and only the first gets jobs.
+    Of processes that share a copy of the model each has one, and only the first gets jobs.
     """
 
     def __init__(self, settings: ModelSettings, *, on_ready: Callable[[ModelInfo], None] | None = None) -> None:
         """Look at the checkpoint, but load nothing yet; ``on_ready`` is called in the engine's thread.
 
         Raises:
-            UserError: There is no such checkpoint, or no such number of processes as its layout needs.
+            UserError: There is no such checkpoint.
         """
-        processes, size = distributed.world_size(), settings.tensor_parallel_size
-        if processes != size:
-            raise UserError(
-                f"evo2_serve has one copy of the model, and --tensor-parallel-size is {size}, but the number of "
-                f"processes is {processes}; give the same number to --devices"
-            )
         self.settings = settings
         self.info: ModelInfo | None = None
         """None until the model is loaded."""
@@ -180,6 +180,7 @@ class Engine:
                 self._generations = Generations(model.decoder, self.settings.max_batch_size)
                 self.info = model.info
                 log_memory("After model setup")
+                turns.all_are_ready()
                 if self._on_ready is not None:
                     self._on_ready(model.info)
                 while (turn := self._next(turns)) is not None:
@@ -294,6 +295,7 @@ class _Model:
             device=megatron.device_name(),
             max_seq_length=limit,
             module_names=frozenset(module_names(decoder, whole_only=settings.tensor_parallel_size > 1)),
+            num_copies=distributed.data_parallel_size(),
         )
         return cls(loaded, decoder, info)
 
@@ -369,8 +371,8 @@ def _run_variants(job: VariantsJob, model: _Model) -> Iterator[None]:
 
 
 def _with_backoff(run: RunsBatches) -> Backoff | RunsBatches:
-    """Where memory runs out for one of several processes, the others could not follow."""
-    return Backoff(run, can_split=True) if distributed.world_size() == 1 else run
+    """Where memory runs out for one of several processes that share a model, the others could not follow."""
+    return Backoff(run, can_split=True) if distributed.is_one_process_per_copy() else run
 
 
 def _own(values: Tensor, length: int, output: Output) -> np.ndarray:

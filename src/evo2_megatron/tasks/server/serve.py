@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from evo2_megatron.config import UserError
@@ -26,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 _STALLED_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
+_PORT = "evo2_serve/port"
 
 
 def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way is finished, and nothing new is taken.
 
-    Call it from the main thread, on all processes that share the model; the first listens.
+    Call it from the main thread, on all processes. The first of those that share a copy of the model listens; on the
+    port of several copies the kernel gives each new connection to one of them.
 
     Args:
         settings: Which model.
@@ -42,18 +45,23 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
     Raises:
         UserError: The port is taken, or the genome cannot be read, or the model not loaded.
     """
-    if distributed.rank() > 0:
+    settings.check_world_size(distributed.world_size())
+    if distributed.rank() % settings.tensor_parallel_size > 0:
         Engine(settings).run()
         return
     start = time.perf_counter()
-    listener = _listen(host, port)
+    if distributed.world_size() == settings.tensor_parallel_size:
+        listener = _listen(host, port)
+    else:
+        listener = _listen_together(host, port)
     name, number = listener.getsockname()[:2]
     url = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
 
     def ready(info: ModelInfo) -> None:
         logger.info(
-            "Ready after %.1f s at %s (%s/docs): sequences up to %d tokens, %d at a time",
+            "Ready after %.1f s at %s (%s/docs): sequences up to %d tokens, %d at a time%s",
             time.perf_counter() - start, url, url, info.max_seq_length, settings.max_batch_size,
+            f" in each of {info.num_copies} copies" if info.num_copies > 1 else "",
         )  # fmt: skip
 
     with listener, contextlib.nullcontext() if fasta is None else Genome(fasta) as genome:
@@ -113,10 +121,23 @@ def _already_ended() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen_together(host: str, port: int) -> socket.socket:
+    """A socket for each copy of the model, on one port: the first process sees that it is free, or which one is."""
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    if rank == 0:
+        with _listen(host, port) as alone:
+            port = alone.getsockname()[1]
+        listener = _listen(host, port, shared=True)
+        store.set(_PORT, str(port))
+        return listener
+    store.wait([_PORT])
+    return _listen(host, int(store.get(_PORT)), shared=True)
+
+
+def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=1024, reuse_port=shared)
     except socket.gaierror as error:
         raise UserError(f"--host {host}: {error.strerror}; give a name or address of this machine") from None
     except OSError as error:

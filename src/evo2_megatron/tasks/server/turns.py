@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine does next, the same on all processes that share a model."""
+"""What the engine does next, the same on all processes that share a copy of the model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,16 @@ class Turns:
 
     def __init__(self) -> None:
         """Call it on all processes, inside their process groups; on others than the first, in the main thread."""
-        self._group = None
-        if distributed.world_size() > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=_FOREVER)
+        processes, copies = distributed.world_size(), distributed.data_parallel_size()
+        size = processes // copies
+        self._first = distributed.rank() // size * size
+        self._group = self._all = None
+        if size > 1:
+            # every process must make the groups of all copies, in the same order
+            groups = [_new_group(range(first, first + size)) for first in range(0, processes, size)]
+            self._group = groups[self._first // size]
+        if copies > 1:
+            self._all = _new_group(range(processes))
         if not self.is_first:
             # the first hears them too, finishes what was taken, and then sends the end
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -46,16 +53,25 @@ class Turns:
     @property
     def is_first(self) -> bool:
         """Whether this process decides."""
-        return distributed.rank() == 0
+        return distributed.rank() == self._first
+
+    def all_are_ready(self) -> None:
+        """Return when all copies of the model have come so far."""
+        if self._all is not None:
+            torch.distributed.barrier(self._all)
 
     def send(self, turn: Turn | None) -> None:
         """On the first process: have the others do the same; None: end."""
         if self._group is not None:
             silent = turn and Turn(*([replace(job, reply=SILENT) for job in jobs] for jobs in turn[:2]), turn.dropped)
-            torch.distributed.broadcast_object_list([silent], src=0, group=self._group)
+            torch.distributed.broadcast_object_list([silent], src=self._first, group=self._group)
 
     def receive(self) -> Turn | None:
         """On another process: wait for the next."""
         received: list[Turn | None] = [None]
-        torch.distributed.broadcast_object_list(received, src=0, group=self._group)
+        torch.distributed.broadcast_object_list(received, src=self._first, group=self._group)
         return received[0]
+
+
+def _new_group(ranks: range) -> torch.distributed.ProcessGroup:
+    return torch.distributed.new_group(list(ranks), backend="gloo", timeout=_FOREVER)
