@@ -45,7 +45,8 @@ class ParallelConfig:
         if world_size % self.model_size:
             raise UserError(
                 f"{world_size} processes do not fit tensor {self.tensor} x pipeline {self.pipeline} x context "
-                f"{self.context} = {self.model_size}; start torchrun with a multiple of {self.model_size} processes"
+                f"{self.context} = {self.model_size}; start a multiple of {self.model_size}, with --devices or "
+                "torchrun"
             )
 
 

@@ -84,8 +84,8 @@ def test_no_such_genome(checkpoint, tmp_path, capsys):
     assert "none.fa" in line
 
 
-@pytest.mark.parametrize("flags, processes", [(["--tensor-parallel-size", "2"], 1), ([], 2)])
-def test_as_many_processes_as_share_the_model(checkpoint, capsys, monkeypatch, flags, processes):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_are_whole_copies_of_the_model(checkpoint, capsys, monkeypatch, processes):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0", *flags)
-    assert f"the number of processes is {processes}; give the same number to --devices" in line
+    (line,) = refused(capsys, "--ckpt-dir", checkpoint, "--port", "0", "--tensor-parallel-size", "2")
+    assert f"{processes} processes do not fit tensor 2" in line and "start a multiple of 2, with --devices" in line

@@ -113,7 +113,7 @@ def test_wrong_options(given, message):
     [
         (4, {"parallel": tensor(2), "seq_length": 63}, "--seq-length 63 cannot be split .* use 62 or 64"),
         (2, {"parallel": ParallelConfig(context=2), "seq_length": 66}, "multiple of 4, and 516 or more; use 516"),
-        (3, {"parallel": tensor(2)}, "start torchrun with a multiple of 2"),
+        (3, {"parallel": tensor(2)}, "start a multiple of 2, with --devices or torchrun"),
         (8, {"global_batch_size": 12, "micro_batch_size": 1}, "use 8 or a multiple"),
     ],
 )
