@@ -91,8 +91,8 @@ def test_layout_on_disk(tiny):
 
     assert (tiny.parent / "latest_checkpointed_iteration.txt").read_text() == "1\n"
     assert sorted(path.name for path in tiny.parent.iterdir())[:1] == ["iter_0000001"]
-    expected = {".metadata", "common.pt", "metadata.json", "run_config.yaml", "tokenizer", "train_state.pt"}
-    assert expected == {path.name for path in tiny.iterdir() if path.suffix != ".distcp"}
+    expected = {".metadata", "SHA256SUMS", "common.pt", "metadata.json", "run_config.yaml", "tokenizer"}
+    assert expected | {"train_state.pt"} == {path.name for path in tiny.iterdir() if path.suffix != ".distcp"}
     assert resolve_checkpoint_path(tiny.parent) == tiny
     assert torch.load(tiny / "common.pt", weights_only=True)["content_metadata"]["singleton_local_shards"] is False
     assert torch.load(tiny.parent / "latest_train_state.pt", weights_only=True)["step"] == 1

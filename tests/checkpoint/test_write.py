@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_at_last_leaves_nothing(tmp_path, monkeypatch):
     with new_checkpoint(tmp_path / "c") as partial:
         (partial / "train_state.pt").touch()
     assert names(tmp_path / "c") == ["iter_0000001", "latest_checkpointed_iteration.txt", "latest_train_state.pt"]
-    assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
+    assert names(tmp_path / "c/iter_0000001") == ["SHA256SUMS", "train_state.pt"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -98,7 +98,7 @@ def test_ctrl_c_at_the_very_end_leaves_a_whole_checkpoint(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt), new_checkpoint(tmp_path / "c") as partial:
         (partial / "train_state.pt").touch()
     assert names(tmp_path / "c") == ["iter_0000001", "latest_checkpointed_iteration.txt", "latest_train_state.pt"]
-    assert names(tmp_path / "c/iter_0000001") == ["train_state.pt"]
+    assert names(tmp_path / "c/iter_0000001") == ["SHA256SUMS", "train_state.pt"]
 
 
 def test_a_kill_at_the_very_end_is_made_good(tmp_path):

@@ -13,6 +13,7 @@
         run_config.yaml                    complete configuration of the run
         train_state.pt                     step and sample counters
         self_test.json                     sequences, and how probable the weights find them (tasks/self_test.py)
+        SHA256SUMS                         of .metadata and *.distcp, when they were written (checkpoint/checksums.py)
         tokenizer/                         Hugging Face tokenizer files
 """
 
@@ -37,6 +38,7 @@ WEIGHTS_INDEX = ".metadata"
 WEIGHTS_FORMAT = "metadata.json"
 TOKENIZER = "tokenizer"
 SELF_TEST = "self_test.json"
+CHECKSUMS = "SHA256SUMS"
 
 _ITERATION = re.compile(r"iter_(\d+)")
 

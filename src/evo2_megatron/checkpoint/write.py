@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from evo2_megatron.checkpoint import layout
+from evo2_megatron.checkpoint import checksums, layout
 from evo2_megatron.checkpoint.distcp import write_tensors
 from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.checkpoint.torch_file import save_tensors
@@ -91,6 +91,7 @@ def new_checkpoint(directory: Path, iteration: int = 1) -> Iterator[Path]:
     try:
         lock_alone(claim, partial, choose="folder")
         yield partial
+        checksums.write(partial)
         # in the folder as long as it is hidden: a disk that is full by now leaves no checkpoint, and no part of one
         _write_newest(partial, iteration)
         os.replace(partial, target)

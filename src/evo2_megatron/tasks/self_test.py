@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from evo2_megatron.architectures import Architecture
-from evo2_megatron.checkpoint import distcp, names
-from evo2_megatron.checkpoint.layout import SELF_TEST
+from evo2_megatron.checkpoint import checksums, distcp, names
+from evo2_megatron.checkpoint.adapter import base_checkpoint
+from evo2_megatron.checkpoint.layout import CHECKSUMS, SELF_TEST, resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import LoadedModel, load_model
 from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.checkpoint.tensors import WholeTensors
@@ -157,16 +158,38 @@ def run(ckpt_dir: Path, **settings: Any) -> list[Row]:
         settings: As for ``checkpoint.load.load_model``.
     """
     settings["parallel"].check_world_size(distributed.world_size())
+    checkpoint = resolve_checkpoint_path(ckpt_dir)
+    check_files(checkpoint, settings.get("base_ckpt_dir"))
     with distributed.process_groups(settings["parallel"]):
-        return check(load_model(ckpt_dir, **settings))
+        return check(load_model(checkpoint, **settings))
 
 
 def load_model_checked(checkpoint: Path, *, with_self_test: bool, **settings: Any) -> LoadedModel:
-    """``checkpoint.load.load_model``, and ``check`` where it is asked for."""
+    """``checkpoint.load.load_model``, and where it is asked for ``check_files`` before it and ``check`` after it."""
+    if with_self_test:
+        check_files(checkpoint, settings.get("base_ckpt_dir"))
     loaded = load_model(checkpoint, **settings)
     if with_self_test:
         check(loaded)
     return loaded
+
+
+def check_files(checkpoint: Path, base_ckpt_dir: Path | None) -> None:
+    """Read the weights, and those of the base of LoRA adapters, and compare with what was written if that is known.
+
+    Args:
+        checkpoint: One iteration.
+        base_ckpt_dir: As for ``checkpoint.load.load_model``.
+
+    Raises:
+        UserError: A file is missing, or another one.
+    """
+    if distributed.rank() > 0:
+        return
+    base = base_checkpoint(checkpoint, read_run_config(checkpoint), base_ckpt_dir)
+    for folder in dict.fromkeys((checkpoint, base)):
+        if checksums.verify(folder):
+            logger.info("self-test: the weights in %s are those that were written, by its %s", folder, CHECKSUMS)
 
 
 def check(loaded: LoadedModel) -> list[Row]:

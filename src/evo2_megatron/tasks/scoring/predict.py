@@ -198,6 +198,8 @@ class _Prediction:
         parts = shared.resume(self.files.output_dir, key, self.loaded, identity, batch_by_batch=batch_by_batch)
         tensor_files = _tensor_files(self.files) if "pt" in self.files.formats else None
         for number, result in self._results(batches, shared):
+            if first:
+                digest.check()
             if distributed.is_model_parallel_writer():
                 self._keep(number // copies, number, result, parts, tensor_files)
         torch.distributed.barrier()
@@ -208,6 +210,7 @@ class _Prediction:
         ):
             tensor_files.write_all([tensor_record(parts.batch(number), self.output) for number in shared.mine])
         if first:
+            facts = manifest(self.loaded, digest.result(), settings)
             results = Results(
                 parts=parts,
                 dataset=self.dataset,
@@ -217,7 +220,7 @@ class _Prediction:
             )
             results.write(self.files)
             write_index(self.files.output_dir, self.dataset.ids)
-            write_manifest(self.files.output_dir, manifest(self.loaded, digest.result(), settings))
+            write_manifest(self.files.output_dir, facts)
         torch.distributed.barrier()
         if first:
             parts.remove()

@@ -7,48 +7,65 @@ import hashlib
 import importlib.metadata
 import platform
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evo2_megatron.checkpoint import checksums
 from evo2_megatron.checkpoint.load import LoadedModel
+from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
-from evo2_megatron.tasks.scoring.prediction_parts import sha256_of_file
 
 _PACKAGES = ("evo2-megatron", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "numpy")
 
 
 class CheckpointDigest:
-    """SHA-256 of a checkpoint's files, computed while the model runs."""
+    """SHA-256 of a checkpoint's files, computed and compared with its ``SHA256SUMS`` while the model runs."""
 
     def __init__(self, folder: Path) -> None:
         """Begin; reading goes on beside the program."""
         self._folder = folder
-        self._result: str | OSError | None = None
+        self._result = ""
+        self._error: OSError | UserError | None = None
         self._thread = threading.Thread(target=self._compute, daemon=True)
         self._thread.start()
 
     def _compute(self) -> None:
         try:
-            self._result = sha256_of_folder(self._folder)
-        except OSError as error:
-            self._result = error
+            sums = sha256_of_files(self._folder)
+            checksums.compare(self._folder, {name.removeprefix("./"): found for name, found in sums.items()})
+            self._result = sha256_of_folder(sums)
+        except (OSError, UserError) as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise, without waiting, what ``result`` would, if that is known by now."""
+        if self._error is not None:
+            raise self._error
 
     def result(self) -> str:
-        """Wait for it."""
+        """Wait for it.
+
+        Raises:
+            UserError: Weights are others than those that were written.
+        """
         self._thread.join()
-        if isinstance(self._result, OSError):
-            raise self._result
+        self.check()
         return self._result
 
 
-def sha256_of_folder(folder: Path) -> str:
-    """What ``find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum`` prints in it."""
+def sha256_of_files(folder: Path) -> dict[str, str]:
+    """What ``find . -type f | LC_ALL=C sort | xargs sha256sum`` prints in a folder, by name."""
     names = sorted(f"./{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256_of_file(folder / name)}  {name}\n" for name in names]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return {name: checksums.sha256_of_file(folder / name) for name in names}
+
+
+def sha256_of_folder(sums: Mapping[str, str]) -> str:
+    """What ``sha256sum`` makes of those lines."""
+    return hashlib.sha256("".join(f"{found}  {name}\n" for name, found in sums.items()).encode()).hexdigest()
 
 
 def manifest(loaded: LoadedModel, checkpoint_sha256: str, settings: dict[str, Any]) -> dict[str, Any]:

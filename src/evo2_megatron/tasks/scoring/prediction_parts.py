@@ -13,7 +13,6 @@ folder must be one that all processes see. It is gone when the results are compl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evo2_megatron.checkpoint.checksums import sha256_of_file
 from evo2_megatron.checkpoint.torch_file import save_tensors
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.scoring.prediction_files import (
@@ -157,12 +157,3 @@ def _files_below(folder: Path) -> list[tuple[str, int, int]]:
 def facts_of_file(name: str, path: Path) -> dict[str, str]:
     """For the settings: where a file was, and what was in it."""
     return {name: str(path), f"{name}_sha256": sha256_of_file(path)}
-
-
-def sha256_of_file(path: Path) -> str:
-    """What ``sha256sum`` prints for it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -175,12 +175,15 @@ class _Scoring:
         shared = SharedBatches(jobs, _WORDS)
         parts = shared.resume(self.output_dir, known, self.loaded, identity, names=variant_files.RESULTS)
         for number, result in self._results([[groups[index] for index in batch] for batch in batches], shared):
+            if first:
+                digest.check()
             if distributed.is_model_parallel_writer():
                 parts.add(number, result)
         torch.distributed.barrier()
         if first:
+            facts = manifest(self.loaded, digest.result(), known)
             self._write(parts)
-            write_manifest(self.output_dir, manifest(self.loaded, digest.result(), known))
+            write_manifest(self.output_dir, facts)
             logger.info(
                 "%d ALT alleles of %d scored, %d not; results in %s",
                 num_scored, len(self.alleles), len(self.alleles) - num_scored, self.output_dir,
