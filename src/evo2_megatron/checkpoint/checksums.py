@@ -8,6 +8,7 @@ such as ``run_config.yaml``, are not in it. Checkpoints of training runs, and th
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from pathlib import Path
 from evo2_megatron.checkpoint import layout
 from evo2_megatron.config import UserError
 
+logger = logging.getLogger(__name__)
+
+_LONG_BYTES = 2e9  # that take seconds to read
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")  # two spaces, or one and a star for files that were read as binary
 
 
@@ -30,7 +34,11 @@ def sha256_of_file(path: Path) -> str:
 def write(checkpoint: Path) -> None:
     """Read all weights, and keep what they are beside them."""
     files = [checkpoint / layout.WEIGHTS_INDEX, *sorted(checkpoint.glob("*.distcp"))]
-    lines = [f"{sha256_of_file(path)}  {path.name}\n" for path in files if path.exists()]
+    files = [path for path in files if path.exists()]
+    num_bytes = sum(path.stat().st_size for path in files)
+    if num_bytes > _LONG_BYTES:
+        logger.info("Reading what was written, %.1f GB, for %s", num_bytes / 1e9, layout.CHECKSUMS)
+    lines = [f"{sha256_of_file(path)}  {path.name}\n" for path in files]
     (checkpoint / layout.CHECKSUMS).write_text("".join(lines))
 
 
