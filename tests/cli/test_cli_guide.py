@@ -188,6 +188,16 @@ def test_records(checkpoint, folder, capsys):
     assert row["score"] == f"{records[0]['score']:.6g}" and row["sequence"] == bases
 
 
+def test_without_a_file_records_are_printed_in_the_format(checkpoint, folder, capsys):
+    flags = ("--prompt", "GATTACA", "--scorer", "scorer.py:gc")
+    for name in ("jsonl", "fasta", "text"):
+        run(checkpoint, *flags, "--output-file", name, "--output-format", name)
+    capsys.readouterr()
+    for name in ("jsonl", "fasta", "text"):
+        run(checkpoint, *flags, "--output-format", name)
+        assert capsys.readouterr().out.endswith(Path(name).read_text())
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -255,6 +255,8 @@ def test_a_reader_that_leaves_ends_the_run(checkpoint, tmp_path):
     [
         ("--stream --output-format fasta", "give --output-file for the records"),
         ("--output-format fastq", "invalid choice: 'fastq'"),
+        ("--include-prompt --stream", "what is printed has no place for --include-prompt; add --output-file"),
+        ("--return-log-probs", "what is printed has no place for --return-log-probs; add --output-file"),
         ("--num-samples 0", "0 is not 1 or more"),
         ("--alphabet=", "give at least one letter"),
         ("--stop-string=", "a stop string is empty"),

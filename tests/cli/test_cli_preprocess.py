@@ -97,6 +97,8 @@ def test_an_interrupted_run_is_completed_by_the_next(tmp_path, config, ending):
     process = subprocess.Popen(
         [sys.executable, "-c", f"from evo2_megatron.cli.preprocess import main; main(['-c', {str(config)!r}])"],
         stderr=subprocess.PIPE,
+        # not what this process inherited: shells let what they start in the background ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with fasta.open("wb") as pipe:
         pipe.write(text[:12])

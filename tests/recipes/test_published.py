@@ -43,6 +43,15 @@ def test_pretraining():
     assert (options.lr, options.min_lr, options.wd, options.adam_eps) == (3e-4, 3e-5, 0.1, 1e-8)
 
 
+@pytest.mark.parametrize(
+    "steps, warmup_end", [(1, 0), (10, 3), (300, 100), (357, 119), (1000, 119)], ids=lambda value: f"{value}"
+)
+def test_the_warm_up_of_a_recipe_shrinks_with_the_steps(steps, warmup_end):
+    options = training_options("evo2_7b_32k", {"max_steps": steps})
+    assert schedule(options) == Schedule(warmup_end=warmup_end, decay_end=steps)
+    assert training_options("evo2_7b_32k", {"max_steps": 300, "warmup_steps": 7}).warmup_steps == 7
+
+
 def test_what_is_asked_for_wins():
     assert training_options("evo2_7b_1m", {"wd": 0.2, "seq_length": 8192}).wd == 0.2
     assert training_options(None, {"wd": 0.2}).wd == 0.2

@@ -223,3 +223,21 @@ def test_data_of_a_run_that_is_resumed_with_other_settings(repairs):
         with pytest.raises(InterruptedError):
             loaders.build_train_valid_test_data_loaders(config, state, build, None)
     assert asked == [(20, 36, 6), (44, 72, 6)]
+
+
+def test_a_resumed_run_follows_the_learning_rates_it_is_given(repairs):
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    def scheduler(max_lr, min_lr):
+        optimizer = SimpleNamespace(param_groups=[{"max_lr": 3e-4, "min_lr": 3e-5, "wd_mult": 1.0}])
+        return OptimizerParamScheduler(
+            optimizer, 0.0, max_lr, min_lr, lr_warmup_steps=1, lr_decay_steps=10, lr_decay_style="cosine",
+            start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
+        )  # fmt: skip
+
+    begun = scheduler(3e-4, 3e-5)
+    begun.step(increment=4)
+    resumed = scheduler(1e-5, 1e-6)  # its optimizer's groups are those of the checkpoint
+    resumed.load_state_dict(begun.state_dict())
+    assert 1e-6 < resumed.optimizer.param_groups[0]["lr"] < 1e-5

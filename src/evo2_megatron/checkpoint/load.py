@@ -130,7 +130,8 @@ def _filled_model(
     load_weights(model, base, stored, dropped_layers=of_base, only=is_backbone)
     if run_config.is_lora:
         _add_adapters(model, checkpoint, run_config, range(provider.num_layers, run_config.num_layers))
-        logger.info("The adapters of %s are added to the base model %s", checkpoint, base)
+        trained = "head of %s is" if run_config.has_head else "adapters of %s are"
+        logger.info(f"The {trained} added to the base model %s", checkpoint, base)
     if provider.fp8_emulation or provider.fp8_projections:
         fix_projections(unwrap_model(model), _fp8_scales(base))
     return model

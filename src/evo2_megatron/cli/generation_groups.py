@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flag groups that the commands which generate share: the model, how bases are drawn, when to stop, what to write."""
+"""Flag groups that the commands which generate share: the model, how bases are drawn, when to stop, what to write.
+
+And what they print of records."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from evo2_megatron.config import UserError
 
 if TYPE_CHECKING:
     from evo2_megatron.tasks.generation.prompts import Prompt
+    from evo2_megatron.tasks.generation.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +32,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     groups.add_self_test(group)
 
 
-def add_output(parser: argparse.ArgumentParser, *, format_help: str) -> argparse._ArgumentGroup:
+def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of the records; ``running`` reads them but for ``--return-log-probs``."""
     group = parser.add_argument_group("output")
     group.add_argument("--output-file", type=Path, metavar="FILE", help="file for the records (default: none)")
-    group.add_argument("--output-format", choices=FORMATS, metavar="NAME", help=format_help)
+    group.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        metavar="NAME",
+        help="jsonl, fasta, or text: a table with tabs; without --output-file, print it (default: by the suffix of "
+        "--output-file, jsonl if that says nothing)",
+    )
     group.add_argument(
         "--include-prompt", action="store_true", help="in FASTA and text, write the prompt before the completion"
     )
@@ -55,6 +65,36 @@ def add_length(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "if memory allows)",
     )
     return group
+
+
+def printer(args: argparse.Namespace, block: Callable[[Record], None]) -> Callable[[Record], None]:
+    """What prints a record: in the format that is asked for, unless it is that of a file; else ``block``.
+
+    Raises:
+        UserError: A flag is about the records, which go neither to a file nor, in a format, to the terminal.
+    """
+    flags = {"--include-prompt": args.include_prompt, "--return-log-probs": args.return_log_probs}
+    given = " and ".join(flag for flag, value in flags.items() if value)
+    if given and args.output_file is None and not args.output_format:
+        raise UserError(f"what is printed has no place for {given}; add --output-file, or --output-format")
+    if args.output_format and args.output_file is None:
+        return _Table(args.output_format, args.include_prompt).show
+    return block
+
+
+class _Table:
+    """Prints records in a file's format."""
+
+    def __init__(self, format_name: str, include_prompt: bool) -> None:
+        self._format, self._include_prompt = format_name, include_prompt
+        self._headless = False
+
+    def show(self, record: Record) -> None:
+        from evo2_megatron.tasks.generation.records import write_as
+
+        text = write_as(self._format, [record], include_prompt=self._include_prompt, heading=not self._headless)
+        print(text, end="", flush=True)
+        self._headless = True
 
 
 def running(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,11 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_search(parser)
     generation_groups.add_sampling(parser)
     generation_groups.add_stopping(parser, max_new_tokens=MAX_NEW_TOKENS)
-    generation_groups.add_output(
-        parser,
-        format_help="of --output-file: jsonl, fasta, or text, a table with tabs (default: by its suffix, jsonl if "
-        "that says nothing)",
-    )
+    generation_groups.add_output(parser)
     _add_memory(parser)
     groups.add_parallel(parser)
     launch_groups.add_devices(parser, divides=True)
@@ -66,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> None:
             search,
             score,
             **generation_groups.running(args),
-            on_record=_show,
+            on_record=generation_groups.printer(args, _show),
         )
 
 

@@ -59,12 +59,10 @@ def _main(argv: Sequence[str] | None) -> None:
     from evo2_megatron.tasks.generation.infer import infer  # torch loads here, not for --help
 
     prompts = generation_groups.prompts(args)
-    printer: dict[str, Any] = {"on_record": _show}
+    printer: dict[str, Any] = {"on_record": generation_groups.printer(args, _show)}
     if args.stream:
         one = len(prompts) * args.num_samples == 1
         printer = {"on_piece": (_StreamOfOne(prompts[0].id) if one else _StreamOfMany()).show}
-    elif args.output_format and args.output_file is None:
-        printer = {"on_record": _Table(args.output_format, args.include_prompt).show}
     infer(
         prompts,
         args.ckpt_dir,
@@ -95,21 +93,6 @@ def _print(text: str) -> None:
 def _show(record: dict[str, Any]) -> None:
     name = record["id"] if "sample" not in record else f"{record['id']}.{record['sample']}"
     _print(f"=== [{name}] Generated Text ===\n{record['completion']}\n\n")
-
-
-class _Table:
-    """Prints records in a file's format."""
-
-    def __init__(self, format_name: str, include_prompt: bool) -> None:
-        self._format, self._include_prompt = format_name, include_prompt
-        self._headless = False
-
-    def show(self, record: dict[str, Any]) -> None:
-        from evo2_megatron.tasks.generation.records import write_as
-
-        text = write_as(self._format, [record], include_prompt=self._include_prompt, heading=not self._headless)
-        _print(text)
-        self._headless = True
 
 
 class _StreamOfOne:
@@ -162,11 +145,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = generation_groups.add_output(
-        parser,
-        format_help="jsonl, fasta, or text: a table with tabs; without --output-file, print it (default: by the "
-        "suffix of --output-file, jsonl if that says nothing)",
-    )
+    group = generation_groups.add_output(parser)
     group.add_argument(
         "--stream",
         action="store_true",

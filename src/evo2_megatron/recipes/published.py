@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from evo2_megatron.config import UserError
-from evo2_megatron.recipes.options import TrainingOptions
+from evo2_megatron.recipes.options import TrainingOptions, schedule
 
 _TOKENS_PER_STEP = 2**21
 
@@ -89,9 +89,15 @@ RECIPES = {
 def training_options(recipe: str | None, given: dict[str, Any]) -> TrainingOptions:
     """The defaults, changed by a recipe, changed by what a user asks for.
 
+    A recipe's warm-up shrinks with fewer steps than it has, as that of the defaults does.
+
     Raises:
-        UserError: No such recipe.
+        UserError: No such recipe, or no step that the learning rate could decay in.
     """
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"there is no --recipe {recipe}; choose one of {', '.join(RECIPES)}")
-    return TrainingOptions(**(RECIPES[recipe] if recipe else {}) | given)
+    fields = (RECIPES[recipe] if recipe else {}) | given
+    if recipe and "warmup_steps" not in given:
+        longest = schedule(TrainingOptions(**fields | {"warmup_steps": None})).warmup_end
+        fields["warmup_steps"] = min(fields["warmup_steps"], longest)
+    return TrainingOptions(**fields)

@@ -27,8 +27,10 @@ def install() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     _repair_sample_counts(loaders)
+    _repair_resumed_rates(OptimizerParamScheduler)
     _name_test_losses(pretrain)
     # Megatron Bridge 0.3.1 counts what a run with adapters computes as if the model were a Transformer. Ends when it
     # asks the model there, too
@@ -67,6 +69,26 @@ def _repair_sample_counts(loaders: Any) -> None:
         return upstream(cfg, train_state, build_enough, dp_group)
 
     loaders.build_train_valid_test_data_loaders = build
+
+
+def _repair_resumed_rates(scheduler: Any) -> None:
+    """Megatron Core 0.16.1 keeps the highest and lowest learning rate in the optimizer's groups, too, and reads these.
+
+    A resumed run gets them from the checkpoint, so that other ones have no effect, even where
+    ``override_opt_param_scheduler`` says that they are to be followed. No group of ours has rates of its own.
+
+    Ends when ``OptimizerParamScheduler.load_state_dict`` changes the groups.
+    """
+    upstream = scheduler.load_state_dict
+
+    @functools.wraps(upstream)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        if self.override_opt_param_scheduler:
+            for group in self.optimizer.param_groups:
+                group.update(max_lr=self.max_lr, min_lr=self.min_lr)
+        upstream(self, state_dict)
+
+    scheduler.load_state_dict = load_state_dict
 
 
 def samples_left(train: Any, step: int) -> tuple[int, int]:

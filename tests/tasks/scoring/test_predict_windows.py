@@ -317,6 +317,11 @@ def test_a_job_that_was_killed_goes_on(long_records, checkpoint, tmp_path):
             "--window-length is about log-prob",
         ),
         (
+            {"window_length": 8, "output": {"log_probs": None}, "formats": ("tsv",)},
+            "--window-length is about log-prob",
+        ),
+        ({"max_seq_length": 2}, "more than the 2 positions .*; score it in windows with --window-length, or accept"),
+        (
             {"output": {"log_probs": "sum", "base_values": ("entropy",)}},
             "--per-base-values says what there is for each",
         ),

@@ -56,6 +56,8 @@ def runs(tmp_path_factory):
         named[f"{name}, unbroken"] = BEGUN | whole
     named["diverges"] = DIVERGES | {"result_dir": root / "diverges", "eval_interval": 1}
     named["diverges at once"] = DIVERGES | {"result_dir": root / "diverges_at_once"}
+    named["lr, first"] = BEGUN | {"result_dir": root / "lr"}
+    named["lr, second"] = named["lr, first"] | {"early_stop_on_step": 4, "lr": 1e-5, "min_lr": 1e-6}
     named["seq_length"] = begun | {"early_stop_on_step": 6, "seq_length": 32, "micro_batch_size": 1}
     done, _ = train_all(list(named.values()))
     return dict(zip(named, done, strict=True)), root
@@ -114,6 +116,12 @@ def test_the_schedule_goes_on_by_steps_with_another_batch(runs, name):
     assert parts[0] | parts[1] | parts[2] == unbroken
     samples = named[f"{name}, second"].samples
     assert samples[5] - samples[4] == {"up": 8, "down": 2}[name]
+
+
+def test_a_run_goes_on_with_another_learning_rate(runs):
+    named, _ = runs
+    rates = learning_rates(named["lr, second"])
+    assert rates.keys() == {4} and 1e-6 < float(rates[4]) < 1e-5
 
 
 def test_a_run_that_diverges_ends_with_one_line(runs):

@@ -78,8 +78,8 @@ def predict(
     """
     check_inputs(files.output_dir, RESULTS, fasta=fasta)
     parallel.check_world_size(distributed.world_size())
-    files.check_can_hold(output, sequences)
     sequences.check_can_make(output)
+    files.check_can_hold(output, sequences)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = language_model_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)  # before anything takes time
@@ -122,13 +122,13 @@ def position_range(run_config: RunConfig, changes: ModelChanges) -> int:
     return int(run_config.seq_length * changes.seq_len_interpolation_factor / trained)
 
 
-def check_lengths(dataset: FastaDataset, limit: int) -> None:
-    """Raise UserError for a sequence of more tokens than ``limit``."""
+def check_lengths(dataset: FastaDataset, limit: int, *, instead: str = "cut it into pieces") -> None:
+    """Raise UserError for a sequence of more tokens than ``limit``, with what to do ``instead``."""
     for name, length in zip(dataset.ids, dataset.lengths):
         if length > limit:
             raise UserError(
                 f"Sequence {name!r} has {length} tokens, more than the {limit} positions the checkpoint was trained "
-                "for; cut it into pieces, or accept worse predictions with --max-seq-length"
+                f"for; {instead}, or accept worse predictions with --max-seq-length"
             )
 
 
@@ -144,7 +144,8 @@ def _dataset(
     windows = sequences.windows(trained_for)
     if windows is None:
         dataset = FastaDataset(fasta, mask_tags=sequences.mask_phylogenetic_tags, **how)
-        check_lengths(dataset, sequences.max_seq_length or trained_for)
+        instead = "cut it into pieces" if output.log_probs is None else "score it in windows with --window-length"
+        check_lengths(dataset, sequences.max_seq_length or trained_for, instead=instead)
         _check_window(dataset, output)
     else:
         dataset = WindowDataset(fasta, windows, **how)
