@@ -89,7 +89,7 @@ def settle(
         _tell_of_hardware(provider, checkpoint)
         return "hardware"
     raise UserError(
-        f"{checkpoint} was trained with FP8 input projections, and this machine has no FP8 hardware; choose "
+        f"{checkpoint} is to run with FP8 input projections, and this machine has no FP8 hardware; choose "
         f"--fp8-emulation, which rounds as they do, or --allow-precision-mismatch, which computes in {precision} and "
         "predicts worse"
     )

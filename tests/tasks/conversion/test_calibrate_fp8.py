@@ -142,7 +142,7 @@ def test_what_cannot_be_calibrated(inputs, tmp_path):
     sections = yaml.safe_load((asks / "run_config.yaml").read_text())
     sections["model"]["vortex_style_fp8"] = True
     (asks / "run_config.yaml").write_text(yaml.safe_dump(sections))
-    with pytest.raises(UserError, match="was trained with FP8 input projections, and this machine has no FP8"):
+    with pytest.raises(UserError, match="is to run with FP8 input projections, and this machine has no FP8"):
         calibrate_fp8(fasta, asks, target)
     assert not target.exists()
     calibrate_fp8(fasta, checkpoint, target)

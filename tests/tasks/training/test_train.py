@@ -115,6 +115,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Run], list[list[str]], Path]:
         "first half": SMALL | {"result_dir": root / "halves", "early_stop_on_step": 3},
         "second half": SMALL | {"result_dir": root / "halves"},
         "nothing left": SMALL | {"result_dir": root / "halves"},
+        "finished, wider model": SMALL | {"result_dir": root / "halves", "ffn_hidden_size": 96},
         "tune": tune | {"result_dir": root / "tuned", "early_stop_on_step": 2},
         "tune on": tune | {"result_dir": root / "tuned"},
         "tune from parent": tune | {"result_dir": root / "from_parent", "finetune_ckpt_dir": parent, "max_steps": 1},
@@ -187,6 +188,8 @@ def test_training_from_sharded_windows(runs):
 
 def test_finished_run_is_left_alone(runs):
     assert runs[0]["nothing left"].text.strip() == ""
+    other = runs[0]["finished, wider model"].text
+    assert "iter_0000006 was trained with ffn_hidden_size" in other and "not 96; resume with the same flags" in other
 
 
 def test_run_directory(runs):

@@ -77,10 +77,6 @@ def train(recipe: str | None = None, **given: Any) -> None:
         options = _with_defaults_of(start, options, given)
         train_lora.check_int8(options)  # the precision may be the checkpoint's
     options = train_checks.fit_to_machine(options)
-    end = min(options.max_steps, options.early_stop_on_step or options.max_steps)
-    if start.step >= end:
-        logger.info("Nothing to do: %s has done step %s of %s", options.checkpoint_dir, start.step, end)
-        return
     enter()
 
     from evo2_megatron.model.forward_step import forward_step
@@ -90,6 +86,10 @@ def train(recipe: str | None = None, **given: Any) -> None:
     _check_model(config)
     if start.checkpoint is not None:
         _begin_from(start, config, options)
+    end = min(options.max_steps, options.early_stop_on_step or options.max_steps)
+    if start.step >= end:  # of this run, and not of one with other settings
+        logger.info("Nothing to do: %s has done step %s of %s", options.checkpoint_dir, start.step, end)
+        return
     _log_plan(options, start)
     run(config, options, start, forward_step)
 
