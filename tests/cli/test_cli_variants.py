@@ -83,7 +83,7 @@ def test_every_flag_arrives(call):
         (["--vcf", __file__, "--fasta", "/dev/null"], "--fasta /dev/null is no regular file, and is read more than"),
         (["--vcf", __file__], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
-        (["--context-parallel-size", "2"], "2 process"),
+        (["--context-parallel-size", "2"], "start a multiple of 2, with --devices or torchrun"),
         (["--output-format", "bcf"], "invalid choice: 'bcf'"),
         (["--log-prob-collapse-option", "per_token"], "invalid choice: 'per_token'"),
         (["--window-length", "0"], "0 is not 1 or more"),
