@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups.add_self_test_numbers(result)
     groups.add_parallel(parser)
-    launch_groups.add_devices(parser)
+    launch_groups.add_devices(parser, divides=True)
     precision = parser.add_argument_group("precision and kernels, while it reads")
     groups.add_precision(precision)
     model_groups.add_fp8_choice(precision)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _calibrate(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
-    if launch_groups.on_devices(args.devices, argv):
+    if launch_groups.model_on_devices(args, argv, parallel=groups.parallel(args)):
         return
 
     # torch loads here, so --help stays instant

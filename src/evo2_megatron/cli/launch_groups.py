@@ -51,8 +51,8 @@ def model_on_devices(
     """The same for a command that runs the model of ``--ckpt-dir``: auto divides one that is too large for a GPU.
 
     Args:
-        args: With the flags of ``add_devices``, ``groups.add_precision``, ``groups.add_base_checkpoint`` and
-            ``model_groups.add_int8_weights``.
+        args: With the flags of ``add_devices`` and ``groups.add_precision``; those of ``groups.add_base_checkpoint``
+            and ``model_groups.add_int8_weights`` count where there are any.
         argv: What ``main`` was given.
         parallel: The layout that was asked for; any but the default is kept.
         copies, until_stopped: As for ``tasks.launch.on_devices``.
@@ -65,9 +65,9 @@ def model_on_devices(
     divide = partial(
         division.tensor_parallel_size,
         args.ckpt_dir,
-        base_ckpt_dir=groups.base_checkpoint(args),
+        base_ckpt_dir=vars(args).get("base_ckpt_dir"),
         precision=groups.precision(args),
-        int8_weights=args.int8_weights,
+        int8_weights=vars(args).get("int8_weights"),
     )
     return launch.on_devices(
         _number(args.devices),
