@@ -47,7 +47,7 @@ def test_refused_in_one_line_that_names_both_ways_out(load, precision):
     with pytest.raises(UserError) as refused:
         load(precision=precision)
     message = str(refused.value)
-    assert "\n" not in message and "was trained with FP8 input projections" in message
+    assert "\n" not in message and "is to run with FP8 input projections" in message
     assert "--fp8-emulation" in message and "--allow-precision-mismatch" in message
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four processes of a layout test: one step's loss and gradients under several layouts, one after the other.
 
-Run by test_layouts.py: ``layout_worker.py CHECKPOINT FOLDER``. Rank 0 saves, in a file for each layout,
+Run by test_layouts.py: ``layout_worker.py CHECKPOINT FOLDER LAYOUT...``. Rank 0 saves, in a file for each layout,
 ``losses`` by sequence and context-parallel rank, ``logits`` of the first sequence, ``gradients`` as full tensors by
 global name, and where the layout can generate ``decoded``, cached logits, and ``generated``, of each process.
 """
@@ -232,5 +232,6 @@ def main(checkpoint, layout, output):
 
 
 if __name__ == "__main__":
-    for name, layout in LAYOUTS.items():
-        fork(4, main, Path(sys.argv[1]), layout, Path(sys.argv[2]) / f"{name}.pt", loads=LOADS)
+    checkpoint, folder, *names = sys.argv[1:]
+    for name in names:
+        fork(4, main, Path(checkpoint), LAYOUTS[name], Path(folder) / f"{name}.pt", loads=LOADS)

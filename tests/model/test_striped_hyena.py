@@ -151,6 +151,7 @@ def test_compiled_kernels_give_the_same_gradients(one_process, plain_and_compile
     assert plain.gated_conv is not compiled.gated_conv
 
 
+@pytest.mark.slow
 @pytest.mark.any_device
 def test_compiled_kernels_carry_a_state(one_process, plain_and_compiled):
     ids = torch.randint(0, 512, (2, 140), device=next(plain_and_compiled[0].parameters()).device)

@@ -92,7 +92,10 @@ def test_a_process_that_is_killed_ends_the_others(command, tmp_path):
     until(lambda: not any(map(is_running, pids(tmp_path))), 10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGKILL))],
+)
 def test_whoever_ends_it_ends_all(command, tmp_path, number):
     process = command("--devices", "2", "--do", "wait")
     until(lambda: [len(told) for told in who(tmp_path).values()] == [2, 2], 60)
@@ -149,6 +152,7 @@ def test_auto_divides_what_is_too_large(monkeypatch, size, copies, expected):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_cores_are_divided_without_a_gpu(command, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if not megatron.on_cuda():

@@ -19,7 +19,7 @@ SMALL = {"model_size": "evo2_tiny", "seq_length": 2048}
 
 @pytest.mark.parametrize("chunk_length", [4096, 512])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
-@pytest.mark.parametrize("pattern", ["SDH*", "SDHS"])
+@pytest.mark.parametrize("pattern", ["SDH*", pytest.param("SDHS", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use", ["score", "generate"])
 def test_what_a_real_run_takes(megatron, monkeypatch, use, pattern, precision, chunk_length):
     as_on_a_cpu(monkeypatch)

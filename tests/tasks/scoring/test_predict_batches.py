@@ -112,7 +112,7 @@ def test_two_processes_change_nothing(many, checkpoint, alone, tmp_path):
     same(scores(tmp_path / "out"), alone)
 
 
-@pytest.mark.parametrize("length", [300, 2101])
+@pytest.mark.parametrize("length", [300, pytest.param(2101, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chunk_length", [1, 7, 64, 1000])
 def test_pieces_change_nothing(checkpoint, tmp_path, length, chunk_length):
     if chunk_length == 1 and length > 300:

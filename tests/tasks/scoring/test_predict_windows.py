@@ -102,7 +102,7 @@ def contexts(num_bases: int, length: int, overlap: int) -> list[int]:
     "length, overlap, prepend_bos",
     [(1, 0, True), (2, 1, False), (7, 0, True), (7, 1, False), (7, 6, True), (13, 12, False), (20, None, False)],
 )
-@pytest.mark.parametrize("both_strands", [False, True])
+@pytest.mark.parametrize("both_strands", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_base_is_scored_after_its_own_context(
     fasta, checkpoint, by_context, tmp_path, monkeypatch, length, overlap, prepend_bos, both_strands
 ):
