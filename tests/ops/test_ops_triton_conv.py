@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from evo2_megatron.ops.reference import causal_conv_ref, gated_conv_ref
 from evo2_megatron.ops.triton_conv import causal_conv, gated_conv
 
-pytestmark = pytest.mark.any_device
+pytestmark = [pytest.mark.any_device, pytest.mark.slow]
 
 LENGTHS = (1, 2, 127, 128, 129, 251)
 

@@ -10,7 +10,7 @@ from evo2_megatron.ops.modal import modal_conv
 from evo2_megatron.ops.reference import modal_conv_ref
 from evo2_megatron.ops.triton_modal import modal_conv as triton_modal_conv
 
-pytestmark = pytest.mark.any_device
+pytestmark = [pytest.mark.any_device, pytest.mark.slow]
 
 
 @pytest.fixture

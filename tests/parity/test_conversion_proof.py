@@ -46,7 +46,10 @@ def environment(tmp_path_factory):
     return VortexEnvironment(tmp_path_factory.mktemp("vortex") / "env")
 
 
-@pytest.fixture(scope="module", params=_MODELS)
+@pytest.fixture(
+    scope="module",
+    params=["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in _MODELS if name != "tiny")],
+)
 def converted(request, megatron, tmp_path_factory):
     """A model taken the whole way, with the checks of ``--verify`` on."""
     from evo2_megatron.tasks.conversion.convert import Result, savanna_to_mbridge

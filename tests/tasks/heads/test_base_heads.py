@@ -17,6 +17,8 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
 from tasks.heads.head_runs import give_output, model_section, predicted, scalars, train_all, write_csv
 
+pytestmark = pytest.mark.slow
+
 NUM_VALIDATION, WINDOW = 13, 16
 
 

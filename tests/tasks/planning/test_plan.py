@@ -19,7 +19,7 @@ SMALL = {"model_size": "evo2_tiny", "seq_length": 2048, "global_batch_size": 1}
 
 
 @pytest.mark.parametrize("recompute", ["full", "none"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16_mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pattern", ["SDH*", pytest.param("SDHS", marks=pytest.mark.slow)])
 def test_activations_are_what_a_real_step_takes(megatron, monkeypatch, pattern, precision, recompute):
     as_on_a_cpu(monkeypatch)

@@ -17,8 +17,8 @@ from tasks.planning.allocations import as_on_a_cpu, generate, of_inference
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048}
 
 
-@pytest.mark.parametrize("chunk_length", [4096, 512])
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+@pytest.mark.parametrize("chunk_length", [4096, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16_mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pattern", ["SDH*", pytest.param("SDHS", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use", ["score", "generate"])
 def test_what_a_real_run_takes(megatron, monkeypatch, use, pattern, precision, chunk_length):
@@ -70,7 +70,8 @@ def test_several_sequences_share_the_weights(megatron):
     assert 3 * one.activation_bytes < four.activation_bytes <= 4 * one.activation_bytes
 
 
-@pytest.mark.parametrize("use, chunk_length", [pytest.param("score", 1024, marks=pytest.mark.slow), ("generate", 256)])
+@pytest.mark.parametrize("use, chunk_length", [("score", 1024), ("generate", 256)])
+@pytest.mark.slow
 def test_the_longest_sequence_fits_and_no_longer_one(megatron, use, chunk_length):
     given, inference = {"model_size": "evo2_tiny"}, Inference(use, 1, chunk_length)
 

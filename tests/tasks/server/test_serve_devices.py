@@ -18,6 +18,8 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from processes import until
 from tasks.server.server_process import COMMAND, Server, arrays_of
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["GGGCGGCGACCTC", "ATG" * 30, "T", "acgt" * 11]
 
 

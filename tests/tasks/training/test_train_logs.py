@@ -14,6 +14,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from tasks.training.test_train import SMALL, train_all
 
+pytestmark = pytest.mark.slow
+
 TAGS = {
     "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",
     "lm loss validation ppl", "lm loss validation ppl vs samples", "lm loss test", "lm loss test ppl",
