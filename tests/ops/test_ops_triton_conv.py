@@ -25,9 +25,8 @@ def gated_args(device, B, D, L, K, dtype=torch.float32):
     return args[0], args[1], args[2] / K**0.5
 
 
-# the interpreter takes long: in the quick tests, filters that models have, about the end of a block
-@pytest.mark.parametrize("K", [7, 128, *(pytest.param(K, marks=pytest.mark.slow) for K in (1, 2, 129))])
-@pytest.mark.parametrize("L", [1, 128, 129, *(pytest.param(L, marks=pytest.mark.slow) for L in (2, 127, 251))])
+@pytest.mark.parametrize("K", [1, 2, 7, 128, 129])
+@pytest.mark.parametrize("L", LENGTHS)
 def test_gated_conv(agree, device, L, K):
     agree(gated_conv, gated_conv_ref, gated_args(device, 2, 3, L, K), rtol=1e-4, atol=1e-4)
 

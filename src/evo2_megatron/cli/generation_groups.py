@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flag groups that the commands which generate share: the model, how bases are drawn, when to stop, what to write.
 
-And what they print of records."""
+And what they print of records.
+"""
 
 from __future__ import annotations
 

@@ -60,22 +60,20 @@ def model_on_devices(
     if args.devices is None:
         return False
 
-    from evo2_megatron.tasks import division, launch  # torch loads here, not for --help
+    from evo2_megatron.tasks import launch  # torch loads here, not for --help
 
-    divide = partial(
-        division.tensor_parallel_size,
-        args.ckpt_dir,
-        base_ckpt_dir=vars(args).get("base_ckpt_dir"),
-        precision=groups.precision(args),
-        int8_weights=vars(args).get("int8_weights"),
-    )
-    return launch.on_devices(
-        _number(args.devices),
-        argv,
-        divide=divide if parallel.model_size == 1 else None,
-        copies=copies,
-        until_stopped=until_stopped,
-    )
+    divide = None
+    if args.devices == _AUTO and parallel.model_size == 1:
+        from evo2_megatron.tasks import division
+
+        divide = partial(
+            division.tensor_parallel_size,
+            args.ckpt_dir,
+            base_ckpt_dir=vars(args).get("base_ckpt_dir"),
+            precision=groups.precision(args),
+            int8_weights=vars(args).get("int8_weights"),
+        )
+    return launch.on_devices(_number(args.devices), argv, divide=divide, copies=copies, until_stopped=until_stopped)
 
 
 def _number(devices: int | str) -> int | None:

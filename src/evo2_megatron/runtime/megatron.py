@@ -113,9 +113,9 @@ class _OnDemand(types.ModuleType):
 
 
 def _load_on_demand(name: str) -> None:
-    if name in sys.modules or importlib.util.find_spec(name) is None:
+    if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
         return
-    module = importlib.util.module_from_spec(importlib.util.find_spec(name))
+    module = importlib.util.module_from_spec(spec)
     module.__class__ = _OnDemand
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")

@@ -74,9 +74,10 @@ class ModelSettings:
     max_queue: int = 128
     """Most requests that wait; further ones are refused."""
 
-    def check_world_size(self, processes: int) -> None:
-        """Raise UserError unless so many processes are whole copies of the model."""
-        ParallelConfig(tensor=self.tensor_parallel_size).check_world_size(processes)
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The layout of a copy."""
+        return ParallelConfig(tensor=self.tensor_parallel_size)
 
 
 class ModelInfo(NamedTuple):
@@ -174,7 +175,7 @@ class Engine:
             UserError: The model cannot be loaded here, or memory ran out for one of several processes.
         """
         try:
-            with distributed.process_groups(ParallelConfig(tensor=self.settings.tensor_parallel_size)):
+            with distributed.process_groups(self.settings.parallel):
                 turns = Turns()
                 model = _Model.load(self._checkpoint, self.settings)
                 self._generations = Generations(model.decoder, self.settings.max_batch_size)
@@ -262,7 +263,7 @@ class _Model:
         loaded = self_test.load_model_checked(
             checkpoint.path,
             with_self_test=settings.with_self_test,
-            parallel=layout_of_generation(ParallelConfig(tensor=settings.tensor_parallel_size)),
+            parallel=layout_of_generation(settings.parallel),
             precision=settings.precision,
             provider_overrides=settings.provider_overrides,
             base_ckpt_dir=settings.base_ckpt_dir,

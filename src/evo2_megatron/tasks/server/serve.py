@@ -45,7 +45,7 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
     Raises:
         UserError: The port is taken, or the genome cannot be read, or the model not loaded.
     """
-    settings.check_world_size(distributed.world_size())
+    settings.parallel.check_world_size(distributed.world_size())
     if distributed.rank() % settings.tensor_parallel_size > 0:
         Engine(settings).run()
         return
