@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import harness
 import numpy as np
-from annotation import Interval, check_within, read_genes
+from annotation import read_genes
 
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
+from evo2_megatron.data.bed import Interval, check_within
 from evo2_megatron.data.nucleotides import reverse_complement
 
 NAME = "essentiality.py"
@@ -240,7 +241,7 @@ def main() -> None:
     def work() -> None:
         harness.check_output_dir(args.output_dir)
         genome, genes = harness.read_genome(args.fasta), read_genes(args.genes)
-        check_within(genes, genome, args.genes)
+        check_within(genes, harness.lengths(genome), args.genes)
         check(genes, args.insert, args.offset, args.window)
         labels = read_labels(args.labels, genes) if args.labels else None
         longest = min(args.window, max(map(len, genome.values()))) + len(args.insert)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import harness
 import numpy as np
-from annotation import Interval, check_within, covered, read_transcripts
+from annotation import covered, read_transcripts
 
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
+from evo2_megatron.data.bed import Interval, check_within
 from evo2_megatron.data.gtf import Transcript, text
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.record_windows import Windows
@@ -251,7 +252,7 @@ def main() -> None:
     def work() -> None:
         harness.check_output_dir(args.output_dir)
         genome, transcripts = harness.read_genome(args.fasta), read_transcripts(args.gtf)
-        check_within(spans(transcripts)[0], genome, args.gtf)
+        check_within(spans(transcripts)[0], harness.lengths(genome), args.gtf)
         for name in args.test_contigs:
             harness.contig_of(genome, name, "--test-contigs")
         settings = {"layers": [args.layer], "max_batch_tokens": args.max_batch_tokens}

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -204,6 +204,11 @@ def read_genome(path: Path) -> dict[str, bytes]:
     from evo2_megatron.data.fasta import read_fasta
 
     return {record.id: record.sequence.upper() for record in read_fasta(path, unique_ids=True)}
+
+
+def lengths(genome: Mapping[str, bytes]) -> dict[str, int]:
+    """Bases of each contig."""
+    return {name: len(bases) for name, bases in genome.items()}
 
 
 def replaced(window: bytes, at: int) -> list[bytes]:

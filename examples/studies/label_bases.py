@@ -16,11 +16,12 @@ from typing import NamedTuple
 import harness
 import numpy as np
 import pyarrow
-from annotation import Interval, check_within, read_bed, read_transcripts
+from annotation import read_transcripts
 from pyarrow import parquet
 
 from evo2_megatron.cli import command
 from evo2_megatron.config import UserError
+from evo2_megatron.data.bed import Interval, check_within, read_bed
 from evo2_megatron.data.gtf import text
 from evo2_megatron.data.labels import is_known
 from evo2_megatron.data.nucleotides import reverse_complement
@@ -211,8 +212,8 @@ def _rows(args: argparse.Namespace, genome: dict[str, bytes]) -> Iterator[Row]:
     if args.missing is not None or args.log1p:
         raise UserError("--missing and --log1p go with --bigwig")
     source = args.gtf or args.bed
-    intervals = transcript_intervals(source) if args.gtf else read_bed(source)
-    check_within(intervals, genome, source)
+    intervals = transcript_intervals(source) if args.gtf else read_bed(source, named=True)
+    check_within(intervals, harness.lengths(genome), source)
     if args.bed:
         check_names(intervals, source)
         for strand in "+-" if args.each_strand else [None]:

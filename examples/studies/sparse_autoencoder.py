@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import harness
 import numpy as np
-from annotation import Interval, check_within, covered, read_bed
+from annotation import covered
 
 from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
+from evo2_megatron.data.bed import Interval, check_within, read_bed
 from evo2_megatron.tasks.transfer import disk_errors, new_files
 
 if TYPE_CHECKING:
@@ -272,8 +273,8 @@ def main() -> None:
         if args.k >= args.num_latents:
             raise UserError(f"--k {args.k} of --num-latents {args.num_latents} is not sparse; give a smaller --k")
         genome = harness.read_genome(args.fasta)
-        features = read_bed(args.features) if args.features else []
-        check_within(features, genome, args.features)
+        features = read_bed(args.features, named=True) if args.features else []
+        check_within(features, harness.lengths(genome), args.features)
         windows = draw_windows(genome, args.window, args.num_bases // args.window, args.seed)
 
         from batch_topk import Settings

@@ -28,7 +28,7 @@ def call(monkeypatch):
         monkeypatch.setattr("evo2_megatron.cli.command.clean_up_when_terminated", lambda: None)
         monkeypatch.setattr(
             "evo2_megatron.tasks.scoring.variants.score_variants",
-            lambda vcf, fasta, ckpt_dir, **settings: seen.update(settings, files=(vcf, fasta, ckpt_dir)),
+            lambda *files, **settings: seen.update(settings, files=files),
         )
         variants.main([*NEEDED, *argv])
         return seen
@@ -38,10 +38,11 @@ def call(monkeypatch):
 
 def test_defaults(call):
     from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import VariantSettings
 
     assert call() == {
-        "files": (Path("x.vcf"), Path("x.fa"), Path("ckpt")),
+        "files": (VcfFile(Path("x.vcf")), Path("x.fa"), Path("ckpt")),
         "output_dir": Path("out"),
         "formats": ("tsv",),
         "settings": VariantSettings(),
@@ -75,6 +76,15 @@ def test_every_flag_arrives(call):
     assert (seen["precision"], seen["base_ckpt_dir"], seen["with_self_test"]) == ("bf16_mixed", Path("base"), True)
 
 
+def test_all_substitutions(call, monkeypatch):
+    from evo2_megatron.tasks.scoring.variant_sources import Saturation
+
+    monkeypatch.setattr(f"{__name__}.NEEDED", ["--saturate", "x.bed", *NEEDED[2:]])
+    seen = call("--output-format", "bigwig", "bedgraph")
+    assert seen["files"] == (Saturation(Path("x.bed")), Path("x.fa"), Path("ckpt"))
+    assert seen["formats"] == ("bigwig", "bedgraph")
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -84,6 +94,8 @@ def test_every_flag_arrives(call):
         (["--vcf", __file__], "Checkpoint ckpt does not exist; check --ckpt-dir"),
         (["--output-dir", __file__], "is a file; give a folder"),
         (["--context-parallel-size", "2"], "start a multiple of 2, with --devices or torchrun"),
+        (["--vcf", __file__, "--output-format", "bigwig"], "--output-format bigwig has a value for each base of the"),
+        (["--saturate", "x.bed"], "argument --saturate: not allowed with argument --vcf"),
         (["--output-format", "bcf"], "invalid choice: 'bcf'"),
         (["--log-prob-collapse-option", "per_token"], "invalid choice: 'per_token'"),
         (["--window-length", "0"], "0 is not 1 or more"),

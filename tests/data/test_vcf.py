@@ -11,7 +11,15 @@ import pytest
 from bgzip import bgzip
 from evo2_megatron.config import UserError
 from evo2_megatron.data.bgzf import BgzfReader, BgzfWriter
-from evo2_megatron.data.vcf import InfoField, read_vcf, why_not_scored, write_annotated
+from evo2_megatron.data.vcf import (
+    InfoField,
+    VcfRecord,
+    make_lines,
+    read_lines,
+    read_vcf,
+    why_not_scored,
+    write_annotated,
+)
 
 META = b"##fileformat=VCFv4.2\n"
 NAMES = b"#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
@@ -144,7 +152,7 @@ def test_kinds_of_alt(ref, alt, reason):
 def annotated(tmp_path, data, *values):
     (tmp_path / "in.vcf").write_bytes(data)
     file = io.BytesIO()
-    write_annotated(tmp_path / "in.vcf", file, [DELTA], iter([(value,) for value in values]))
+    write_annotated(read_lines(tmp_path / "in.vcf"), file, [DELTA], iter([(value,) for value in values]))
     return file.getvalue()
 
 
@@ -171,3 +179,20 @@ def test_bgzip_that_is_written_is_read(size):
     file.seek(0)
     with BgzfReader(file, threads=1) as reader:
         assert reader.read() == data
+
+
+def test_a_file_that_is_made(tmp_path):
+    snvs = VcfRecord(1, b"chr1", 12, b".", b"A", (b"C", b"G", b"T"))
+    records = [snvs, VcfRecord(2, b"chr2", 1, b".", b"C", (b"G",))]
+    lines = list(make_lines(records, {b"chr1": 20, b"chr2": 8}))
+    path = tmp_path / "made.vcf"
+    path.write_bytes(b"".join(line.text + b"\n" for line in lines))
+    assert lines == list(read_lines(path))
+    assert [record[1:] for record in read_vcf(path)] == [record[1:] for record in records]
+    import pysam  # here, so that the file can be read where it is not installed
+
+    with pysam.VariantFile(str(path)) as file:
+        assert {name: contig.length for name, contig in file.header.contigs.items()} == {"chr1": 20, "chr2": 8}
+        assert [(r.chrom, r.pos, r.ref, r.alts) for r in file] == [
+            ("chr1", 12, "A", ("C", "G", "T")), ("chr2", 1, "C", ("G",)),
+        ]  # fmt: skip

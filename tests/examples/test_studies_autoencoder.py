@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evo2_megatron.config import UserError
+from evo2_megatron.data.bed import Interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,12 +153,11 @@ def test_features_are_measured_on_other_bases_than_they_were_chosen_on(autoencod
     assert autoencoder.match(*map(sparse.csc_matrix, (train, held_out)), {"f": mask}, nowhere) == []
 
 
-def test_windows_and_features(autoencoder, study):
+def test_windows_and_features(autoencoder):
     genome = {"a": b"ACGT" * 10, "b": b"ACGTN" * 8 + b"ACGT" * 5}
     windows = autoencoder.draw_windows(genome, 4, 100, seed=1)
     assert len(windows) == 10 + 2 + 5 and len(set(windows)) == 17
     assert all(w.sequence == genome[w.contig][w.start : w.start + 4] == b"ACGT" for w in windows)
-    Interval = study("annotation").Interval
     features = [Interval("a", 2, 6, "f", "+"), Interval("b", 0, 9, "f", "+"), Interval("a", 38, 40, "g", "-")]
     masks = autoencoder.feature_masks(features, windows)
     for name in ("f", "g"):

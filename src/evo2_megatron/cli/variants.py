@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score the variants of a VCF file: how much less probable the genome is with each ALT."""
+"""Score variants, of a VCF file or all in some intervals: how much less probable the genome is with each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags; None stands for "not given"."""
     parser = command.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
-    source.add_argument("--vcf", type=Path, required=True, metavar="FILE", help="variants: VCF, plain, gzip or bgzip")
+    variants = source.add_mutually_exclusive_group(required=True)
+    variants.add_argument("--vcf", type=Path, metavar="FILE", help="variants: VCF, plain, gzip or bgzip")
+    variants.add_argument(
+        "--saturate",
+        type=Path,
+        metavar="FILE",
+        help="in place of variants, all three substitutions of every base in the intervals of a BED file",
+    )
     source.add_argument(
         "--fasta",
         type=Path,
         required=True,
         metavar="FILE",
-        help="the genome they were called on, plain, gzip or bgzip",
+        help="the genome they are about, plain, gzip or bgzip",
     )
     source.add_argument(
         "--ckpt-dir", type=Path, required=True, metavar="DIR", help="Megatron Bridge checkpoint, or a folder of them"
@@ -36,10 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--output-format",
         nargs="+",
-        choices=("tsv", "parquet", "vcf", "vcf.gz"),
+        choices=("tsv", "parquet", "vcf", "vcf.gz", "bedgraph", "bigwig"),
         default=["tsv"],
         metavar="FORMAT",
-        help="tsv, parquet, or the VCF file with the scores in INFO: vcf, or vcf.gz (bgzip) (default: tsv)",
+        help="tsv, parquet, or the VCF file with the scores in INFO: vcf, or vcf.gz (bgzip); with --saturate also the "
+        "mean score of each base: bedgraph, bigwig (default: tsv)",
     )
     output.add_argument(
         "--log-prob-collapse-option",
@@ -67,11 +75,12 @@ def _main(argv: Sequence[str] | None) -> None:
 
     # torch loads here, so --help stays instant
     from evo2_megatron.tasks.scoring.prediction_settings import ModelChanges
+    from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile
     from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     command.clean_up_when_terminated()
     score_variants(
-        args.vcf,
+        VcfFile(args.vcf) if args.vcf is not None else Saturation(args.saturate),
         args.fasta,
         args.ckpt_dir,
         output_dir=args.output_dir,

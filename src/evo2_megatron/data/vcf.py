@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from evo2_megatron.config import UserError
@@ -45,6 +45,17 @@ class VcfRecord(NamedTuple):
     """As the file has them, but sequences in upper case."""
 
 
+class VcfLine(NamedTuple):
+    """A line without its end."""
+
+    number: int
+    """Counted from 1."""
+
+    text: bytes
+    columns: list[bytes] | None
+    """None: of the header."""
+
+
 class InfoField(NamedTuple):
     """What is added to INFO."""
 
@@ -59,9 +70,9 @@ def read_vcf(path: str | os.PathLike[str]) -> Iterator[VcfRecord]:
     Raises:
         UserError: No such file, damaged, or not VCF.
     """
-    for number, line, columns in _lines(path):
-        if columns is not None:
-            yield _record(path, number, line, columns)
+    for line in read_lines(path):
+        if line.columns is not None:
+            yield _record(path, line)
 
 
 def why_not_scored(ref: bytes, alt: bytes) -> str | None:
@@ -84,28 +95,25 @@ def why_not_scored(ref: bytes, alt: bytes) -> str | None:
 
 
 def write_annotated(
-    path: str | os.PathLike[str],
+    lines: Iterable[VcfLine],
     file: BinaryIO,
     fields: Sequence[InfoField],
     values: Iterator[tuple[str | None, ...]],
 ) -> None:
-    """Write the file again, with INFO fields of one value per ALT.
+    """Write lines again, with INFO fields of one value per ALT.
 
     Fields of these names that are there already, and their header lines, are replaced.
 
     Args:
-        path: What ``read_vcf`` has read.
+        lines: Of ``read_lines`` or ``make_lines``.
         file: Where to write.
         fields: What to add.
         values: For each record what each field is; None: nothing.
-
-    Raises:
-        UserError: As ``read_vcf``.
     """
     names = {field.id.encode() for field in fields}
     starts = tuple(b"##INFO=<ID=" + name + end for name in names for end in (b",", b">"))
     first = True
-    for _, line, columns in _lines(path):
+    for _, line, columns in lines:
         if first and not line.startswith(b"##fileformat="):
             file.write(b"##fileformat=VCFv4.2\n")
         first = False
@@ -123,8 +131,25 @@ def write_annotated(
         file.write(line + b"\n")
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, list[bytes] | None]]:
-    """Number and text of each line, and its columns if it is a record; the header has been checked."""
+def make_lines(records: Iterable[VcfRecord], lengths: Mapping[bytes, int]) -> Iterator[VcfLine]:
+    """A file of these records: a header with the contigs and their bases, and what is not known left open."""
+    header = [b"##fileformat=VCFv4.2"]
+    header += [b"##contig=<ID=%s,length=%d>" % contig for contig in lengths.items()]
+    header.append(b"\t".join(FIXED_COLUMNS))
+    for number, text in enumerate(header, 1):
+        yield VcfLine(number, text, None)
+    for number, record in enumerate(records, len(header) + 1):
+        position, alts = b"%d" % record.position, b",".join(record.alts)
+        columns = [record.contig, position, record.id, record.ref, alts, b".", b".", b"."]
+        yield VcfLine(number, b"\t".join(columns), columns)
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[VcfLine]:
+    """Every line but blank ones; the header has been checked, and that records have its columns.
+
+    Raises:
+        UserError: No such file, damaged, or not VCF.
+    """
     num_columns = 0
     with open_fasta(path, kind="VCF") as stream:
         if isinstance(stream, io.RawIOBase):
@@ -141,7 +166,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, list[byte
                     raise _error(path, number, "is a header line behind the column names; join files with bcftools")
                 if not line.startswith(b"##"):
                     num_columns = _check_column_names(path, number, line)
-                yield number, line, None
+                yield VcfLine(number, line, None)
                 continue
             if not num_columns:
                 raise _error(path, number, "comes before the line '#CHROM POS ID REF ALT ...'; a VCF file needs one")
@@ -149,7 +174,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, list[byte
             if len(columns) != num_columns:
                 remedy = "separate columns by tabs" if b"\t" not in line else "is it cut off?"
                 raise _error(path, number, f"has {len(columns)} columns, the header {num_columns}; {remedy}")
-            yield number, line, columns
+            yield VcfLine(number, line, columns)
     if not num_columns:
         raise UserError(f"{path} has no line '#CHROM POS ID REF ALT ...' and no records; give a VCF file")
 
@@ -169,7 +194,8 @@ def _check_column_names(path: str | os.PathLike[str], number: int, line: bytes) 
     return len(columns)
 
 
-def _record(path: str | os.PathLike[str], number: int, line: bytes, columns: list[bytes]) -> VcfRecord:
+def _record(path: str | os.PathLike[str], line: VcfLine) -> VcfRecord:
+    number, text, columns = line
     contig, position, name, ref, alt = columns[:5]
     if not position.isdigit():
         raise _error(path, number, f"has the position {_shown(position)}; POS is a whole number")
@@ -180,7 +206,7 @@ def _record(path: str | os.PathLike[str], number: int, line: bytes, columns: lis
     if not contig or not ref or b"" in alts:
         what = "CHROM" if not contig else "REF" if not ref else "ALT"
         raise _error(path, number, f"has an empty {what}; a deletion's REF and ALT share the base before it")
-    if not line.isascii() and not b"\t".join(columns[:5]).isascii():
+    if not text.isascii() and not b"\t".join(columns[:5]).isascii():
         raise _error(path, number, f"has characters other than ASCII: {_shown(b' '.join(columns[:5]))}")
     return VcfRecord(number, contig, int(digits), name, ref.upper(), alts)
 

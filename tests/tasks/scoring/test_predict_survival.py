@@ -144,6 +144,7 @@ def started(fasta: Path, checkpoint: Path, out: Path, *, code: str = PREDICT) ->
 
 
 def test_a_folder_that_another_run_writes_to(fasta, checkpoint, tmp_path):
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import score_variants
 
     (tmp_path / "out").mkdir()
@@ -153,7 +154,7 @@ def test_a_folder_that_another_run_writes_to(fasta, checkpoint, tmp_path):
         with pytest.raises(UserError, match=f"another run is writing to {tmp_path / 'out'}; wait for its end, or"):
             run(fasta, checkpoint, tmp_path / "out")
         with pytest.raises(UserError, match=f"another run is writing to {tmp_path / 'out'}; wait for its end, or"):
-            score_variants(vcf_with(3, tmp_path), fasta, checkpoint, output_dir=tmp_path / "out")
+            score_variants(VcfFile(vcf_with(3, tmp_path)), fasta, checkpoint, output_dir=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
 
@@ -204,12 +205,13 @@ def test_a_run_that_is_terminated_leaves_nothing_half_written(fasta, checkpoint,
 
 
 def test_an_input_among_the_results_stays(fasta, checkpoint, tmp_path):
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = vcf_with(3, tmp_path).rename(tmp_path / "variants.vcf")
     text = vcf.read_bytes()
     with pytest.raises(UserError, match="--vcf .* is .*variants.vcf, a name that results have in --output-dir"):
-        score_variants(vcf, fasta, checkpoint, output_dir=tmp_path, formats=("vcf",))
+        score_variants(VcfFile(vcf), fasta, checkpoint, output_dir=tmp_path, formats=("vcf",))
     bases = tmp_path / "scores.tsv"
     bases.write_bytes(fasta.read_bytes())
     with pytest.raises(UserError, match="--fasta .*, a name that results have in --output-dir: it would be removed"):

@@ -65,11 +65,13 @@ def inputs(megatron, tmp_path_factory):
 @pytest.fixture
 def score(inputs, tmp_path):
     """score_variants() into ``tmp_path/out``; returns the lines of the table."""
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     def call(formats=("tsv",), **settings):
         settings = VariantSettings(**{"window_length": WINDOW} | settings)
-        score_variants(*inputs, output_dir=tmp_path / "out", formats=formats, settings=settings)
+        source, out = VcfFile(inputs[0]), tmp_path / "out"
+        score_variants(source, *inputs[1:], output_dir=out, formats=formats, settings=settings)
         return table(tmp_path / "out")
 
     return call
@@ -244,32 +246,35 @@ def test_window_length_of_the_model(score, tmp_path):
     ],
 )
 def test_another_genome(inputs, tmp_path, line, message):
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = tmp_path / "in.vcf"
     vcf.write_text(f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n{line}\t.\t.\t.\n")
     with pytest.raises(UserError, match=message):
-        score_variants(vcf, *inputs[1:], output_dir=tmp_path / "out")
+        score_variants(VcfFile(vcf), *inputs[1:], output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_without_records(inputs, tmp_path):
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import score_variants
 
     vcf = tmp_path / "in.vcf"
     vcf.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n")
-    score_variants(vcf, *inputs[1:], output_dir=tmp_path / "out", formats=("tsv", "parquet", "vcf"))
+    score_variants(VcfFile(vcf), *inputs[1:], output_dir=tmp_path / "out", formats=("tsv", "parquet", "vcf"))
     assert table(tmp_path / "out") == []
     assert parquet.read_table(tmp_path / "out" / "variants.parquet").num_rows == 0
 
 
 def test_output_that_is_not_finite(inputs, tmp_path):
+    from evo2_megatron.tasks.scoring.variant_sources import VcfFile
     from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", projection_factor=float("nan"))
     with pytest.raises(UserError, match="variants on contig .*c1.*: the model's output is not finite; check the weig"):
         settings = VariantSettings(window_length=WINDOW)
-        score_variants(*inputs[:2], checkpoint, output_dir=tmp_path / "out", settings=settings)
+        score_variants(VcfFile(inputs[0]), inputs[1], checkpoint, output_dir=tmp_path / "out", settings=settings)
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 

@@ -14,6 +14,7 @@ import uvicorn
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.data.genome import Genome
+from evo2_megatron.tasks.scoring.variant_sources import VcfFile
 from evo2_megatron.tasks.scoring.variants import VariantSettings, score_variants
 from evo2_megatron.tasks.server.app import make_app
 from evo2_megatron.tasks.server.engine import Engine, ModelSettings
@@ -58,7 +59,7 @@ def tables(files, tmp_path_factory):
     found = {}
     for name, settings in SETTINGS.items():
         folder = tmp_path_factory.mktemp(name)
-        score_variants(*files, output_dir=folder, settings=VariantSettings(**settings))
+        score_variants(VcfFile(files[0]), *files[1:], output_dir=folder, settings=VariantSettings(**settings))
         with (folder / "variants.tsv").open() as stream:
             found[name] = list(csv.DictReader(stream, delimiter="\t"))
     return found

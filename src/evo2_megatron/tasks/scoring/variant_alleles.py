@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every ALT of a VCF file beside the genome: what it changes there, or why it is not scored."""
+"""Every ALT beside the genome: what it changes there, or why it is not scored."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.genome import Genome
-from evo2_megatron.data.vcf import VcfRecord, read_vcf, why_not_scored
+from evo2_megatron.data.vcf import VcfRecord, why_not_scored
+from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile
 from evo2_megatron.tasks.scoring.variant_windows import Bases, Comparison, Edit, WindowSettings, edit_of, why_no_window
 
 logger = logging.getLogger(__name__)
@@ -54,19 +54,22 @@ class Allele(NamedTuple):
         return self.edit is not None
 
 
-def read_alleles(vcf: Path, genome: Genome, settings: WindowSettings) -> list[Allele]:
-    """Every ALT in the order of the file.
+def read_alleles(source: VcfFile | Saturation, genome: Genome, settings: WindowSettings) -> list[Allele]:
+    """Every ALT in the order of the source.
 
     Raises:
-        UserError: The file is not VCF, or nothing can be scored and it is about another genome than the FASTA file.
+        UserError: The file cannot be read, or nothing can be scored and it is about another genome than the FASTA
+            file.
     """
     lengths = genome.lengths
-    alleles = [find_allele(record, alt, genome, lengths, settings) for record in read_vcf(vcf) for alt in record.alts]
+    alleles = [
+        find_allele(record, alt, genome, lengths, settings) for record in source.records(genome) for alt in record.alts
+    ]
     counts = Counter(allele.status for allele in alleles)
     if not counts[SCORED] and (counts["unknown_contig"] or counts["ref_mismatch"]):
         first = next(a for a in alleles if a.status in ("unknown_contig", "ref_mismatch"))
         raise UserError(
-            f"{vcf}: none of {len(alleles)} ALT alleles can be scored; line {first.record.line}: "
+            f"{source.path}: none of {len(alleles)} ALT alleles can be scored; line {first.record.line}: "
             f"{_MEANING[first.status]} ({first.detail}); give the genome that the variants were called on"
         )
     return alleles

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score the variants of a VCF file with a trained model: how much less probable the genome is with each ALT."""
+"""Score variants with a trained model: how much less probable the genome is with each ALT."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ from evo2_megatron.tasks.scoring.prediction_folder import check_inputs, reserved
 from evo2_megatron.tasks.scoring.prediction_manifest import CheckpointDigest, as_json, manifest
 from evo2_megatron.tasks.scoring.prediction_parts import Parts
 from evo2_megatron.tasks.scoring.prediction_runner import Runner
-from evo2_megatron.tasks.scoring.prediction_settings import Files, ModelChanges, Output, check_window_length
+from evo2_megatron.tasks.scoring.prediction_settings import TRACKS, Files, ModelChanges, Output, check_window_length
 from evo2_megatron.tasks.scoring.shared_batches import SharedBatches
 from evo2_megatron.tasks.scoring.variant_alleles import Allele, comparisons, read_alleles, report_skipped
+from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile
 from evo2_megatron.tasks.scoring.variant_windows import WINDOW_LENGTH, Group, WindowSettings, make_groups, plan_groups
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class VariantSettings:
 
 
 def score_variants(
-    vcf: Path,
+    source: VcfFile | Saturation,
     fasta: Path,
     ckpt_dir: Path,
     *,
@@ -110,7 +111,8 @@ def score_variants(
     compared, in ``scoring/variant_windows.py``.
 
     Args:
-        vcf, fasta: Variants, and the genome that they were called on; plain, gzip or bgzip.
+        source: Variants.
+        fasta: The genome that they were called on, plain, gzip or bgzip.
         ckpt_dir: A Megatron Bridge checkpoint, or a folder of iterations.
         output_dir, formats: Where to write, and what: of ``variant_files.FORMATS``.
         settings: What to compare.
@@ -125,15 +127,14 @@ def score_variants(
     if settings.shared_context and parallel.context > 1:
         raise UserError("shared context has no form that is split over processes; add --no-shared-context")
     Files(output_dir=output_dir)  # checks the folder
-    if not vcf.is_file():
-        raise UserError(f"no such VCF file: {vcf}" + "; it is read twice, so not from a pipe" * vcf.exists())
-    check_inputs(output_dir, variant_files.RESULTS, vcf=vcf, fasta=fasta)
+    source.check(formats)
+    check_inputs(output_dir, variant_files.RESULTS, **{source.flag: source.path}, fasta=fasta)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = language_model_config(checkpoint)
     base = base_checkpoint(checkpoint, run_config, base_ckpt_dir)
     windows = settings.windows(position_range(run_config, changes))
     with Genome(fasta) as genome:
-        alleles = read_alleles(vcf, genome, windows)
+        alleles = read_alleles(source, genome, windows)
         with distributed.process_groups(parallel, seed=run_config.seed), reserved(output_dir):
             loaded = self_test.load_model_checked(
                 checkpoint,
@@ -144,9 +145,9 @@ def score_variants(
                 base_ckpt_dir=base_ckpt_dir,
                 fp8=changes.fp8,
             )
-            run = _Scoring(loaded, genome, vcf, alleles, output_dir, formats, settings, windows)
+            run = _Scoring(loaded, genome, source, alleles, output_dir, formats, settings, windows)
             known = as_json({"variants": settings, "changes": changes, "parallel": parallel})
-            known |= {"window_length": windows.length} | prediction_parts.facts_of_file("vcf", vcf)
+            known |= {"window_length": windows.length} | prediction_parts.facts_of_file(source.flag, source.path)
             known |= prediction_parts.facts_of_file("fasta", fasta)
             run.compute_and_write(known, prediction_parts.identity(checkpoint, base))
 
@@ -157,7 +158,7 @@ class _Scoring:
 
     loaded: LoadedModel
     genome: Genome
-    vcf: Path
+    source: VcfFile | Saturation
     alleles: list[Allele]
     output_dir: Path
     formats: tuple[str, ...]
@@ -250,9 +251,13 @@ class _Scoring:
         how = "per token" if self.settings.score == "mean" else "in sum"
         meaning = f"log-likelihood of {self.windows.length} bases with ALT minus with REF, {how}, in nat{strands}"
         for name in self.formats:
-            path = self.output_dir / f"variants.{name}"
-            if name.startswith("vcf"):
-                variant_files.write_vcf(path, self.vcf, self.alleles, self._scores(parts), meaning=meaning)
+            scores, path = self._scores(parts), self.output_dir / f"variants.{name}"
+            if name in TRACKS:
+                path = self.output_dir / f"{variant_files.TRACK}.{name}"
+                variant_files.write_track(path, self.genome.lengths, self.alleles, scores)
+            elif name.startswith("vcf"):
+                lines = self.source.lines(self.genome)
+                variant_files.write_vcf(path, lines, self.alleles, scores, meaning=meaning)
             else:
-                variant_files.write_table(path, variant_files.rows(self.alleles, self._scores(parts)))
+                variant_files.write_table(path, variant_files.rows(self.alleles, scores))
         variant_files.write_skipped(self.output_dir, self.alleles)
