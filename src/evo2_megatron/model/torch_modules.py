@@ -52,8 +52,12 @@ def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
 
 def rms_norm(x_LBH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``y = w * x / sqrt(mean(x^2) + eps)`` as in Transformer Engine: statistics in float32, y in the dtype of x."""
-    if x_LBH.is_cuda:
+    if x_LBH.is_cuda or x_LBH.is_meta:  # planning is for a GPU
         return F.rms_norm(x_LBH, (x_LBH.shape[-1],), weight_H, eps)
+    return _rms_norm_in_steps(x_LBH, weight_H, eps)
+
+
+def _rms_norm_in_steps(x_LBH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     # torch has no fused kernel for the CPU: its own four steps take up to 14 times as long as these
     norm_LB1 = torch.linalg.vector_norm(
         x_LBH, dim=-1, keepdim=True, dtype=torch.promote_types(x_LBH.dtype, torch.float)

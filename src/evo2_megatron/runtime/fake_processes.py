@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +50,7 @@ def fake_processes(parallel: ParallelConfig, *, rank: int, world_size: int) -> I
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        with cuda_on_cpu.on_device("meta"), torch.device("meta"), _flash_attention():
+        with cuda_on_cpu.on_device("meta"), torch.device("meta"), _functions_of_a_gpu():
             yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -73,18 +74,41 @@ def _let_collectives_take_meta_tensors() -> None:
     _libraries.append(library)  # the registration ends with the object
 
 
-def _flash_attention() -> Any:
-    """The fused attention, which meta tensors would otherwise replace with one that holds all scores."""
+def _functions_of_a_gpu() -> Any:
+    """Fused kernels where torch would take separate steps for meta tensors, and numbers that the code writes down."""
     import torch
+    from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    class FlashAttention(TorchFunctionMode):
+    tensor = inspect.unwrap(torch.tensor)
+
+    class RmsNorm(torch.autograd.Function):
+        """Keeps its input and a number for each token."""
+
+        @staticmethod
+        def forward(ctx: Any, x_LBH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+            scale_LB1 = torch.empty(*x_LBH.shape[:-1], 1, dtype=torch.float32)
+            ctx.save_for_backward(x_LBH, weight_H, scale_LB1)
+            return torch.empty_like(x_LBH)
+
+        @staticmethod
+        def backward(ctx: Any, grad_LBH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return tuple(
+                torch.empty_like(x) if needed else None for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+            )
+
+    class FunctionsOfAGpu(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             kwargs = kwargs or {}
-            if func is not torch.nn.functional.scaled_dot_product_attention or kwargs.get("attn_mask") is not None:
-                return func(*args, **kwargs)
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
-            )[0]
+            if func is tensor and kwargs.get("device") is None:
+                # Megatron passes a mask's type through a checkpoint so, and reads it there
+                return func(*args, **kwargs | {"device": "cpu"})
+            if func is functional.rms_norm:
+                return RmsNorm.apply(args[0], kwargs["weight"])
+            if func is functional.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+                )[0]
+            return func(*args, **kwargs)
 
-    return FlashAttention()
+    return FunctionsOfAGpu()

@@ -57,10 +57,11 @@ def of_inference(inference: Inference, **given: Any) -> int:
 
 
 def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is planned is for a GPU, whose long filters scan in another way and take more channels at a time."""
+    """What is planned is for a GPU: norms are one kernel, long filters scan in another way and in larger parts."""
     from evo2_megatron.model import torch_modules
     from evo2_megatron.ops import modal, toeplitz
 
+    monkeypatch.setattr(torch_modules, "rms_norm", torch_modules._rms_norm_in_steps)
     monkeypatch.setattr(torch_modules, "_wants_float32", lambda x_TH, weight_DH: False)
     monkeypatch.setattr(toeplitz, "_GPU_SLICE", toeplitz._CPU_SLICE)
     monkeypatch.setattr(modal, "SCAN_RADIX", modal.CPU_BLOCKS_ONE_BY_ONE)

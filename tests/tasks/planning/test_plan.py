@@ -18,7 +18,7 @@ from tasks.planning.allocations import as_on_a_cpu, of_training_step
 SMALL = {"model_size": "evo2_tiny", "seq_length": 2048, "global_batch_size": 1}
 
 
-@pytest.mark.parametrize("recompute", ["full", "none"])
+@pytest.mark.parametrize("recompute", ["full", "none", pytest.param("selective", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16_mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pattern", ["SDH*", pytest.param("SDHS", marks=pytest.mark.slow)])
 def test_activations_are_what_a_real_step_takes(megatron, monkeypatch, pattern, precision, recompute):
@@ -26,6 +26,13 @@ def test_activations_are_what_a_real_step_takes(megatron, monkeypatch, pattern, 
     given = SMALL | {"hybrid_override_pattern": pattern, "recompute": recompute, "precision": precision}
     planned = plan(1, **given).worst.activation_bytes
     assert planned == pytest.approx(of_training_step(**given), rel=0.015)
+
+
+def test_attention_alone_computed_again_saves_next_to_nothing(megatron):
+    """Fused attention keeps no scores; the type of its mask is a number that planning must know."""
+    whole, selective = (plan(1, **SMALL | {"recompute": recompute}).worst for recompute in ("none", "selective"))
+    assert 0.99 * whole.activation_bytes < selective.activation_bytes <= whole.activation_bytes
+    assert whole.flops < selective.flops
 
 
 @pytest.mark.parametrize("int8_weights", [True, pytest.param(False, marks=pytest.mark.slow)])
