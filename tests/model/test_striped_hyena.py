@@ -324,6 +324,23 @@ def test_recomputed_gradients_are_the_same(one_process, method, block):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "dropout, layout, draws_its_own",
+    [
+        ("hidden_dropout", {"sequence_parallel": True}, True),  # other tokens
+        ("attention_dropout", {"tensor_model_parallel_size": 2}, True),  # other heads
+        ("hidden_dropout", {"tensor_model_parallel_size": 2}, False),  # the same tokens
+    ],
+)
+def test_processes_drop_for_themselves_what_others_do_not_have(one_process, dropout, layout, draws_its_own):
+    model = small("evo2_tiny", recompute_granularity=None, recompute_method=None, **{dropout: 0.1}).train()
+    for name, value in layout.items():  # a layer asks whether, and not which process it is
+        setattr(model.config, name, value)
+    hidden_LBH, shared = torch.randn(8, 1, model.config.hidden_size), torch.cuda.get_rng_state()
+    model.decoder(hidden_LBH, model.rotary_pos_emb(8))
+    assert torch.equal(torch.cuda.get_rng_state(), shared) == draws_its_own
+
+
 def test_gradients_reach_the_input_in_eval_mode(one_process):
     model = small("evo2_tiny")
     seen = []
