@@ -341,6 +341,19 @@ def test_processes_drop_for_themselves_what_others_do_not_have(one_process, drop
     assert torch.equal(torch.cuda.get_rng_state(), shared) == draws_its_own
 
 
+@pytest.mark.parametrize("model_size", SIZES)
+def test_every_module_is_called_before_its_parameters_are_read(one_process, model_size):
+    """In hooks before that, Megatron waits for parameters that other processes still send."""
+    model = small(model_size)
+    called = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, arguments: called.add(module))
+    ids = torch.randint(0, 512, (1, 12))
+    model(ids, labels=ids)
+    not_called = [name for name, module in model.named_modules() if module not in called]
+    assert [name for name in not_called if list(model.get_submodule(name).parameters(recurse=False))] == []
+
+
 def test_gradients_reach_the_input_in_eval_mode(one_process):
     model = small("evo2_tiny")
     seen = []
