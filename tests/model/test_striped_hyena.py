@@ -258,6 +258,17 @@ def test_last_token_logits_only(one_process, pattern, pieces):
     assert given == [1] * len(pieces)
 
 
+def test_attention_first_with_a_residual_stream_in_32_bits(one_process):
+    """As NVIDIA's checkpoints say, and their layers make it 16 bits, too."""
+    settings = {"params_dtype": torch.bfloat16, "bf16": True, "fp32_residual_connection": True}
+    model = small("evo2_tiny", hybrid_override_pattern="*", num_layers=1, **settings)
+    ids = torch.randint(0, 512, (1, 9))
+    with torch.no_grad():
+        whole = model(ids)
+        last = model(ids, inference_context=model.new_inference_state(1, 9, last_token_logits_only=True))
+    torch.testing.assert_close(last, whole[:, -1:], rtol=2e-2, atol=2e-2)
+
+
 def test_a_full_cache_is_an_error(one_process):
     model = small("evo2_tiny")
     with pytest.raises(UserError, match="6 tokens exceed the 5 that were allotted"), torch.no_grad():

@@ -175,7 +175,7 @@ class HyenaStack(MegatronModule):
         if isinstance(layer, HyenaLayer):
             return layer(hidden_states, inference_context)
         return layer(
-            hidden_states=hidden_states,
+            hidden_states=hidden_states.to(layer.config.params_dtype),
             attention_mask=None,
             rotary_pos_emb=rotary_pos_emb,
             inference_context=inference_context,
