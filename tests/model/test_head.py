@@ -43,6 +43,15 @@ def test_width_of_the_head(head, width, num_parameters):
     torch.testing.assert_close(module(x), hidden @ module.outputs.weight.t() + module.outputs.bias)
 
 
+def test_its_layers_are_called(head):
+    """Megatron's hooks wait there for parameters that other processes still send."""
+    module, called = head.PredictionHead(config()), []
+    for name, layer in module.named_children():
+        layer.register_forward_pre_hook(lambda layer, arguments, name=name: called.append(name))
+    module(torch.randn(5, 6))
+    assert called == ["norm", "hidden", "dropout", "outputs"]
+
+
 def test_the_norm_begins_with_what_it_sees(head):
     torch.manual_seed(1)
     shared_H = 100 * torch.randn(6)

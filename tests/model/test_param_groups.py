@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from helpers import tiny_model
 
@@ -55,3 +56,17 @@ def test_decayed(model):
 def test_embeddings_on_request(model):
     added = exempt(model, embeddings=False) - exempt(model, embeddings=True)
     assert added == {"embedding.word_embeddings.weight"}
+
+
+def test_both_copies_of_a_tied_table(one_process, monkeypatch):
+    """The last of several pipeline stages has the embedding as its output layer, and the two must stay equal."""
+    from megatron.core.models.common.language_module import language_module
+
+    from evo2_megatron.model.provider import provider_for
+
+    monkeypatch.setattr(language_module, "is_pp_first_stage", lambda group: False)
+    provider = provider_for("evo2_tiny", vocab_size=512, pipeline_model_parallel_size=2, pipeline_dtype=torch.bfloat16)
+    provider.finalize()
+    last_stage = provider.provide(pre_process=False, post_process=True)
+    assert "output_layer.weight" not in exempt(last_stage, embeddings=True)
+    assert "output_layer.weight" in exempt(last_stage, embeddings=False)

@@ -126,7 +126,7 @@ def test_weights_start_as_published(one_process):
     }
     for weight, std in want_std.items():
         assert weight.std().item() == pytest.approx(std, rel=0.05)
-    pole = layers[2].mixer.mixer.filter.log_pole_GM().exp()
+    pole = layers[2].mixer.mixer.filter()[0].exp()
     assert pole.min() > 0.96388 and pole.max() < 0.99633
     assert not layers[0].mixer.dense.bias.any() and layers[0].mlp.linear_fc1.layer_norm_weight.eq(1).all()
 

@@ -258,6 +258,17 @@ def test_last_token_logits_only(one_process, pattern, pieces):
     assert given == [1] * len(pieces)
 
 
+def test_attention_first_with_a_residual_stream_in_32_bits(one_process):
+    """As NVIDIA's checkpoints say, and their layers make it 16 bits, too."""
+    settings = {"params_dtype": torch.bfloat16, "bf16": True, "fp32_residual_connection": True}
+    model = small("evo2_tiny", hybrid_override_pattern="*", num_layers=1, **settings)
+    ids = torch.randint(0, 512, (1, 9))
+    with torch.no_grad():
+        whole = model(ids)
+        last = model(ids, inference_context=model.new_inference_state(1, 9, last_token_logits_only=True))
+    torch.testing.assert_close(last, whole[:, -1:], rtol=2e-2, atol=2e-2)
+
+
 def test_a_full_cache_is_an_error(one_process):
     model = small("evo2_tiny")
     with pytest.raises(UserError, match="6 tokens exceed the 5 that were allotted"), torch.no_grad():
@@ -322,6 +333,36 @@ def test_recomputed_gradients_are_the_same(one_process, method, block):
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dropout, layout, draws_its_own",
+    [
+        ("hidden_dropout", {"sequence_parallel": True}, True),  # other tokens
+        ("attention_dropout", {"tensor_model_parallel_size": 2}, True),  # other heads
+        ("hidden_dropout", {"tensor_model_parallel_size": 2}, False),  # the same tokens
+    ],
+)
+def test_processes_drop_for_themselves_what_others_do_not_have(one_process, dropout, layout, draws_its_own):
+    model = small("evo2_tiny", recompute_granularity=None, recompute_method=None, **{dropout: 0.1}).train()
+    for name, value in layout.items():  # a layer asks whether, and not which process it is
+        setattr(model.config, name, value)
+    hidden_LBH, shared = torch.randn(8, 1, model.config.hidden_size), torch.cuda.get_rng_state()
+    model.decoder(hidden_LBH, model.rotary_pos_emb(8))
+    assert torch.equal(torch.cuda.get_rng_state(), shared) == draws_its_own
+
+
+@pytest.mark.parametrize("model_size", SIZES)
+def test_every_module_is_called_before_its_parameters_are_read(one_process, model_size):
+    """In hooks before that, Megatron waits for parameters that other processes still send."""
+    model = small(model_size)
+    called = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, arguments: called.add(module))
+    ids = torch.randint(0, 512, (1, 12))
+    model(ids, labels=ids)
+    not_called = [name for name, module in model.named_modules() if module not in called]
+    assert [name for name in not_called if list(model.get_submodule(name).parameters(recurse=False))] == []
 
 
 def test_gradients_reach_the_input_in_eval_mode(one_process):

@@ -227,6 +227,25 @@ def test_precision_follows_the_machine(config_of, monkeypatch):
     assert config.dist.distributed_backend == "nccl"
 
 
+@pytest.mark.parametrize("argv", ["", "--use-megatron-comm-overlap-llama3-8k", "--no-fp8-param-gather"])
+def test_block_formats_overlap_communication_whatever_else_is_set(config_of, argv):
+    """As Bridge sets up a configuration before it trains."""
+    config = config_of("--mixed-precision-recipe", "bf16_with_mxfp8_mixed", *argv.split())
+    config.mixed_precision.finalize()
+    config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
+    if config.comm_overlap is not None:
+        config.comm_overlap.data_parallel_size = 2
+        config.comm_overlap.finalize()
+        config.comm_overlap.setup(config.model, config.optimizer, config.ddp)
+    config.ddp.finalize()
+    assert config.ddp.overlap_grad_reduce and config.ddp.overlap_param_gather
+    assert (
+        config.ddp.fp8_param_gather
+        == config.ddp.reuse_grad_buf_for_mxfp8_param_ag
+        == ("--no-fp8-param-gather" not in argv)
+    )
+
+
 def test_unknown_field_of_megatron_is_an_error(megatron):
     from megatron.bridge.training.config import RNGConfig
 

@@ -52,6 +52,14 @@ def test_the_warm_up_of_a_recipe_shrinks_with_the_steps(steps, warmup_end):
     assert training_options("evo2_7b_32k", {"max_steps": 300, "warmup_steps": 7}).warmup_steps == 7
 
 
+def test_a_decay_that_is_asked_for_takes_the_place_of_a_recipes_tail(caplog):
+    given = {"mock_data": True, "max_steps": 1000, "decay_steps": 700}
+    options = training_options("evo2_7b_base", given)
+    assert schedule(options) == schedule(training_options(None, given)) == Schedule(warmup_end=233, decay_end=700)
+    train_checks.check(options)
+    assert caplog.text == ""  # not: --constant-steps, which nobody has given, has no effect
+
+
 def test_what_is_asked_for_wins():
     assert training_options("evo2_7b_1m", {"wd": 0.2, "seq_length": 8192}).wd == 0.2
     assert training_options(None, {"wd": 0.2}).wd == 0.2

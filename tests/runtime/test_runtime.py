@@ -128,6 +128,29 @@ def test_a_world_size_that_does_not_fit_is_refused(monkeypatch):
         pass
 
 
+def test_a_master_that_a_job_names_is_not_for_a_process_alone(megatron, monkeypatch):
+    """It may be another machine, or one where nobody listens."""
+    from evo2_megatron.runtime import distributed
+
+    class Began(Exception):
+        pass
+
+    def begin(backend, **settings):
+        raise Began(settings["world_size"], "store" in settings)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(Began) as began, distributed.process_groups(ParallelConfig()):
+        pass
+    assert began.value.args == (1, True)
+    distributed.be_alone_without_torchrun()
+    assert (os.environ["MASTER_ADDR"], os.environ["RANK"]) == ("127.0.0.1", "0")
+    with pytest.raises(Began) as began, distributed.process_groups(ParallelConfig()):
+        pass
+    assert began.value.args == (1, False)
+
+
 _TWO_COPIES = """
 import multiprocessing, sys
 import torch

@@ -96,7 +96,7 @@ class AttentionLayer(TransformerLayer):
 
     def see(self, hidden_states: Tensor, rotary_pos_emb: Tensor, inference_context: InferenceState) -> None:
         """Bring the cache up to date with tokens whose output nobody needs."""
-        self.self_attention.see(hidden_states, rotary_pos_emb, inference_context)
+        self.self_attention.see(hidden_states.to(self.config.params_dtype), rotary_pos_emb, inference_context)
 
 
 def attention_layer_spec(config: StripedHyenaProvider) -> ModuleSpec:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned filters: plain taps, decayed taps, and sums of exponentials.
 
-Attribute names are keys of every checkpoint. Shape legend: G filters, K taps, M modes.
+Attribute names are keys of every checkpoint. A filter is called as a module, so that hooks run before its parameters
+are read: Megatron's wait for parameters that other processes still send (``--overlap-param-gather``).
+Shape legend: G filters, K taps, M modes.
 Initial values are those of StripedHyena 2 (arXiv 2503.01868) as trained by Savanna.
 """
 
@@ -50,7 +52,8 @@ class DepthwiseFilter(ShardedParameters):
             *shape, init=lambda taps: uniform_(taps, INPUT_FILTER_LENGTH), dtype=config.params_dtype
         )
 
-    def taps_GK(self) -> Tensor:
+    def forward(self) -> Tensor:
+        """The taps, [G, K]."""
         return self.short_conv_weight.flatten(1)
 
 
@@ -72,8 +75,8 @@ class DecayedFilter(ShardedParameters):
         # a buffer, not a formula: the published models were trained with another time axis
         self.register_buffer("decay", decay_GK.chunk(size)[rank].to(self.h.device, copy=True))
 
-    def taps_GK(self) -> Tensor:
-        """The product, formed in the storage dtype as in training."""
+    def forward(self) -> Tensor:
+        """The taps, [G, K]: the product, formed in the storage dtype as in training."""
         return self.h * self.decay
 
 
@@ -91,9 +94,9 @@ class ModalFilter(ShardedParameters):
         )
         self.p = self.new_parameter(*shape, init=lambda x: torch.nn.init.constant_(x, -1.0), dtype=torch.float32)
 
-    def log_pole_GM(self) -> Tensor:
-        """Float32 whatever the storage: a pole near 1 decides what is remembered over thousands of tokens."""
-        return -torch.exp(self.p.float()) * torch.exp(self.gamma.float())
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Log-poles and residues, [G, M].
 
-    def residue_GM(self) -> Tensor:
-        return self.R.float()
+        Float32 whatever the storage: a pole near 1 decides what is remembered over thousands of tokens.
+        """
+        return -torch.exp(self.p.float()) * torch.exp(self.gamma.float()), self.R.float()

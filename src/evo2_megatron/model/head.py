@@ -82,6 +82,14 @@ def is_backbone(name: str) -> bool:
     return not name.startswith(f"{HEAD}.")
 
 
+class _WideLayerNorm(nn.LayerNorm):
+    """In float32: what tells sequences apart is in the last digits of what they share."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        weight_F, bias_F = self.weight.float(), self.bias.float()
+        return F.layer_norm(features.float(), self.normalized_shape, weight_F, bias_F, self.eps)
+
+
 class PredictionHead(nn.Module):
     """LayerNorm, linear layer, GELU, dropout, linear layer: a vector of a sequence or of a base to the outputs."""
 
@@ -90,7 +98,7 @@ class PredictionHead(nn.Module):
         width, dtype, num_outputs = config.head_hidden_size, config.params_dtype, len(config.head_outputs)
         width = config.hidden_size if width is None else width
         num_features = config.hidden_size * (2 if config.head_both_sides else 1)
-        self.norm = nn.LayerNorm(num_features, dtype=dtype)
+        self.norm = _WideLayerNorm(num_features, dtype=dtype)
         self.hidden = nn.Linear(num_features, width, dtype=dtype) if width else nn.Identity()
         self.dropout = nn.Dropout(config.head_dropout)
         self.outputs = nn.Linear(width or num_features, num_outputs, dtype=dtype)
@@ -115,11 +123,7 @@ class PredictionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs [..., C] of hidden states [..., F] of any float dtype, whatever is in front."""
-        norm = self.norm
-        # in float32: what tells sequences apart is in the last digits of what they share
-        weight_F, bias_F = norm.weight.float(), norm.bias.float()
-        normed = F.layer_norm(features.float(), norm.normalized_shape, weight_F, bias_F, norm.eps)
-        hidden = self.hidden(normed.to(self.outputs.weight.dtype))
+        hidden = self.hidden(self.norm(features).to(self.outputs.weight.dtype))
         if isinstance(self.hidden, nn.Linear):
             hidden = F.gelu(hidden)
         return self.outputs(self.dropout(hidden))

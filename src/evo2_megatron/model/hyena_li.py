@@ -30,8 +30,8 @@ class HyenaLI(HyenaOperator):
 
     def derived_filter(self) -> tuple[Tensor, ...]:
         """Log-poles [D, M], residues [D, M] and skip gains [D], float32; poles [D, M] for single steps."""
-        log_pole_DM = self.per_channel(self.filter.log_pole_GM())
-        return log_pole_DM, self.per_channel(self.filter.residue_GM()), self.conv_bias.float(), log_pole_DM.exp()
+        log_pole_DM, residue_DM = map(self.per_channel, self.filter())
+        return log_pole_DM, residue_DM, self.conv_bias.float(), log_pole_DM.exp()
 
     def forward(self, u_BEL: Tensor, input_taps_EK: Tensor, split: SplitSequence | None = None) -> Tensor:
         log_pole_DM, residue_DM, skip_D, _ = self.derived_filter()

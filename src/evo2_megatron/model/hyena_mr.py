@@ -28,7 +28,7 @@ class HyenaMR(ExplicitOperator):
 
     def taps_DK(self) -> Tensor:
         # stored in lag order, wanted in correlation order
-        return self.per_channel(self.filter.taps_GK().flip(1))
+        return self.per_channel(self.filter().flip(1))
 
     def skip_D(self) -> Tensor:
         return self.conv_bias

@@ -30,7 +30,7 @@ class HyenaSE(ExplicitOperator):
             )
 
     def taps_DK(self) -> Tensor:
-        return self.per_channel(self.short_conv.taps_GK())
+        return self.per_channel(self.short_conv())
 
     def skip_D(self) -> Tensor | None:
         return None if self.conv_bias is None else self.per_channel(self.conv_bias)

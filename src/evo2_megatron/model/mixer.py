@@ -82,10 +82,10 @@ class HyenaMixer(MegatronModule):
         u_LBE, _ = self.dense_projection(x_LBH)
         if self._split is not None:
             assert state is None, "a sequence that is split over processes has no caches"
-            y_CDl = self.mixer(self._split.to_chunks(u_LBE), self.hyena_proj_conv.taps_GK(), self._split)
+            y_CDl = self.mixer(self._split.to_chunks(u_LBE), self.hyena_proj_conv(), self._split)
             return self.dense(self._split.from_chunks(y_CDl))
         if state is None:
-            y_BDL = self.mixer(u_LBE.permute(1, 2, 0), self.hyena_proj_conv.taps_GK())
+            y_BDL = self.mixer(u_LBE.permute(1, 2, 0), self.hyena_proj_conv())
         else:
             y_BDL = self._go_on(u_LBE, state)
         y_LBD = y_BDL.permute(2, 0, 1)
@@ -115,7 +115,7 @@ class HyenaMixer(MegatronModule):
 
     def new_state(self, batch_size: int) -> HyenaState:
         """The state before the first token, with the filters as they are now."""
-        taps_EK = self.hyena_proj_conv.taps_GK()
+        taps_EK = self.hyena_proj_conv()
         shape = (batch_size, taps_EK.shape[0], INPUT_FILTER_LENGTH - 1)
         return HyenaState(
             input_conv=FirState(torch.zeros(shape, dtype=self.config.params_dtype, device=taps_EK.device)),

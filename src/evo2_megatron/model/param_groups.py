@@ -30,6 +30,9 @@ class HyenaWeightDecay(OptimizerConfigOverrideProvider):
         self, context: OptimizerConfigOverrideProviderContext
     ) -> dict[ParamKey, ParamGroupOverride]:
         """Bridge's exemptions (biases, one-dimensional parameters) and ours."""
-        names = NO_WEIGHT_DECAY if self.embeddings else (*NO_WEIGHT_DECAY, "*embedding*")
+        exempt = ParamKey(name=NO_WEIGHT_DECAY)
+        if not self.embeddings:
+            # by Megatron's mark, too: a tied table is the output layer's weight on the last of several stages
+            exempt = ParamKey(name=(*NO_WEIGHT_DECAY, "*embedding*"), attr="shared_embedding")
         overrides = super().build_config_overrides(context) or {}
-        return {**overrides, ParamKey(name=names): ParamGroupOverride(wd_mult=0.0)}
+        return {**overrides, exempt: ParamGroupOverride(wd_mult=0.0)}

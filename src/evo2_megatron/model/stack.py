@@ -111,7 +111,8 @@ class HyenaStack(MegatronModule):
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
-        with _quantized(self.config) if self._one_fp8_context() else nullcontext():
+        quantized = _quantized(self.config) if self._one_fp8_context() else nullcontext()
+        with self._own_random_numbers(), quantized:
             if self.training and self.config.recompute_granularity == "full":
                 hidden_states = self._forward_recomputed(hidden_states, rotary_pos_emb)
             elif hidden_after_layers is None:
@@ -131,6 +132,12 @@ class HyenaStack(MegatronModule):
             hidden_states = self.final_norm(hidden_states)
         # pipeline communication frees the data of what it has sent, which must not be a view
         return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
+
+    def _own_random_numbers(self) -> AbstractContextManager[object]:
+        """For dropout, under sequence parallelism, where each process has other tokens: others' would be the same."""
+        if self.training and self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return nullcontext()
 
     def _one_fp8_context(self) -> bool:
         """Delayed scaling keeps one history for the whole pass; the other recipes choose layer by layer."""
@@ -168,7 +175,7 @@ class HyenaStack(MegatronModule):
         if isinstance(layer, HyenaLayer):
             return layer(hidden_states, inference_context)
         return layer(
-            hidden_states=hidden_states,
+            hidden_states=hidden_states.to(layer.config.params_dtype),
             attention_mask=None,
             rotary_pos_emb=rotary_pos_emb,
             inference_context=inference_context,

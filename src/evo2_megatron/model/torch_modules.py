@@ -7,12 +7,13 @@ Shape legend: L tokens, B batch, H channels, N heads, C channels per head, S tok
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -265,9 +266,16 @@ class TorchCoreAttention(MegatronModule):
             ends = self._split.ends(query_LBNC.shape[0] // 2)
             key_SBNC, value_SBNC = self._split.gather(key_SBNC), self._split.gather(value_SBNC)
         query_BNLC, key_BNSC, value_BNSC = (x.permute(1, 2, 0, 3) for x in (query_LBNC, key_SBNC, value_SBNC))
-        contexts = [
-            causal_attention(part_BNLC, key_BNSC[:, :, :end], value_BNSC[:, :, :end], dropout)
-            for part_BNLC, end in zip(query_BNLC.chunk(len(ends), dim=2), ends)
-        ]
+        with self._own_random_numbers() if dropout else contextlib.nullcontext():
+            contexts = [
+                causal_attention(part_BNLC, key_BNSC[:, :, :end], value_BNSC[:, :, :end], dropout)
+                for part_BNLC, end in zip(query_BNLC.chunk(len(ends), dim=2), ends)
+            ]
         context_BNLC = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
         return context_BNLC.permute(2, 0, 1, 3).flatten(2)
+
+    def _own_random_numbers(self) -> contextlib.AbstractContextManager[object]:
+        """For dropout, where processes have different heads; under sequence parallelism the whole stack has them."""
+        if self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel:
+            return get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()

@@ -47,26 +47,15 @@ def pretrain_config(options: TrainingOptions) -> ConfigContainer:
     Raises:
         UserError: Options that contradict each other.
     """
-    # 4- and 8-bit block formats keep gathered weights and gradients in one buffer, which needs both overlaps
-    overlap = any(name in precision_recipe(options) for name in ("mxfp8", "nvfp4"))
-    # how the loss scaler of 16-bit floats learns its scale is by overflows
-    may_overflow = precision_recipe(options).startswith("fp16")
+    ddp = _ddp(options)
     return ConfigContainer(
         rng=RNGConfig(seed=options.seed),
-        rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=not may_overflow),
+        rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=not _may_overflow(options)),
         train=_train(options),
         model=_model(options),
         optimizer=_optimizer(options),
         optimizer_config_override_provider=HyenaWeightDecay(embeddings=options.weight_decay_embeddings),
-        ddp=DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=options.check_for_nan_in_grad and not may_overflow,
-            average_in_collective=options.average_in_collective,
-            overlap_param_gather=options.overlap_param_gather or overlap,
-            overlap_grad_reduce=options.overlap_grad_reduce or overlap,
-            align_param_gather=options.align_param_gather,
-        ),
+        ddp=ddp,
         scheduler=_scheduler(options),
         dataset=_dataset(options),
         logger=_logger(options),
@@ -77,7 +66,7 @@ def pretrain_config(options: TrainingOptions) -> ConfigContainer:
         if options.nvidia_fault_tolerance
         else None,
         profiling=_profiling(options),
-        comm_overlap=_comm_overlap(options),
+        comm_overlap=_comm_overlap(options, ddp),
         mixed_precision=_mixed_precision(options),
         peft=_lora(options),
     )
@@ -170,6 +159,25 @@ def _optimizer(options: TrainingOptions) -> OptimizerConfig:
         main_grads_dtype=torch.bfloat16 if options.bf16_main_grads else torch.float32,
         log_num_zeros_in_grad=options.log_num_zeros_in_grad,
     )
+
+
+def _ddp(options: TrainingOptions) -> DistributedDataParallelConfig:
+    # 4- and 8-bit block formats keep gathered weights and gradients in one buffer, which needs both overlaps
+    overlap = any(name in precision_recipe(options) for name in ("mxfp8", "nvfp4"))
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=options.check_for_nan_in_grad and not _may_overflow(options),
+        average_in_collective=options.average_in_collective,
+        overlap_param_gather=options.overlap_param_gather or overlap,
+        overlap_grad_reduce=options.overlap_grad_reduce or overlap,
+        align_param_gather=options.align_param_gather,
+    )
+
+
+def _may_overflow(options: TrainingOptions) -> bool:
+    """How the loss scaler of 16-bit floats learns its scale is by overflows."""
+    return precision_recipe(options).startswith("fp16")
 
 
 def _scheduler(options: TrainingOptions) -> SchedulerConfig:
@@ -291,7 +299,7 @@ def _profiling(options: TrainingOptions) -> ProfilingConfig:
     )
 
 
-def _comm_overlap(options: TrainingOptions) -> Any:
+def _comm_overlap(options: TrainingOptions, ddp: DistributedDataParallelConfig) -> Any:
     if not options.tp_comm_overlap:
         return None
     fp8 = uses_fp8(precision_recipe(options))
@@ -301,12 +309,11 @@ def _comm_overlap(options: TrainingOptions) -> Any:
         if fp8
         else comm_overlap.userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192,
         tp_comm_bootstrap_backend=options.tp_comm_overlap_backend or "nccl",
-        # unless given, Bridge would turn these two on wherever there is data parallelism
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
+        # unless given, Bridge would turn the first two on wherever there is data parallelism
+        overlap_grad_reduce=ddp.overlap_grad_reduce,
+        overlap_param_gather=ddp.overlap_param_gather,
         overlap_param_gather_with_optimizer_step=False,
-        align_param_gather=options.align_param_gather,
-        wgrad_deferral_limit=22,
+        align_param_gather=ddp.align_param_gather,
     )
 
 
@@ -327,6 +334,8 @@ def _mixed_precision(options: TrainingOptions) -> MixedPrecisionConfig:
     override(precision, fp8_wgrad=precision.fp8_wgrad and options.fp8_wgrad)
     if options.fp8_param_gather is not None:
         override(precision, fp8_param_gather=options.fp8_param_gather)
+    if not precision.fp8_param_gather:  # there is nothing then to share the gradients' memory
+        override(precision, reuse_grad_buf_for_mxfp8_param_ag=False)
     if options.grad_reduce_in_fp32:
         override(precision, grad_reduce_in_fp32=True)
     return precision

@@ -89,7 +89,8 @@ RECIPES = {
 def training_options(recipe: str | None, given: dict[str, Any]) -> TrainingOptions:
     """The defaults, changed by a recipe, changed by what a user asks for.
 
-    A recipe's warm-up shrinks with fewer steps than it has, as that of the defaults does.
+    A recipe's warm-up shrinks with fewer steps than it has, as that of the defaults does. A decay that is asked for
+    takes the place of its tail.
 
     Raises:
         UserError: No such recipe, or no step that the learning rate could decay in.
@@ -97,6 +98,8 @@ def training_options(recipe: str | None, given: dict[str, Any]) -> TrainingOptio
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"there is no --recipe {recipe}; choose one of {', '.join(RECIPES)}")
     fields = (RECIPES[recipe] if recipe else {}) | given
+    if recipe and "decay_steps" in given and "constant_steps" not in given:
+        del fields["constant_steps"]
     if recipe and "warmup_steps" not in given:
         longest = schedule(TrainingOptions(**fields | {"warmup_steps": None})).warmup_end
         fields["warmup_steps"] = min(fields["warmup_steps"], longest)

@@ -35,6 +35,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _is_one_of_several() -> bool:
+    """Whether torchrun started this process. A job may name a master for other commands than this one."""
+    return "RANK" in os.environ or world_size() > 1
+
+
 def tell_of_idle_gpus() -> None:
     """Log how to use all GPUs of this machine, if there are several and this process was started alone."""
     import torch
@@ -73,7 +78,7 @@ def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[No
         backend = "nccl"
     else:
         backend = "gloo"
-    if "MASTER_ADDR" in os.environ:
+    if _is_one_of_several():
         torch.distributed.init_process_group(backend, rank=rank(), world_size=world_size())
     else:
         try:
@@ -154,7 +159,7 @@ def check_loopback() -> None:
 
 def be_alone_without_torchrun() -> None:
     """Name one process on a free port; Bridge would guess, from Slurm's variables and the same port for every run."""
-    if "MASTER_PORT" in os.environ or world_size() > 1:
+    if _is_one_of_several():
         return
     check_loopback()
     with socket.socket() as free:
