@@ -13,6 +13,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.generation import cache_memory
+from evo2_megatron.tasks.generation.decoding import Decoding
 from evo2_megatron.tasks.generation.generate import GenerationSettings
 from evo2_megatron.tasks.generation.infer import infer
 from evo2_megatron.tasks.generation.prompts import Prompt
@@ -154,6 +155,21 @@ def test_log_lines_carry_measured_figures(checkpoint, caplog):
     ):
         assert line in caplog.text
     assert "[MEMORY] After model setup" in caplog.text and "[MEMORY] After generation" in caplog.text
+
+
+def test_all_sequences_end_at_once(checkpoint, monkeypatch, caplog):
+    """Where the device runs ahead, as a GPU does, it has done a step by then, of which nobody has a token."""
+
+    def run_ahead(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._runs_ahead = True
+
+    made = Decoding.__init__
+    monkeypatch.setattr(Decoding, "__init__", run_ahead)
+    with caplog.at_level("INFO", logger="evo2_megatron"):
+        (record,) = infer(PROMPTS[:1], checkpoint, GenerationSettings(stop_ids=tuple(range(512))))
+    assert (record["completion"], record["finish_reason"]) == ("", "stop")
+    assert "decode 1 steps in 0.000 s (0.0 tokens/s)" in caplog.text
 
 
 def test_no_prompts_give_an_empty_file(checkpoint, tmp_path):

@@ -335,7 +335,7 @@ def _log_batch(done: GeneratedBatch, *, number: int, num_batches: int) -> None:
         "decode %d steps in %.3f s (%.1f tokens/s)",
         number, num_batches, size, done.num_prefill_tokens, done.prefill_seconds,
         done.num_prefill_tokens / done.prefill_seconds, done.num_steps, done.decode_seconds,
-        done.num_decoded_tokens / done.decode_seconds if done.num_steps else 0.0,
+        done.num_decoded_tokens / done.decode_seconds if done.num_decoded_tokens else 0.0,
     )  # fmt: skip
 
 
