@@ -56,6 +56,9 @@ class Piece(NamedTuple):
     finish_reason: FinishReason | None
     """Of the sequence, in its last piece."""
 
+    number: int
+    """Of the sequence in its run, from 0: ids may be alike."""
+
 
 OnRecord = Callable[[Record], None]
 OnPiece = Callable[[Piece], None]
@@ -119,7 +122,8 @@ class _Work(NamedTuple):
                         sequence = self.sequences[index]
                         text = tokenizer.decode(ids, skip_special_tokens=True)
                         given = log_probs if self.settings.return_log_probs else None
-                        yield Piece(sequence.prompt.id, sequence.sample, text, given, row.completion.finish_reason)
+                        reason = row.completion.finish_reason
+                        yield Piece(sequence.prompt.id, sequence.sample, text, given, reason, index)
 
 
 def infer(
