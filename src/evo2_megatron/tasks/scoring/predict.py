@@ -222,6 +222,7 @@ class _Prediction:
             results.write(self.files)
             write_index(self.files.output_dir, self.dataset.ids)
             write_manifest(self.files.output_dir, facts)
+        parts.release()
         torch.distributed.barrier()
         if first:
             parts.remove()
