@@ -273,7 +273,8 @@ def test_a_job_that_was_killed_goes_on(checkpoint, tmp_path, interval):
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
-def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("changed", ["sequences", "versions"])
+def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog, changed):
     from evo2_megatron.tasks.scoring.predict import Results
 
     fasta = write_fasta(tmp_path / "x.fa", {"a": dna(200, 1), "b": dna(100, 2)})
@@ -282,7 +283,10 @@ def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, ca
         with pytest.raises(ZeroDivisionError):
             run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1)
     assert len(list((tmp_path / "out" / ".parts").glob("batch_*.pt"))) == 2
-    write_fasta(fasta, {"a": dna(200, 7), "b": dna(100, 2)})
+    if changed == "sequences":
+        write_fasta(fasta, {"a": dna(200, 7), "b": dna(100, 2)})
+    else:
+        monkeypatch.setattr(torch, "__version__", "2.14.0")
     with caplog.at_level("INFO"):
         found = scores(run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1))
     assert "is of a run with other settings; starting over" in caplog.text
