@@ -164,13 +164,15 @@ def test_layers_and_pooling(checkpoint, tmp_path, pooling, prepend_bos):
     assert (found / "embeddings.safetensors").is_file()
 
 
-def test_a_window_that_no_sequence_reaches(checkpoint, tmp_path):
+@pytest.mark.parametrize("short, masked", [(dna(90, 6), False), ("|d__Bacteria;|" + dna(90, 6), True)])
+def test_a_window_that_no_sequence_reaches(checkpoint, tmp_path, short, masked):
+    """What is masked is no base: the mean over nothing would be a vector of zeros."""
     from evo2_megatron.tasks.scoring.prediction_settings import Window
 
-    fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": dna(90, 6)})
+    fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": short})
     with pytest.raises(UserError, match="'short' has 90 bases, fewer than the 91 that --pooling-window reaches to"):
-        output = {"embedding_layers": (0,), "pooling": Window(1, 91)}
-        run(fasta, checkpoint, tmp_path / "out", output=output, formats=("npz",))
+        output = {"embedding_layers": (0,), "pooling": Window(91, 91)}
+        run(fasta, checkpoint, tmp_path / "out", output=output, formats=("npz",), mask_phylogenetic_tags=masked)
 
 
 def test_both_strands(checkpoint, tmp_path):
