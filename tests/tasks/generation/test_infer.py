@@ -208,10 +208,12 @@ def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
     )
     free = (tokens * per_token + fixed) * SETTINGS.max_batch_size / cache_memory.CACHE_SHARE
     monkeypatch.setattr(cache_memory, "_free_bytes", lambda: free + 1)
-    infer([Prompt("x", "A" * 92)], checkpoint, SETTINGS)
+    infer(4 * [Prompt("x", "A" * 92)], checkpoint, SETTINGS)
     with pytest.raises(UserError, match="'x' has 93 tokens.*exceeds the 100 that a batch's caches have memory for"):
-        infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
+        infer(4 * [Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
+    # of the batches that there are, not of those that --max-batch-size would allow
+    infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class _Work(NamedTuple):
 
     def check_memory(self, model: StripedHyenaModel) -> None:
         if self.max_seq_length is None:
-            limit = memory_limit(model, self.settings.max_batch_size)
+            limit = memory_limit(model, max(map(len, self.batches()), default=1))
             self.check_lengths(limit, "that a batch's caches have memory for")
 
     def batches(self) -> list[list[int]]:
