@@ -135,7 +135,7 @@ def test_processes_wait_for_one_that_writes_for_hours(one_process):
     groups = [torch.distributed.group.WORLD, parallel_state.get_data_parallel_group()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for group in (*groups, parallel_state.get_model_parallel_group()):
-        assert group._get_backend(device).options._timeout.days >= 30
+        assert group._get_backend(device).options._timeout.days >= 14
 
 
 @pytest.mark.parametrize("error, stay", [(UserError, True), (GeneratorExit, False), (None, False)])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = timedelta(days=30)
+_PATIENCE = timedelta(days=14)
 """That processes have with one that writes the results of all, or has the last and longest sequence; torch's own would
 end the job after ten minutes on GPUs. Where one fails, whoever started them ends the others."""
 
