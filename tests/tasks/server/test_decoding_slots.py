@@ -84,3 +84,20 @@ def test_who_comes_when_another_batch_has_just_gone_into_a_third(one_process):
     before, after = asyncio.run(batches())
     assert before == [[45, 1040], [65, 1000], [10]]
     assert after == [[45, 1040, 65, 1000], [10]]
+
+
+def test_who_goes_while_prompts_are_read_takes_no_place(one_process):
+    """Others may come at the very moment when all is read."""
+
+    async def sizes():
+        running, jobs = Generations(tiny_model("evo2_tiny"), 3), [job(60, 5, prefill_chunk=50) for _ in range(2)]
+        running._negligible = 0
+        running.admit([job(5, 9)])
+        running.admit(jobs)
+        jobs[0].dropped = True
+        while any(batch.is_reading for batch in running._batches):
+            running.advance()
+        running.admit([job(5, 9)])
+        return [(batch.num_sequences, batch.num_cache_rows) for batch in running._batches]
+
+    assert asyncio.run(sizes()) == [(2, 2), (1, 1)]
