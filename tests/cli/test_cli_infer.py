@@ -185,29 +185,31 @@ def test_stream_of_one_prints_at_once_what_is_printed_without(call, capsys):
     show = call("--stream")["on_piece"]
     printed = []
     for text, reason in (("G", None), ("T", None), ("", "stop")):
-        show(Piece("0", None, text, None, reason))
+        show(Piece("0", None, text, None, reason, 0))
         printed.append(capsys.readouterr().out)
     assert printed == ["=== [0] Generated Text ===\nG", "T", "\n\n"]
     call()["on_record"](record(id="0"))
     assert capsys.readouterr().out == "".join(printed)
 
 
-def test_stream_of_many_prints_lines_with_ids(call, capsys):
+@pytest.mark.parametrize("samples", [(0, 1), (None, None)], ids=["samples", "prompts of one id"])
+def test_stream_of_many_prints_lines_with_ids(call, capsys, samples):
     from evo2_megatron.tasks.generation.infer import Piece
 
     show = call("--stream", "--num-samples", "2")["on_piece"]
-    for number in range(130):
-        for sample, base in enumerate("AC"):
-            if number < 70 or sample == 0:
-                end = number == (129, 69)[sample]
-                show(Piece("0", sample, base, None, "length" if end else None))
+    for place in range(130):
+        for number, base in enumerate("AC"):
+            if place < 70 or number == 0:
+                end = place == (129, 69)[number]
+                show(Piece("0", samples[number], base, None, "length" if end else None, number))
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    one, other = ("0" if sample is None else f"0.{sample}" for sample in samples)
     assert lines == [
-        ["0.0", "A" * 60],
-        ["0.1", "C" * 60],
-        ["0.1", "C" * 10],
-        ["0.0", "A" * 60],
-        ["0.0", "A" * 10],
+        [one, "A" * 60],
+        [other, "C" * 60],
+        [other, "C" * 10],
+        [one, "A" * 60],
+        [one, "A" * 10],
     ]
 
 

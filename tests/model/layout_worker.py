@@ -6,6 +6,7 @@ Run by test_layouts.py: ``layout_worker.py CHECKPOINT FOLDER LAYOUT...``. Rank 0
 global name, and where the layout can generate ``decoded``, cached logits, and ``generated``, of each process.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
@@ -181,16 +182,25 @@ def generated(model):
     """Token ids drawn where each process has random numbers of its own: those of the first count."""
     from megatron.core import parallel_state
 
-    from evo2_megatron.tasks.generation import decoding
+    from evo2_megatron.tasks.generation import decoding, guided, session
     from evo2_megatron.tasks.generation.generate import GenerationSettings
 
     place = parallel_state.get_model_parallel_group().rank()
     settings = GenerationSettings(max_new_tokens=12, alphabet="ACGT", stop_at_eod=False)
+    prompt = [65, 67, 71, 84, 71, 84, 84, 65, 71]
     uniforms = decoding.uniforms
-    with mock.patch.object(decoding, "uniforms", lambda seed, *places: uniforms(seed + place, *places)):
-        batch = decoding.Decoding.alike(model, settings, [tokens()[0][0, :9].tolist()], seeds=[5]).run()
+    with contextlib.ExitStack() as patched:
+        for module in (decoding, guided, session):
+            of_own = mock.patch.object(module, "uniforms", lambda seed, *places: uniforms(seed + place, *places))
+            patched.enter_context(of_own)
+        batch = decoding.Decoding.alike(model, settings, [prompt], seeds=[5]).run().generations
+        how = guided.SearchSettings(beams=1, samples=1, chunk=5)
+        search = guided.Search(model, settings, how, lambda texts: [0.0] * len(texts), seed=5).run(prompt)
+        grown = session.Session(model, settings, max_tokens=40, seed=5)
+        grown.feed(bytes(prompt).decode())
+        each = [*batch, *(found.generation for found in search), grown.generate()]
     of_each = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_each, batch.generations[0].token_ids)
+    torch.distributed.all_gather_object(of_each, [generation.token_ids for generation in each])
     return of_each
 
 

@@ -151,6 +151,32 @@ def test_a_master_that_a_job_names_is_not_for_a_process_alone(megatron, monkeypa
     assert began.value.args == (1, False)
 
 
+def test_processes_wait_for_one_that_writes_for_hours(one_process):
+    """With torch's own patience of ten minutes for NCCL, the files of a genome would never be finished."""
+    from megatron.core import parallel_state
+
+    groups = [torch.distributed.group.WORLD, parallel_state.get_data_parallel_group()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for group in (*groups, parallel_state.get_model_parallel_group()):
+        assert group._get_backend(device).options._timeout.days >= 14
+
+
+@pytest.mark.parametrize("error, stay", [(UserError, True), (GeneratorExit, False), (None, False)])
+def test_nobody_waits_for_the_others_before_it_says_what_is_wrong(one_process, monkeypatch, error, stay):
+    """NCCL's communicators end when all processes of a machine end them."""
+    from megatron.core import parallel_state
+
+    from evo2_megatron.runtime import distributed, megatron
+
+    ended = []
+    monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(megatron, "on_cuda", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed._end_groups(error)
+    assert ended == ([] if stay else [True])
+
+
 _TWO_COPIES = """
 import multiprocessing, sys
 import torch

@@ -110,16 +110,16 @@ class _StreamOfMany:
     """Prints lines of several sequences that grow together: name, tab, the next bases."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, str] = {}
+        self._waiting: dict[int, str] = {}
 
     def show(self, piece: Piece) -> None:
         name = piece.id if piece.sample is None else f"{piece.id}.{piece.sample}"
-        text = self._waiting.pop(name, "") + piece.text
+        text = self._waiting.pop(piece.number, "") + piece.text
         while len(text) >= LINE_BASES or (text and piece.finish_reason):
             _print(f"{name}\t{text[:LINE_BASES]}\n")
             text = text[LINE_BASES:]
         if text:
-            self._waiting[name] = text
+            self._waiting[piece.number] = text
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:

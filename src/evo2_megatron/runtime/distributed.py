@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from evo2_megatron.config import ParallelConfig, UserError
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(days=14)
+"""That processes have with one that writes the results of all, or has the last and longest sequence; torch's own would
+end the job after ten minutes on GPUs. Where one fails, whoever started them ends the others."""
 
 
 def rank() -> int:
@@ -58,7 +63,8 @@ def tell_of_idle_gpus() -> None:
 def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[None]:
     """Run a block inside torch.distributed and Megatron's parallel state; both are gone afterwards.
 
-    NCCL on CUDA, gloo elsewhere. Without torchrun this is a group of one process.
+    NCCL on CUDA, gloo elsewhere. Without torchrun this is a group of one process. After an error on one of several
+    GPUs they stay, for the process to end.
 
     Args:
         parallel: How the processes divide into copies of the model.
@@ -79,24 +85,35 @@ def process_groups(parallel: ParallelConfig, *, seed: int = 1234) -> Iterator[No
     else:
         backend = "gloo"
     if _is_one_of_several():
-        torch.distributed.init_process_group(backend, rank=rank(), world_size=world_size())
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE, rank=rank(), world_size=world_size())
     else:
+        store = torch.distributed.HashStore()
         try:
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, timeout=_PATIENCE, store=store, rank=0, world_size=1)
         except RuntimeError:
             check_loopback()
             raise
-    try:
+    with contextlib.ExitStack() as groups:
+        groups.push(_end_groups)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
+            distributed_timeout_minutes=_PATIENCE // timedelta(minutes=1),
         )
         _seed_everything(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+
+
+def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
+    import torch
+    from megatron.core import parallel_state
+
+    # NCCL's end waits for all processes of a machine: one that fails by itself would never say why
+    if kind is not None and issubclass(kind, Exception) and megatron.on_cuda() and world_size() > 1:
+        return
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def _seed_everything(seed: int) -> None:

@@ -13,6 +13,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.generation import cache_memory
+from evo2_megatron.tasks.generation.decoding import Decoding
 from evo2_megatron.tasks.generation.generate import GenerationSettings
 from evo2_megatron.tasks.generation.infer import infer
 from evo2_megatron.tasks.generation.prompts import Prompt
@@ -156,6 +157,21 @@ def test_log_lines_carry_measured_figures(checkpoint, caplog):
     assert "[MEMORY] After model setup" in caplog.text and "[MEMORY] After generation" in caplog.text
 
 
+def test_all_sequences_end_at_once(checkpoint, monkeypatch, caplog):
+    """Where the device runs ahead, as a GPU does, it has done a step by then, of which nobody has a token."""
+
+    def run_ahead(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._runs_ahead = True
+
+    made = Decoding.__init__
+    monkeypatch.setattr(Decoding, "__init__", run_ahead)
+    with caplog.at_level("INFO", logger="evo2_megatron"):
+        (record,) = infer(PROMPTS[:1], checkpoint, GenerationSettings(stop_ids=tuple(range(512))))
+    assert (record["completion"], record["finish_reason"]) == ("", "stop")
+    assert "decode 1 steps in 0.000 s (0.0 tokens/s)" in caplog.text
+
+
 def test_no_prompts_give_an_empty_file(checkpoint, tmp_path):
     assert infer([], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl") == []
     assert (tmp_path / "out.jsonl").read_text() == ""
@@ -192,10 +208,12 @@ def test_memory_limits_the_length(checkpoint, monkeypatch, tmp_path):
     )
     free = (tokens * per_token + fixed) * SETTINGS.max_batch_size / cache_memory.CACHE_SHARE
     monkeypatch.setattr(cache_memory, "_free_bytes", lambda: free + 1)
-    infer([Prompt("x", "A" * 92)], checkpoint, SETTINGS)
+    infer(4 * [Prompt("x", "A" * 92)], checkpoint, SETTINGS)
     with pytest.raises(UserError, match="'x' has 93 tokens.*exceeds the 100 that a batch's caches have memory for"):
-        infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
+        infer(4 * [Prompt("x", "A" * 93)], checkpoint, SETTINGS, output_file=tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
+    # of the batches that there are, not of those that --max-batch-size would allow
+    infer([Prompt("x", "A" * 93)], checkpoint, SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_pieces_are_the_records(checkpoint, num_samples):
 
 def test_the_sequences_of_a_batch_take_turns(checkpoint):
     prompts = [Prompt("a", "AC"), Prompt("b", "GG")]
-    ids = [piece.id for piece in stream(prompts, checkpoint, SETTINGS)]
-    assert ids == ["a", "b"] * 12
+    ids = [(piece.id, piece.number) for piece in stream(prompts, checkpoint, SETTINGS)]
+    assert ids == [("a", 0), ("b", 1)] * 12
 
 
 def test_no_piece_has_what_a_stop_string_cuts_off(checkpoint):

@@ -164,13 +164,15 @@ def test_layers_and_pooling(checkpoint, tmp_path, pooling, prepend_bos):
     assert (found / "embeddings.safetensors").is_file()
 
 
-def test_a_window_that_no_sequence_reaches(checkpoint, tmp_path):
+@pytest.mark.parametrize("short, masked", [(dna(90, 6), False), ("|d__Bacteria;|" + dna(90, 6), True)])
+def test_a_window_that_no_sequence_reaches(checkpoint, tmp_path, short, masked):
+    """What is masked is no base: the mean over nothing would be a vector of zeros."""
     from evo2_megatron.tasks.scoring.prediction_settings import Window
 
-    fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": dna(90, 6)})
+    fasta = write_fasta(tmp_path / "x.fa", {"long": dna(150, 5), "short": short})
     with pytest.raises(UserError, match="'short' has 90 bases, fewer than the 91 that --pooling-window reaches to"):
-        output = {"embedding_layers": (0,), "pooling": Window(1, 91)}
-        run(fasta, checkpoint, tmp_path / "out", output=output, formats=("npz",))
+        output = {"embedding_layers": (0,), "pooling": Window(91, 91)}
+        run(fasta, checkpoint, tmp_path / "out", output=output, formats=("npz",), mask_phylogenetic_tags=masked)
 
 
 def test_both_strands(checkpoint, tmp_path):
@@ -273,7 +275,8 @@ def test_a_job_that_was_killed_goes_on(checkpoint, tmp_path, interval):
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
-def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("changed", ["sequences", "versions"])
+def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog, changed):
     from evo2_megatron.tasks.scoring.predict import Results
 
     fasta = write_fasta(tmp_path / "x.fa", {"a": dna(200, 1), "b": dna(100, 2)})
@@ -282,7 +285,10 @@ def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, ca
         with pytest.raises(ZeroDivisionError):
             run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1)
     assert len(list((tmp_path / "out" / ".parts").glob("batch_*.pt"))) == 2
-    write_fasta(fasta, {"a": dna(200, 7), "b": dna(100, 2)})
+    if changed == "sequences":
+        write_fasta(fasta, {"a": dna(200, 7), "b": dna(100, 2)})
+    else:
+        monkeypatch.setattr(torch, "__version__", "2.14.0")
     with caplog.at_level("INFO"):
         found = scores(run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1))
     assert "is of a run with other settings; starting over" in caplog.text

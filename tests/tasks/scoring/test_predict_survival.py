@@ -22,6 +22,7 @@ from evo2_megatron.tasks.scoring import prediction_tables as tables
 from evo2_megatron.tasks.scoring import variant_files
 from evo2_megatron.tasks.scoring.prediction_files import TensorFiles, write_beside
 from evo2_megatron.tasks.scoring.prediction_folder import LOCK
+from evo2_megatron.tasks.scoring.prediction_parts import Parts
 from evo2_megatron.tasks.scoring.prediction_tracks import write_bedgraph
 from helpers import no_file_larger_than
 
@@ -141,6 +142,14 @@ def started(fasta: Path, checkpoint: Path, out: Path, *, code: str = PREDICT) ->
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.001)
     return job
+
+
+def test_no_process_has_a_part_when_one_deletes_them(fasta, checkpoint, tmp_path, monkeypatch):
+    """NFS would keep the file, and with it the folder, as long as a process of the machine has it mapped."""
+    mapped = []
+    monkeypatch.setattr(Parts, "remove", lambda _: mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text()))
+    run(fasta, checkpoint, tmp_path, formats=("pt", "tsv"))
+    assert mapped == [False]
 
 
 def test_a_folder_that_another_run_writes_to(fasta, checkpoint, tmp_path):

@@ -6,13 +6,17 @@ import asyncio
 from evo2_megatron.tasks.generation.generate import GenerationSettings
 from evo2_megatron.tasks.generation.sampling import Sampling
 from evo2_megatron.tasks.server.decoding_slots import RunningBatch, assign, make_room
+from evo2_megatron.tasks.server.generations import Generations
 from evo2_megatron.tasks.server.jobs import GenerateJob
 from helpers import tiny_model
 
 
-def job(length, num_new, temperature=1.0):
+def job(length, num_new, temperature=1.0, prefill_chunk=2048):
     settings = GenerationSettings(
-        sampling=Sampling(temperature=temperature), max_new_tokens=num_new, stop_at_eod=False
+        sampling=Sampling(temperature=temperature),
+        max_new_tokens=num_new,
+        stop_at_eod=False,
+        prefill_chunk=prefill_chunk,
     )
     return GenerateJob(ids=[65] * length, seed=1, settings=settings)
 
@@ -60,3 +64,40 @@ def test_caches_are_for_as_many_sequences_as_may_run(one_process):
 
     # the places of the two that have ended are given back when others need them
     assert asyncio.run(num_rows()) == (5, 4)
+
+
+def test_who_comes_when_another_batch_has_just_gone_into_a_third(one_process):
+    """What that batch leaves behind is nothing to join."""
+    running = Generations(tiny_model("evo2_tiny"), 16)
+    running._negligible = 0
+
+    async def batches():
+        running.admit([job(40, 1000), job(25, 20)])
+        running.admit([job(60, 940, prefill_chunk=50), job(60, 5, prefill_chunk=50)])
+        while any(batch.is_reading for batch in running._batches):
+            running.advance()
+        running.admit([job(5, 5)])
+        before = [batch.most_tokens() for batch in running._batches]
+        running.advance()
+        return before, [batch.most_tokens() for batch in running._batches]
+
+    before, after = asyncio.run(batches())
+    assert before == [[45, 1040], [65, 1000], [10]]
+    assert after == [[45, 1040, 65, 1000], [10]]
+
+
+def test_who_goes_while_prompts_are_read_takes_no_place(one_process):
+    """Others may come at the very moment when all is read."""
+
+    async def sizes():
+        running, jobs = Generations(tiny_model("evo2_tiny"), 3), [job(60, 5, prefill_chunk=50) for _ in range(2)]
+        running._negligible = 0
+        running.admit([job(5, 9)])
+        running.admit(jobs)
+        jobs[0].dropped = True
+        while any(batch.is_reading for batch in running._batches):
+            running.advance()
+        running.admit([job(5, 9)])
+        return [(batch.num_sequences, batch.num_cache_rows) for batch in running._batches]
+
+    assert asyncio.run(sizes()) == [(2, 2), (1, 1)]

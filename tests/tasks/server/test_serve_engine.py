@@ -57,7 +57,8 @@ def test_who_comes_too_early_or_too_late_may_come_again(checkpoint, loaded):
     assert statuses == [200, 200 if loaded else 503]
 
 
-def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypatch):
+@pytest.mark.parametrize("when", ["waiting", "taken"])
+def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypatch, when):
     """And the failure comes out of the thread, so that the process ends with it."""
 
     async def ask():
@@ -68,7 +69,13 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
         until(lambda: self.num_waiting == 1)
         raise RuntimeError("a kernel failed")
 
-    monkeypatch.setattr(Engine, "_next", wait_and_fail)
+    def fail(self, _jobs):
+        raise RuntimeError("a kernel failed")
+
+    if when == "waiting":
+        monkeypatch.setattr(Engine, "_next", wait_and_fail)
+    else:
+        monkeypatch.setattr(generations.Generations, "admit", fail)
     ready = threading.Event()
     engine = Engine(ModelSettings(ckpt_dir=checkpoint), on_ready=lambda _: ready.set())
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
@@ -78,6 +85,7 @@ def test_who_waits_is_told_when_the_engine_fails(megatron, checkpoint, monkeypat
             asyncio.run(ask())
         with pytest.raises(RuntimeError, match="a kernel failed"):
             work.result()
+    assert engine.is_idle, "the server does not wait for it when it ends"
 
 
 @contextlib.contextmanager

@@ -324,7 +324,8 @@ class Decoding:
 
     @torch.inference_mode()
     def shrink_caches(self, num_sequences: int) -> None:
-        """Have room for no more than so many sequences, of which those present are some."""
+        """Have room for no more than so many sequences, of which those present that have not ended are some."""
+        self._drop_ended()
         if num_sequences < self.num_cache_rows:
             self._caches.resize(num_sequences, self._caches.max_tokens)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data import tokenizer
+from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks.forward import forward_last, prefill
 from evo2_megatron.tasks.generation.completion import Completion, FinishReason, Generation
 from evo2_megatron.tasks.generation.decoding import tokens_with_log_probs
@@ -215,7 +216,7 @@ class Search:
         length = uniform_BN.shape[1]
         copies = state.copies(row_B) if length > 1 else None
         for step in range(length):
-            drawn_B = self._sampling.draw(logits_BV, uniform_BN[:, step])
+            drawn_B = distributed.of_first_in_model(self._sampling.draw(logits_BV, uniform_BN[:, step]))
             for row, (token, log_prob) in zip(rows, tokens_with_log_probs(drawn_B, logits_BV, wanted=True)):
                 if row.finish_reason is None:
                     row.add(token, log_prob)

@@ -56,6 +56,9 @@ class Piece(NamedTuple):
     finish_reason: FinishReason | None
     """Of the sequence, in its last piece."""
 
+    number: int
+    """Of the sequence in its run, from 0: ids may be alike."""
+
 
 OnRecord = Callable[[Record], None]
 OnPiece = Callable[[Piece], None]
@@ -94,7 +97,7 @@ class _Work(NamedTuple):
 
     def check_memory(self, model: StripedHyenaModel) -> None:
         if self.max_seq_length is None:
-            limit = memory_limit(model, self.settings.max_batch_size)
+            limit = memory_limit(model, max(map(len, self.batches()), default=1))
             self.check_lengths(limit, "that a batch's caches have memory for")
 
     def batches(self) -> list[list[int]]:
@@ -119,7 +122,8 @@ class _Work(NamedTuple):
                         sequence = self.sequences[index]
                         text = tokenizer.decode(ids, skip_special_tokens=True)
                         given = log_probs if self.settings.return_log_probs else None
-                        yield Piece(sequence.prompt.id, sequence.sample, text, given, row.completion.finish_reason)
+                        reason = row.completion.finish_reason
+                        yield Piece(sequence.prompt.id, sequence.sample, text, given, reason, index)
 
 
 def infer(
@@ -335,7 +339,7 @@ def _log_batch(done: GeneratedBatch, *, number: int, num_batches: int) -> None:
         "decode %d steps in %.3f s (%.1f tokens/s)",
         number, num_batches, size, done.num_prefill_tokens, done.prefill_seconds,
         done.num_prefill_tokens / done.prefill_seconds, done.num_steps, done.decode_seconds,
-        done.num_decoded_tokens / done.decode_seconds if done.num_steps else 0.0,
+        done.num_decoded_tokens / done.decode_seconds if done.num_decoded_tokens else 0.0,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evo2_megatron.config import UserError
+from evo2_megatron.runtime import distributed
 from evo2_megatron.tasks.forward import prefill
 from evo2_megatron.tasks.generation.completion import Completion, Generation
 from evo2_megatron.tasks.generation.decoding import tokens_with_log_probs
@@ -128,7 +129,7 @@ class Session:
                 self._logits_BV = prefill(self._model, token_BT, self._state, chunk=self._settings.prefill_chunk)
                 self._pending = []
             uniform_B = uniforms(self._seed, len(self), 1).to(self._device)
-            drawn_B = self._sampling.draw(self._logits_BV, uniform_B)
+            drawn_B = distributed.of_first_in_model(self._sampling.draw(self._logits_BV, uniform_B))
             ((token, log_prob),) = tokens_with_log_probs(
                 drawn_B, self._logits_BV, wanted=self._settings.return_log_probs
             )

@@ -146,7 +146,7 @@ def _dataset(
         dataset = FastaDataset(fasta, mask_tags=sequences.mask_phylogenetic_tags, **how)
         instead = "cut it into pieces" if output.log_probs is None else "score it in windows with --window-length"
         check_lengths(dataset, sequences.max_seq_length or trained_for, instead=instead)
-        _check_window(dataset, output)
+        _check_window(dataset, output, masked=sequences.mask_phylogenetic_tags)
     else:
         dataset = WindowDataset(fasta, windows, **how)
     with contextlib.nullcontext() if windows is None else dataset:
@@ -157,10 +157,12 @@ def _dataset(
         yield dataset
 
 
-def _check_window(dataset: FastaDataset, output: Output) -> None:
+def _check_window(dataset: FastaDataset, output: Output, *, masked: bool) -> None:
     if not isinstance(output.pooling, Window):
         return
-    for name, num_bases in zip(dataset.ids, dataset.num_bases):
+    for index, (name, num_bases) in enumerate(zip(dataset.ids, dataset.num_bases)):
+        if masked:  # lineage tags, and what else is no base
+            num_bases = int(dataset[index]["loss_mask"].sum())
         if num_bases < output.pooling.last:
             raise UserError(
                 f"Sequence {name!r} has {num_bases} bases, fewer than the {output.pooling.last} that "
@@ -222,6 +224,7 @@ class _Prediction:
             results.write(self.files)
             write_index(self.files.output_dir, self.dataset.ids)
             write_manifest(self.files.output_dir, facts)
+        parts.release()
         torch.distributed.barrier()
         if first:
             parts.remove()

@@ -86,19 +86,20 @@ def manifest(loaded: LoadedModel, checkpoint_sha256: str, settings: dict[str, An
         "int8_weights": provider.int8_weights,
         "device": torch.cuda.get_device_name() if megatron.on_cuda() else f"CPU ({platform.machine()})",
         "settings": settings,
-        # its own word for itself also says which CUDA it was built for
-        "versions": {"python": platform.python_version()} | _versions() | {"torch": torch.__version__},
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # Transformer Engine is there on GPUs only
-    return found
+    # its own word for itself also says which CUDA it was built for
+    return found | {"torch": torch.__version__}
 
 
 def as_json(value: Any) -> Any:

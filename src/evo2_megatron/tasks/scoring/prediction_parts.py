@@ -87,9 +87,13 @@ class Parts:
         number, row = self._place[index]
         return {name: values[row] for name, values in self._load(number).items()}
 
-    def remove(self) -> None:
-        """Delete all parts."""
+    def release(self) -> None:
+        """Unmap what was read: on NFS, a file that a process of the machine still has keeps its folder from going."""
         self._load.cache_clear()
+
+    def remove(self) -> None:
+        """Delete all parts, which all processes have released."""
+        self.release()
         shutil.rmtree(self._folder)
 
     def _read(self, number: int) -> Batch:

@@ -14,6 +14,7 @@ from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks.scoring import prediction_parts
 from evo2_megatron.tasks.scoring.batch_progress import BatchProgress, Words
 from evo2_megatron.tasks.scoring.prediction_files import RESULTS, ResultNames
+from evo2_megatron.tasks.scoring.prediction_manifest import versions
 from evo2_megatron.tasks.scoring.prediction_parts import Batch, Parts
 
 
@@ -51,7 +52,7 @@ class SharedBatches:
 
         Args:
             output_dir: Folder of the results, which all processes see; results of another run are deleted.
-            settings: What decides what the results are, besides the model and the device; must survive JSON.
+            settings: What decides what the results are, besides model, device and versions; must survive JSON.
             loaded: The model.
             identity: Of the checkpoint, by ``prediction_parts.identity``.
             names, batch_by_batch: As for ``prediction_parts.begin``.
@@ -62,7 +63,7 @@ class SharedBatches:
         first = distributed.rank() == 0
         if first:
             of_run = {"checkpoint": identity, "precision": loaded.precision, "device": megatron.device_name()}
-            settings = settings | of_run
+            settings = settings | of_run | {"versions": versions()}
             prediction_parts.begin(output_dir, settings, self._batches, names=names, batch_by_batch=batch_by_batch)
         torch.distributed.barrier()
         parts = Parts(output_dir, self._batches)

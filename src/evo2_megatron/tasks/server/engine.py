@@ -174,6 +174,7 @@ class Engine:
         Raises:
             UserError: The model cannot be loaded here, or memory ran out for one of several processes.
         """
+        turn: Turn | None = None
         try:
             with distributed.process_groups(self.settings.parallel):
                 turns = Turns()
@@ -191,8 +192,10 @@ class Engine:
             refused = Refused(503, "the server has stopped")
             if self._generations is not None:
                 self._generations.fail(refused)
-            for job in (*self._answering, *self._waiting):
+            taken = () if turn is None else (*turn.generate, *turn.other)
+            for job in (*taken, *self._answering, *self._waiting):  # one that is told twice reads the first
                 job.reply.put(refused)
+            self._answering, self._waiting = [], deque()
 
     def _next(self, turns: Turns) -> Turn | None:
         """Wait for something to do; None at the end."""

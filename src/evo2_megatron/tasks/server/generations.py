@@ -84,7 +84,8 @@ class Generations:
     def _merge(self) -> None:
         """Let batches that have just read their prompts join others; where memory does not allow it, they go on."""
         for batch in [batch for batch in self._batches if batch.has_read]:
-            others = [other for other in self._batches if other is not batch]
+            # one that has joined another is empty by now
+            others = [other for other in self._batches if other is not batch and other.num_sequences]
             other = best_fit(batch.most_tokens(), others, negligible=self._negligible)
             if other is None:
                 continue
