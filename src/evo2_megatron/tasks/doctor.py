@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import VOCAB_SIZES, tokenizer_dir
+from evo2_megatron.runtime import free_memory
 from evo2_megatron.runtime.distributed import check_loopback
 from evo2_megatron.tasks.doctor_probe import STAGES
 
@@ -96,8 +97,10 @@ def _machine() -> Iterator[Finding]:
 
 
 def _memory() -> str:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{pages / 2**30:.0f} GiB memory"
+    all_there_is, limit = free_memory.memory_bytes() / 2**30, free_memory.limit_bytes()
+    if limit is None:
+        return f"{all_there_is:.0f} GiB memory"
+    return f"{limit / 2**30:.1f} GiB memory, the limit of this container or job, of {all_there_is:.0f}"
 
 
 def _gpus() -> list[str] | None:

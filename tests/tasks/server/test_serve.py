@@ -238,6 +238,8 @@ BAD = {
     "surrogate": ("/v1/generate", {"prompt": "AC\ud800"}, 422, "prompt: .*unicode"),
     "line break": ("/v1/generate", {"prompt": "ACG\nT"}, 422, r"prompt has '\\n' at character 4"),
     "alphabet": ("/v1/generate", {"prompt": "A", "alphabet": "AC", "stop_strings": ["G"]}, 422, "never appear"),
+    "letters": ("/v1/generate", {"prompt": "A", "alphabet": "A" * 257}, 422, "at most 256 characters"),
+    "long stop": ("/v1/generate", {"prompt": "A", "stop_strings": ["A" * 1001]}, 422, "at most 1000 characters"),
     "empty stop": ("/v1/generate", {"prompt": "A", "stop_strings": [""]}, 422, "a stop string is empty"),
     "long": (
         "/v1/generate",

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime import free_memory, megatron
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -52,11 +50,7 @@ def _free_bytes() -> int:
     if megatron.on_cuda():
         torch.cuda.empty_cache()  # what loading and a self-test took, and PyTorch holds on to
         return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:  # macOS: all memory is the nearest figure the system gives
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return free_memory.free_bytes()
 
 
 def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> list[int]:

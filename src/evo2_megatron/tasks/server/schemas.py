@@ -12,6 +12,11 @@ from evo2_megatron.data.vcf import MAX_POSITION
 MAX_SEQUENCES = 128
 """Of one request to score or embed; and variants."""
 
+MAX_LETTERS = 256
+"""More than any tokenizer has."""
+
+MAX_STOP_STRING = 1_000
+
 _DNA = "GGGCGGCGACCTCGCGGGTTTTCGCTATTT"  # lambda phage, bases 1 to 30
 
 Sequence = Annotated[str, Field(min_length=1, description="bases, and lineage tags between pipes", examples=[_DNA])]
@@ -36,8 +41,12 @@ class GenerateRequest(Request):
     top_k: int = Field(0, ge=0, description="draw among so many most probable; 0: no limit")
     top_p: Finite = Field(0.0, ge=0, le=1, description="draw among the fewest with this mass, after top_k; 0: off")
     seed: Seed | None = Field(None, description="the same seed gives the same bases; null: a new one, which is told")
-    alphabet: str = Field("", description="draw only these letters; empty: every token", examples=["ACGT"])
-    stop_strings: list[str] = Field([], max_length=16, description="end as soon as the new bases hold one of these")
+    alphabet: str = Field(
+        "", max_length=MAX_LETTERS, description="draw only these letters; empty: every token", examples=["ACGT"]
+    )
+    stop_strings: list[Annotated[str, Field(max_length=MAX_STOP_STRING)]] = Field(
+        [], max_length=16, description="end as soon as the new bases hold one of these"
+    )
     include_stop_string: bool = Field(False, description="keep the text that ended the sequence")
     stop_at_eod: bool = Field(True, description="end where the model ends the document; false: it cannot")
     return_log_probs: bool = Field(False, description="also the log-probability of each new base, in nat")
