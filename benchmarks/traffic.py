@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -101,9 +102,10 @@ def one_kernel_each(traffic: Traffic, *, convolutions: bool) -> Iterator[None]:
         yield
 
 
-def step(model_size: str, seq_length: int, *, convolutions: bool) -> Traffic:
+def step(model_size: str, seq_length: int, recompute: str, *, convolutions: bool) -> Traffic:
     """One micro-batch of one sample, forwards and backwards."""
-    options = plan.planned_options(model_size=model_size, seq_length=seq_length, global_batch_size=1)
+    given = {"model_size": model_size, "seq_length": seq_length, "recompute": recompute}
+    options = plan.planned_options(**given, global_batch_size=1)
     with plan.on_stage(options, 0, 1):
         from evo2_megatron.tasks.planning import plan_step
 
@@ -123,14 +125,16 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=8192, help="tokens (default: 8192)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| convolutions | moved, GB | memory, ms | products, ms | together, ms | tokens/s | operations |")
-    print("|---|---|---|---|---|---|---|")
-    for name in ("plain", "compiled"):
-        found = step(args.model_size, args.seq_length, convolutions=name == "compiled")
+    print(
+        "| convolutions | recompute | moved, GB | memory, ms | products, ms | together, ms | tokens/s | operations |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, recompute in itertools.product(("plain", "compiled"), ("full", "none")):
+        found = step(args.model_size, args.seq_length, recompute, convolutions=name == "compiled")
         memory, products = 1e3 * found.bytes / BYTES_PER_SECOND, 1e3 * found.flops / FLOPS_PER_SECOND
         total = memory + products
         print(
-            f"| {name} | {found.bytes / 1e9:.0f} | {memory:.0f} | {products:.0f} | {total:.0f} | "
+            f"| {name} | {recompute} | {found.bytes / 1e9:.0f} | {memory:.0f} | {products:.0f} | {total:.0f} | "
             f"{1e3 * args.seq_length / total:,.0f} | {found.calls:,} |"
         )
 

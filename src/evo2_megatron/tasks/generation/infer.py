@@ -302,7 +302,7 @@ def _run(
                 if on_piece is not None:
                     on_piece(piece)
             done = decoding.result()
-            if distributed.is_model_parallel_writer():
+            if distributed.rank() == 0:  # others log nothing
                 _log_batch(done, number=first + copy + 1, num_batches=len(batches))
             finished = [(index, work.sequences[index].record(new)) for index, new in zip(batch, done.generations)]
         finished = _collect(finished)
