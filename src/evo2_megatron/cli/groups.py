@@ -115,7 +115,9 @@ def add_recompute(parser: argparse.ArgumentParser) -> None:
         "--no-activation-checkpointing", action="store_true", help="keep all activations (default: recompute them)"
     )
     kind.add_argument(
-        "--selective-activation-checkpointing", action="store_true", help="recompute attention only (default: layers)"
+        "--selective-activation-checkpointing",
+        action="store_true",
+        help="recompute attention only, which saves next to nothing: no scores are kept anyway (default: layers)",
     )
     kind.add_argument(
         "--activation-checkpoint-recompute-num-layers",

@@ -71,15 +71,15 @@ BASES = tables.Bases("a", np.arange(1, 9001), b"A" * 9000, {"log_prob": np.arang
 ROWS = [variant_files.Row("c", i, ".", "A", "C", i / 3, i / 7, i / 9, i, "scored") for i in range(9000)]
 WRITERS = {
     "predictions__rank_0__dp_rank_0.pt": write_tensors,
-    "scores.tsv": lambda path: tables.write_scores(path, SCORES),
-    "scores.parquet": lambda path: tables.write_scores(path, SCORES),
+    "scores.tsv": lambda path: tables.write_rows(path, tables.Score, SCORES),
+    "scores.parquet": lambda path: tables.write_rows(path, tables.Score, SCORES),
     "bases.tsv": lambda path: tables.write_bases(path, {"log_prob": None}, [BASES]),
     "bases.parquet": lambda path: tables.write_bases(path, {"log_prob": None}, [BASES]),
     "log_prob.bedgraph": lambda path: write_bedgraph(path, "log_prob", [BASES]),
     "logits.npz": lambda path: tables.write_arrays(path, ARRAYS),
     "logits.safetensors": lambda path: tables.write_arrays(path, ARRAYS),
-    "variants.tsv": lambda path: variant_files.write_table(path, ROWS),
-    "variants.parquet": lambda path: variant_files.write_table(path, ROWS),
+    "variants.tsv": lambda path: tables.write_rows(path, variant_files.Row, ROWS),
+    "variants.parquet": lambda path: tables.write_rows(path, variant_files.Row, ROWS),
 }
 
 

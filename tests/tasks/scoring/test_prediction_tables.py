@@ -17,7 +17,7 @@ from evo2_megatron.tasks.scoring.prediction_tables import (
     Score,
     write_arrays,
     write_bases,
-    write_scores,
+    write_rows,
     write_vectors,
 )
 
@@ -25,7 +25,7 @@ SCORES = [Score("a", 3, 2, -2.5, -1.25), Score("b|x", 1, 0, 0.0, 0.0), Score("c"
 
 
 def test_scores_as_text(tmp_path):
-    write_scores(tmp_path / "scores.tsv", SCORES)
+    write_rows(tmp_path / "scores.tsv", Score, SCORES)
     assert (tmp_path / "scores.tsv").read_text().splitlines() == [
         "id\tlength\tnum_scored\tlog_likelihood\tmean_log_likelihood",
         "a\t3\t2\t-2.5\t-1.25",
@@ -36,7 +36,7 @@ def test_scores_as_text(tmp_path):
 
 def test_scores_as_parquet(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_tables, "_ROWS_AT_A_TIME", 2)
-    write_scores(tmp_path / "scores.parquet", SCORES)
+    write_rows(tmp_path / "scores.parquet", Score, SCORES)
     table = parquet.read_table(tmp_path / "scores.parquet")
     assert [tuple(row.values()) for row in table.to_pylist()] == [tuple(score) for score in SCORES]
     assert table.column_names == list(Score._fields)

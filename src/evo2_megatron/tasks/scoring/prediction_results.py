@@ -25,7 +25,7 @@ from evo2_megatron.tasks.scoring.prediction_tables import (
     Score,
     write_arrays,
     write_bases,
-    write_scores,
+    write_rows,
     write_vectors,
 )
 from evo2_megatron.tasks.scoring.prediction_tracks import write_bedgraph, write_bigwig
@@ -111,7 +111,7 @@ class Results:
         if self.output.log_probs is not None:
             # beside files that need a program to be read, there is always the table
             for table in dict.fromkeys("parquet" if suffix == "parquet" else "tsv" for suffix in files.formats):
-                write_scores(files.output_dir / f"scores.{table}", self._scores())
+                write_rows(files.output_dir / f"scores.{table}", Score, self._scores())
         for suffix in files.formats:
             if self.output.log_probs == "per_token" and suffix != "pt":
                 self._write_bases(files.output_dir, suffix)

@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -66,29 +66,47 @@ class Array(NamedTuple):
     load: Callable[[], np.ndarray]
 
 
-def write_scores(path: Path, scores: Iterable[Score]) -> None:
-    """Write one line per sequence, as TSV or Parquet by the name of the file."""
+def write_rows(path: Path, kind: type[tuple], rows: Iterable[tuple]) -> None:
+    """Write one line per row, as TSV or Parquet by the name of the file.
+
+    Args:
+        path: File to write.
+        kind: Class of the rows: a NamedTuple whose fields are str, int or float, or None for what is not known.
+        rows: The lines.
+    """
     if path.suffix == ".parquet":
-        import pyarrow
-
-        types = (pyarrow.string(), pyarrow.int64(), pyarrow.int64(), pyarrow.float64(), pyarrow.float64())
-        schema = pyarrow.schema(list(zip(Score._fields, types)))
-
-        def tables() -> Iterator[pyarrow.Table]:
-            for rows in _in_groups(scores):
-                columns = [pyarrow.array(column, type_) for column, type_ in zip(zip(*rows), types)]
-                yield pyarrow.table(columns, schema=schema)
-
-        write_beside(path, lambda file: _write_parquet(file, schema, tables()))
+        schema = _schema_of(kind)
+        write_beside(path, lambda file: _write_parquet(file, schema, _tables(schema, rows)))
         return
 
     def write(file: BinaryIO) -> None:
-        file.write(("\t".join(Score._fields) + "\n").encode())
-        for score in scores:
-            *facts, total, mean = score
-            file.write(("\t".join(map(str, facts)) + f"\t{total:.9g}\t{mean:.9g}\n").encode())
+        file.write(("\t".join(kind._fields) + "\n").encode())
+        for row in rows:
+            file.write(("\t".join(map(_text, row)) + "\n").encode())
 
     write_beside(path, write)
+
+
+def _text(value: str | int | float | None) -> str:
+    if value is None:
+        return "NA"
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _schema_of(kind: type[tuple]) -> pyarrow.Schema:
+    import pyarrow
+
+    types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    known = {name: get_args(hint)[:1] or (hint,) for name, hint in get_type_hints(kind).items()}  # of "float | None"
+    return pyarrow.schema([(name, types[hint]) for name, (hint,) in known.items()])
+
+
+def _tables(schema: pyarrow.Schema, rows: Iterable[tuple]) -> Iterator[pyarrow.Table]:
+    import pyarrow
+
+    for group in _in_groups(rows):
+        columns = [pyarrow.array(column, kind) for column, kind in zip(zip(*group), schema.types)]
+        yield pyarrow.table(columns, schema=schema)
 
 
 def write_bases(path: Path, columns: dict[str, int | None], bases: Iterable[Bases]) -> None:
@@ -247,8 +265,8 @@ def _vector_column(values: np.ndarray) -> pyarrow.Array:
     return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _in_groups(rows: Iterable[Score]) -> Iterator[list[Score]]:
-    group: list[Score] = []
+def _in_groups(rows: Iterable[tuple]) -> Iterator[list[tuple]]:
+    group: list[tuple] = []
     for row in rows:
         group.append(row)
         if len(group) == _ROWS_AT_A_TIME:

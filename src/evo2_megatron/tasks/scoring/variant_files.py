@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -28,17 +28,12 @@ from evo2_megatron.tasks.scoring.prediction_tables import Bases
 from evo2_megatron.tasks.scoring.prediction_tracks import write_bedgraph, write_bigwig
 from evo2_megatron.tasks.scoring.variant_alleles import Allele
 
-if TYPE_CHECKING:
-    import pyarrow
-
 FORMATS = ("tsv", "parquet", "vcf", "vcf.gz", *TRACKS)
 TRACK = "delta"
 """Name of the values of ``write_track``."""
 
 SKIPPED_FILE = "skipped.tsv"
 RESULTS = ResultNames(r"variants\.(tsv|parquet|vcf|vcf\.gz)|delta\.(bedgraph|bigwig)|skipped\.tsv|manifest\.json")
-
-_ROWS_AT_A_TIME = 1 << 16
 
 
 class Row(NamedTuple):
@@ -70,48 +65,6 @@ def rows(alleles: Iterable[Allele], scores: Iterator[Score]) -> Iterator[Row]:
         texts = [text.decode("utf-8", "backslashreplace") for text in (record.id, record.ref, allele.alt)]
         numbers = next(scores) if allele.is_scored else (None,) * len(Score._fields)
         yield Row(record.contig.decode(), record.position, *texts, *numbers, allele.status)
-
-
-def write_table(path: Path, lines: Iterable[Row]) -> None:
-    """Write one line per ALT, as TSV or Parquet by the name of the file."""
-    if path.suffix == ".parquet":
-        write_beside(path, lambda file: _write_parquet(file, lines))
-        return
-
-    def write(file: BinaryIO) -> None:
-        file.write(("\t".join(Row._fields) + "\n").encode())
-        for row in lines:
-            file.write(("\t".join(map(_text, row)) + "\n").encode())
-
-    write_beside(path, write)
-
-
-def _text(value: str | int | float | None) -> str:
-    if value is None:
-        return "NA"
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
-
-
-def _write_parquet(file: BinaryIO, lines: Iterable[Row]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    string, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
-    types = (string, whole, string, string, string, real, real, real, whole, string)
-    schema = pyarrow.schema(list(zip(Row._fields, types)))
-
-    def table(group: list[Row]) -> pyarrow.Table:
-        return pyarrow.table([pyarrow.array(column, kind) for column, kind in zip(zip(*group), types)], schema=schema)
-
-    with parquet.ParquetWriter(file, schema) as writer:
-        group: list[Row] = []
-        for row in lines:
-            group.append(row)
-            if len(group) == _ROWS_AT_A_TIME:
-                writer.write_table(table(group))
-                group = []
-        if group:
-            writer.write_table(table(group))
 
 
 def write_vcf(

@@ -37,6 +37,7 @@ from evo2_megatron.tasks.scoring.prediction_manifest import CheckpointDigest, as
 from evo2_megatron.tasks.scoring.prediction_parts import Parts
 from evo2_megatron.tasks.scoring.prediction_runner import Runner
 from evo2_megatron.tasks.scoring.prediction_settings import TRACKS, Files, ModelChanges, Output, check_window_length
+from evo2_megatron.tasks.scoring.prediction_tables import write_rows
 from evo2_megatron.tasks.scoring.shared_batches import SharedBatches
 from evo2_megatron.tasks.scoring.variant_alleles import Allele, comparisons, read_alleles, report_skipped
 from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile
@@ -259,5 +260,5 @@ class _Scoring:
                 lines = self.source.lines(self.genome)
                 variant_files.write_vcf(path, lines, self.alleles, scores, meaning=meaning)
             else:
-                variant_files.write_table(path, variant_files.rows(self.alleles, scores))
+                write_rows(path, variant_files.Row, variant_files.rows(self.alleles, scores))
         variant_files.write_skipped(self.output_dir, self.alleles)
