@@ -99,7 +99,7 @@ def test_tracks(make, tmp_path):
         (("--bed", "overlap.bed"), "'site' and 'box' overlap on c1 at 3, and a base has one class"),
         (("--bed", "unnamed.bed"), "an interval on c1 at 1 is named '.', which is no class; name it"),
         (("--bed", "beyond.bed"), "'site' ends at 16, beyond the 15 bases of c1"),
-        (("--bed", "none.bed"), "cannot read BED file none.bed"),
+        (("--bed", "none.bed"), "no such BED file: none.bed"),
         (("--gtf", "g.gtf", "--contigs", "c3"), "--contigs names contig 'c3'"),
         (("--gtf", "g.gtf", "--log1p"), "--missing and --log1p go with --bigwig"),
         (("--bigwig", "a=short.bw"), "short.bw: c1 has 14 bases, and in the FASTA file 15; are both of the same"),

@@ -169,7 +169,7 @@ def test_numbers_are_those_of_predict(study, checkpoint, tmp_path):
             ("--fasta", "g.fa", "--layer", 1, "--k", 9, "--num-latents", 9),
             "--k 9 of",
         ),
-        ("sparse_autoencoder", ("--fasta", "g.fa", "--layer", 1, "--features", "no"), "cannot read BED file no"),
+        ("sparse_autoencoder", ("--fasta", "g.fa", "--layer", 1, "--features", "no"), "no such BED file: no"),
     ],
 )
 def test_bad_input_is_one_line(study, capsys, name, flags, message):

@@ -17,12 +17,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command.Parser(PROG, __doc__)
     source = parser.add_argument_group("source")
     variants = source.add_mutually_exclusive_group(required=True)
-    variants.add_argument("--vcf", type=Path, metavar="FILE", help="variants: VCF, plain, gzip or bgzip")
+    variants.add_argument(
+        "--vcf", type=Path, metavar="FILE", help="variants: VCF, plain, gzip or bgzip (default: none)"
+    )
     variants.add_argument(
         "--saturate",
         type=Path,
         metavar="FILE",
-        help="in place of variants, all three substitutions of every base in the intervals of a BED file",
+        help="in place of variants, all three substitutions of every base in the intervals of a BED file "
+        "(default: none)",
     )
     source.add_argument(
         "--fasta",
