@@ -40,6 +40,10 @@ Embed = Callable[[Sequence[bytes]], Iterable[np.ndarray]]
 """Sequences to hidden states, float32 [L, H] each, in their order."""
 
 
+FirstOrder = Callable[[bytes], np.ndarray]
+"""A sequence to float32 [2, L, 4], nat: by how much A, C, G and T in place of the base at t change the log-probability
+of that base, which is exact, and to first order those of all bases behind it. 0 for the base that is there."""
+
 Pooling = Literal["mean", "last"] | range
 """Of the hidden states of a sequence: the mean of all, the last one's, or the mean of those at these positions."""
 
@@ -133,6 +137,28 @@ class Model:
             for layer, values in results.items():
                 values[indices] = batch[output.hidden_name(layer)].numpy()
         return results
+
+    def first_order(self, sequence: bytes) -> np.ndarray:
+        """``FirstOrder``, by one pass forwards and one backwards, whose activations are all in memory."""
+        import torch
+
+        from evo2_megatron.data.tokenizer import encode_sequence
+
+        model = self._loaded.model.requires_grad_(False)
+        embedding, letters = model.embedding.word_embeddings, list(BASES.encode())
+        seen: list[torch.Tensor] = []
+        hook = embedding.register_forward_hook(lambda *call: seen.append(call[-1].requires_grad_()) or call[-1])
+        ids_L = torch.tensor(list(encode_sequence(sequence.upper(), name="a window")), device=embedding.weight.device)
+        with torch.enable_grad():
+            log_probs_LV = model(ids_L[None], None, None)[0].float().log_softmax(-1)
+            of_next_L = log_probs_LV[:-1].gather(1, ids_L[1:, None])
+            of_next_L.sum().backward()
+        hook.remove()
+        result_2L4 = torch.zeros(2, len(ids_L), len(letters))
+        result_2L4[0, 1:] = (log_probs_LV[:-1, letters] - of_next_L).detach()
+        grad_LH, table_VH = seen[0].grad[0].float(), embedding.weight.float()
+        result_2L4[1] = grad_LH @ table_VH[letters].T - (grad_LH * table_VH[ids_L]).sum(-1, keepdim=True)
+        return result_2L4.numpy()
 
     def _batches(self, sequences: Sequence[bytes], output) -> Iterator[tuple[list[int], dict]]:
         from tqdm import tqdm

@@ -75,6 +75,41 @@ def test_scan_of_the_first_codons(study, tmp_path):
     assert [mutations[0].offset, mutations[-1].offset] == [-2, 11]  # the contig begins two bases before
 
 
+def test_gradients_of_both_strands(study, tmp_path, capsys):
+    """A scorer for which the first order is all there is: a number for each letter and place, and for some pairs."""
+    scan = study("gradient_scan")
+    weights = np.random.default_rng(2).normal(size=(90, 4))
+    letters = {base: place for place, base in enumerate(b"ACGT")}
+
+    def score(sequences):
+        return np.array([sum(weights[at, letters.get(b, 0)] for at, b in enumerate(s)) for s in sequences])
+
+    def first_order(sequence):
+        there = np.array([weights[at, letters.get(base, 0)] for at, base in enumerate(sequence)])
+        changes = weights[: len(sequence)] - there[:, None]
+        return np.stack([0.25 * changes, 0.75 * changes]).astype(np.float32)
+
+    contig = random_dna(3, 40) + b"N" + random_dna(4, 40)
+    region = scan.region_of(contig, 10, 70, 15)
+    assert region == (10, 70, 0, 81)
+    changes = scan.gradient_scan(
+        first_order, score, "c", contig, region, tmp_path, both_strands=True, num_checked=200, seed=1
+    )
+    assert changes.shape == (60, 4) and np.isnan(changes).sum() == 4 and np.isnan(changes[30]).all()
+    rows = read_tsv(tmp_path / "gradient_scan.tsv")
+    assert len(rows) == 3 * 59 and "Pearson 1.0000" in capsys.readouterr().out
+    for row in rows:
+        at, delta = int(row["position"]), float(row["delta_log_likelihood"])
+        assert chr(contig[at]) == row["reference"] != row["alternative"]
+        assert float(row["of_the_base"]) == pytest.approx(delta / 4, abs=1e-5)
+        assert delta == pytest.approx(changes[at - 10, "ACGT".index(row["alternative"])], rel=1e-5)
+    for row in read_tsv(tmp_path / "gradient_scan_check.tsv"):
+        assert float(row["first_order"]) == pytest.approx(float(row["exact"]), rel=1e-4, abs=1e-5)
+    assert (tmp_path / "gradient_scan.png").read_bytes().startswith(PNG)
+    with pytest.raises(UserError, match="--start 70 --end 82 is not within the contig's 81 bases"):
+        scan.region_of(contig, 70, 82, 5)
+
+
 @pytest.mark.parametrize(
     "gene, message",
     [

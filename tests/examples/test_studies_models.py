@@ -17,7 +17,8 @@ from helpers import STUDIES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPTS = (
-    "mutational_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "probe", "sparse_autoencoder"
+    "mutational_scan", "gradient_scan", "essentiality", "needle", "dependency_map", "exon_classifier", "probe",
+    "sparse_autoencoder",
 )  # fmt: skip
 
 
@@ -68,6 +69,51 @@ def test_essentiality(study, capsys):
     assert "AUROC" in capsys.readouterr().out
     deltas = [float(row[6]) for row in files["essentiality.tsv"][1:]]
     assert deltas == sorted(deltas)
+
+
+def test_gradient_scan(study, capsys):
+    where = ("--fasta", "g.fa", "--contig", "c0", "--start", 20, "--end", 80, "--context", 50)
+    files = study("gradient_scan", *where, "--check", 30)
+    assert list(files) == ["gradient_scan.png", "gradient_scan.tsv", "gradient_scan_check.tsv"]
+    assert len(files["gradient_scan.tsv"]) == 1 + 3 * 60 and len(files["gradient_scan_check.tsv"]) == 31
+    told = {tuple(row[1:4]): float(row[4]) for row in files["gradient_scan.tsv"][1:]}
+    checked = files["gradient_scan_check.tsv"][1:]
+    assert all(told[tuple(row[1:4])] == float(row[4]) for row in checked)
+    first_order, exact = np.array([row[4:] for row in checked], float).T
+    pearson = float(capsys.readouterr().out.split("Pearson ")[1].split()[0])
+    assert pearson == pytest.approx(np.corrcoef(first_order, exact)[0, 1], abs=1e-4) and pearson > 0.3
+
+
+def test_gradients_are_those_of_a_small_step(study, checkpoint):
+    """The log-likelihood where the embedding goes a thousandth of the way from a base to another."""
+    import torch
+
+    harness = importlib.import_module("harness")
+    sequence, step = np.random.default_rng(4).choice(list(b"ACGT"), 60).astype(np.uint8).tobytes(), 1e-3
+    ids_L = torch.tensor(list(sequence))
+    with harness.open_model(checkpoint, longest=60) as model, torch.no_grad():
+        own_L4, behind_L4 = model.first_order(sequence)
+        distributions = model.distributions([sequence])[0]
+        inner = model._loaded.model
+        table_VH = inner.embedding.word_embeddings.weight
+
+        def log_likelihood(at: int, base: int, share: float) -> float:
+            towards = share * (table_VH[base] - table_VH[sequence[at]])
+            hook = inner.embedding.word_embeddings.register_forward_hook(
+                lambda module, ids, embedded: embedded.index_add(1, torch.tensor([at]), towards[None, None])
+            )
+            log_probs_LV = inner(ids_L[None], None, None)[0].double().log_softmax(-1)
+            hook.remove()
+            return log_probs_LV[:-1].gather(1, ids_L[1:, None]).sum().item()
+
+        for at, base in ((0, b"A"), (7, b"G"), (30, b"C"), (58, b"T"), (59, b"A")):
+            difference = (log_likelihood(at, base[0], step) - log_likelihood(at, base[0], -step)) / (2 * step)
+            column = b"ACGT".index(base)
+            assert behind_L4[at, column] == pytest.approx(difference, rel=0.02, abs=2e-3)
+    letters = [b"ACGT".index(base) for base in sequence]
+    differences = distributions - distributions[range(60), letters][:, None]
+    np.testing.assert_allclose(own_L4[1:], differences[1:], atol=1e-4)
+    assert not own_L4[0].any() and not own_L4[range(60), letters].any() and not behind_L4[59].any()
 
 
 @pytest.mark.parametrize("measure", ["likelihood", "jacobian"])
