@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -221,19 +222,14 @@ def copy_tensors(
         for chunk in tensor_entries(index)[name].chunks
     )
     storage_data = {}
-    with contextlib.ExitStack() as files:
-        opened = {}
-        for span, name, offsets in places:
-            if span.path not in opened:
-                opened[span.path] = (
-                    files.enter_context(open(span.path, "rb", buffering=0)),
-                    files.enter_context(open(target / span.path.name, "xb", buffering=0)),
-                )
-            source_file, target_file = opened[span.path]
-            info = index.storage_data[MetadataIndex(name, offsets)]
-            storage_data[MetadataIndex(names[name], offsets)] = dataclasses.replace(info, offset=target_file.tell())
-            source_file.seek(span.start)
-            _copy_bytes(source_file, target_file, span.length, on_bytes)
+    # one file at a time: each process of a large run has written its own
+    for path, of_file in itertools.groupby(places, key=lambda place: place[0].path):
+        with open(path, "rb", buffering=0) as source_file, open(target / path.name, "xb", buffering=0) as target_file:
+            for span, name, offsets in of_file:
+                info = dataclasses.replace(index.storage_data[MetadataIndex(name, offsets)], offset=target_file.tell())
+                storage_data[MetadataIndex(names[name], offsets)] = info
+                source_file.seek(span.start)
+                _copy_bytes(source_file, target_file, span.length, on_bytes)
     entries = {names[name]: tensor_entries(index)[name] for name in sorted(names)}
     write_index(target, Metadata(entries, {name: (name,) for name in entries}, storage_data))
 
