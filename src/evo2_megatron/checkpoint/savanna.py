@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint.fp8_state import read_scales
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.savanna_files import SavannaFiles
-from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, one_below_another, side_by_side
+from evo2_megatron.checkpoint.tensors import StoredTensor, one_below_another, side_by_side
 from evo2_megatron.checkpoint.torch_file import JoinedFile, read_torch_file, whole_files
 from evo2_megatron.checkpoint.translate import Weights, named_tensors, to_ours
 from evo2_megatron.checkpoint.vortex import check_frequencies
@@ -111,12 +114,21 @@ def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor
     return parts[0]
 
 
+def _first_columns(tensor: StoredTensor) -> StoredTensor:
+    """What the model uses of a filter, read row by row: with a million columns, all rows would be gigabytes."""
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return torch.cat([tensor.read_rows(row, row + 1)[:, :_FILTER_LENGTH] for row in range(start, stop)])
+
+    return StoredTensor((tensor.shape[0], min(tensor.shape[1], _FILTER_LENGTH)), tensor.dtype, read_rows)
+
+
 def _without_unused(state: Mapping[str, StoredTensor], num_layers: int) -> dict[str, StoredTensor]:
     """Leave out buffers and norms that the model does not use, and cut filters to the columns that it does."""
     weights = {}
     for name, tensor in state.items():
         if name.endswith((".filter.h", ".filter.decay")) and len(tensor.shape) == 2:
-            weights[name] = each_row(lambda rows: rows[:, :_FILTER_LENGTH], tensor)
+            weights[name] = _first_columns(tensor)
         elif not name.endswith((_FREQUENCIES, *_UNUSED)):
             weights[name] = tensor
     # the file of the 20B model has one pipeline step less before its last norm
