@@ -207,6 +207,9 @@ def test_remove_optimizer(tiny, tmp_path, caplog):
     # one iteration may be given, too; the new folder is a complete one all the same
     remove_optimizer(source / "iter_0000001", tmp_path / "first")
     assert (tmp_path / "first/latest_checkpointed_iteration.txt").read_text() == "1\n"
+    (source / "mine").symlink_to("iter_0000012")
+    assert remove_optimizer(source / "mine", tmp_path / "linked") == tmp_path / "linked/iter_0000012"
+    (source / "mine").unlink()
     (source / "iter_0000001").rename(source / "mine")
     with pytest.raises(UserError, match="not named iter_<number>"):
         remove_optimizer(source / "mine", tmp_path / "other")

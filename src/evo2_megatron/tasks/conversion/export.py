@@ -196,7 +196,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
             _check_equal(checkpoint, partial)
             logger.info("verified: all %d tensors are equal", len(kept))
     logger.info("%s: %.3f GB before, %.3f GB after", checkpoint, sizes.before / 1e9, sizes.after / 1e9)
-    return target / checkpoint.name
+    return target / layout.iteration_name(iteration)
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> Stripped:

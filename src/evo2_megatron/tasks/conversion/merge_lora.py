@@ -82,7 +82,7 @@ def merge_lora(
         if verify:
             exact = float32 or all(tensor.dtype == torch.float32 for tensor in tensors.values())
             _verify(checkpoint, base, folder, exact=exact)
-    return target / checkpoint.name
+    return target / layout.iteration_name(iteration)
 
 
 def _architecture(run_config: RunConfig) -> Architecture:
