@@ -72,7 +72,11 @@ def _load(file: JoinedFile, name: str) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{name} holds no state dict, by itself or in 'module'; give a Savanna checkpoint of a model")
     named = named_tensors(state, source=name, wanted="a Savanna checkpoint of a model")
-    return {key.removeprefix("module."): value for key, value in named.items()}
+    renamed = {key.removeprefix("module."): value for key, value in named.items()}
+    if len(renamed) < len(named):
+        twice = next(key for key in renamed if f"module.{key}" in named and key in named)
+        raise UserError(f"{name} has {twice} twice, with and without 'module.'; save a state dict that has it once")
+    return renamed
 
 
 def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[str, StoredTensor]:
@@ -94,7 +98,8 @@ def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[s
         else:
             merged[name] = _same_on_all_ranks(parts, f"{source}: {name}")
             continue
-        if len({(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}) > 1:
+        kinds = {(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
+        if len(kinds) > 1 or len(parts[0].shape) <= axis:
             raise UserError(f"the parts of {name} do not fit together; check that the files belong to one checkpoint")
         merged[name] = join(parts)
     return merged
@@ -102,10 +107,12 @@ def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[s
 
 def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor:
     """Norms and biases are kept by every rank; training may let their last bits drift apart."""
+    if any(part.shape != parts[0].shape for part in parts):
+        raise UserError(f"{name} has another shape on another rank; check that the files belong to one checkpoint")
+    if parts[0].nbytes == 0 or not parts[0].shape:
+        return parts[0]  # no weight, which is told when all are joined
     first = parts[0].read().double()
     for part in parts[1:]:
-        if part.shape != parts[0].shape:
-            raise UserError(f"{name} has another shape on another rank; check that the files belong to one checkpoint")
         distance = (part.read().double() - first).abs().max().item()
         if distance > 0.01 * first.abs().max().item():
             raise UserError(f"{name} differs between ranks by {distance:.2g}; the files are not of one checkpoint")

@@ -164,7 +164,7 @@ def to_ours(
     """
     table = rows(architecture)
     embedding = theirs.get(_column(table[0], format)[0][0])
-    vocab_size = embedding.shape[0] if embedding else 0
+    vocab_size = embedding.shape[0] if embedding and embedding.shape else 0
     found = {name: tensor.shape for name, tensor in theirs.items()}
     expected = _their_shapes(architecture, format, vocab_size)
     if found != expected:

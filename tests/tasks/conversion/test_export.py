@@ -15,6 +15,7 @@ from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint import distcp
 from evo2_megatron.checkpoint.names import unfused
+from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.conversion import export
@@ -154,6 +155,14 @@ def test_names_without_fused_layers(tiny, copy, tmp_path):
     first, *others = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "abc")
     for other in others:
         assert other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
+
+    twice = {name: in_memory(value) for name, value in stored(tiny).items()}
+    twice["decoder.layers.0.norm.weight"] = in_memory(torch.zeros(128))
+    for path in (*copy.glob("*.distcp"), copy / ".metadata"):
+        path.unlink()
+    distcp.write_tensors(twice, copy)
+    with pytest.raises(UserError, match=r"1 not understood \(decoder.layers.0.norm.weight\)"):
+        mbridge_to_vortex(copy, tmp_path / "d.pt")
 
 
 def test_half_a_model(tiny, copy, tmp_path):

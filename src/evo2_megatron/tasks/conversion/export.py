@@ -150,8 +150,7 @@ def _check_size(model: Architecture, model_size: str, checkpoint: Path) -> None:
 
 
 def _usual_names(model: Architecture, stored: set[str], checkpoint: Path, unfused_names: bool) -> dict[str, str]:
-    usual = {names.unfused(name): name for name in names.parameter_shapes(model, vocab_size=1)}
-    renamed = {name: usual.get(name, name) for name in stored}
+    renamed = names.usual_names(stored, names.parameter_shapes(model, vocab_size=1))
     if unfused_names and not any(old != new for old, new in renamed.items()):
         raise UserError(
             f"--no-te: {checkpoint} has the names of models with Transformer Engine's fused layers; leave it out"
