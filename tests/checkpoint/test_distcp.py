@@ -211,6 +211,11 @@ def test_damage(tmp_path):
     with pytest.raises(UserError, match="not what the checkpoint's index says"):
         read(folder)["one.weight"].read()
 
+    whole = (folder / ".metadata").read_bytes()
+    for part, damaged in ((b"ChunkStorageMetadata", b"ChunkStorageMetadat4"), (b"one.weight", b"one.weigh\xd7")):
+        (folder / ".metadata").write_bytes(whole.replace(part, damaged))
+        with pytest.raises(UserError, match="metadata cannot be read .*; copy the checkpoint again"):
+            distcp.read_index(folder)
     for content, message in ((b"", "cannot be read"), (pickle.dumps({"a": 1}), "not an index")):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(UserError, match=message):

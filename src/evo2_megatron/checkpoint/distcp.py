@@ -59,6 +59,12 @@ _INDEX_NAMES = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
 }
+_UNREADABLE = (
+    pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError, OverflowError,
+    MemoryError,
+)  # fmt: skip
+"""What a damaged pickle may raise."""
+
 _COPY_BYTES = 8 * 2**20
 
 OnBytes = Callable[[int], Any]
@@ -109,7 +115,9 @@ def read_index(folder: Path) -> Metadata:
     with open(index, "rb") as file:
         try:
             metadata = _IndexReader(file).load()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except UserError:
+            raise
+        except _UNREADABLE as error:
             raise UserError(f"{index} cannot be read ({error}); copy the checkpoint again") from None
     if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise UserError(f"{index} is not an index of weights; copy the checkpoint again")

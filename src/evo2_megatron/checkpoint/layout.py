@@ -145,7 +145,7 @@ def _tracked_iteration(path: Path) -> int | None:
     tracker = path / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
     if not text.isdecimal():
         logger.warning("%s holds %r instead of a number; it is not used", tracker, text[:40])
         return None

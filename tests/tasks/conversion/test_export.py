@@ -83,7 +83,7 @@ def test_frequencies_as_arc_has_them(tiny, tmp_path):
 
 def test_files_in_the_way(tiny, tmp_path):
     for name in ("model.pt", "model.yml", "config.json"):
-        (tmp_path / name).write_text("somebody's")
+        (tmp_path / name).write_bytes(b"somebody's \xff")
         with pytest.raises(UserError, match=f"{name} exists already"):
             mbridge_to_vortex(tiny, tmp_path / "model.pt")
         assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -123,7 +123,11 @@ def _files(output: Path) -> list[Path]:
             f"--output-path {output} is for the weights, and so is called what stands beside them; use .pt"
         )
     for path in files:
-        if path.name == _CONFIG_JSON and path.is_file() and '"hybrid_override_pattern"' in path.read_text():
+        if (
+            path.name == _CONFIG_JSON
+            and path.is_file()
+            and '"hybrid_override_pattern"' in path.read_text(errors="replace")
+        ):
             continue  # of an earlier export
         if path.exists():
             raise UserError(f"{path} exists already; choose another --output-path or remove it")
