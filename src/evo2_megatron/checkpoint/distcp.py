@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT, WEIGHTS_INDEX
 from evo2_megatron.checkpoint.tensors import StoredTensor
-from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, save_tensors, write_all
+from evo2_megatron.checkpoint.torch_file import UNREADABLE, JoinedFile, Span, read_torch_file, save_tensors, write_all
 from evo2_megatron.config import UserError
 
 FORMAT = {
@@ -59,12 +59,6 @@ _INDEX_NAMES = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
 }
-_UNREADABLE = (
-    pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError, OverflowError,
-    MemoryError,
-)  # fmt: skip
-"""What a damaged pickle may raise."""
-
 _COPY_BYTES = 8 * 2**20
 
 OnBytes = Callable[[int], Any]
@@ -117,7 +111,7 @@ def read_index(folder: Path) -> Metadata:
             metadata = _IndexReader(file).load()
         except UserError:
             raise
-        except _UNREADABLE as error:
+        except (*UNREADABLE, MemoryError) as error:
             raise UserError(f"{index} cannot be read ({error}); copy the checkpoint again") from None
     if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise UserError(f"{index} is not an index of weights; copy the checkpoint again")
