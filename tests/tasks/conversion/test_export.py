@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
-from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint import distcp
 from evo2_megatron.checkpoint.names import unfused
 from evo2_megatron.checkpoint.tensors import in_memory
@@ -20,8 +19,7 @@ from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.conversion import export
 from evo2_megatron.tasks.conversion.export import mbridge_to_vortex, remove_optimizer
-
-TINY = architecture("evo2_tiny")
+from tasks.conversion.conversions import TINY, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +69,13 @@ def test_export(tiny, tmp_path):
         "num_groups_hyena": 128,
         "vocab_size": 512,
     }
+
+
+def test_medium_filters_of_16_bits_are_not_rounded_again():
+    """Of training in bfloat16: --verify, which computes in float32, took the rounded product for a wrong one."""
+    h, decay = (WEIGHTS[f"decoder.layers.1.mixer.mixer.filter.{name}"] for name in ("h", "decay"))
+    assert h.dtype is decay.dtype is torch.bfloat16
+    assert torch.equal(to_vortex(WEIGHTS, TINY)["blocks.1.filter.h"][:, 0].double(), h.double() * decay.double())
 
 
 def test_frequencies_as_arc_has_them(tiny, tmp_path):
