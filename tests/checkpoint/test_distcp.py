@@ -3,12 +3,21 @@
 
 import json
 import pickle
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from evo2_megatron.checkpoint import distcp, tensors
 from evo2_megatron.checkpoint.tensors import in_memory
@@ -116,6 +125,36 @@ def test_copy_some_under_other_names(tmp_path, monkeypatch, piece_bytes):
     assert (target / "__0_0.distcp").stat().st_size == sum(done)
 
 
+def test_copy_of_more_files_than_may_be_open(tmp_path):
+    """Each process of a run writes its own, and a large one has more than the usual limit of 1,024."""
+    values = {f"{i}.weight": torch.full((2,), float(i)) for i in range(60)}
+    (tmp_path / "run").mkdir()
+    storage = {}
+    for i, (name, value) in enumerate(values.items()):
+        part = write(tmp_path / "part", {name: value})
+        for place, info in distcp.read_index(part).storage_data.items():
+            storage[place] = _StorageInfo(f"__{i}_0.distcp", info.offset, info.length)
+        (part / "__0_0.distcp").rename(tmp_path / "run" / f"__{i}_0.distcp")
+        shutil.rmtree(part)
+    entries = {
+        name: TensorStorageMetadata(
+            TensorProperties(torch.float32), torch.Size([2]), [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))]
+        )
+        for name in values
+    }
+    distcp.write_index(tmp_path / "run", Metadata(entries, {}, storage))
+    (tmp_path / "copy").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, limits[1]))
+    try:
+        names = {name: name for name in values}
+        distcp.copy_tensors(tmp_path / "run", distcp.read_index(tmp_path / "run"), names, tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_equal(load_with_torch(tmp_path / "copy"), values)
+
+
 def test_hostile_index(tmp_path):
     folder = write(tmp_path / "new")
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "trap")))
@@ -172,6 +211,11 @@ def test_damage(tmp_path):
     with pytest.raises(UserError, match="not what the checkpoint's index says"):
         read(folder)["one.weight"].read()
 
+    whole = (folder / ".metadata").read_bytes()
+    for part, damaged in ((b"ChunkStorageMetadata", b"ChunkStorageMetadat4"), (b"one.weight", b"one.weigh\xd7")):
+        (folder / ".metadata").write_bytes(whole.replace(part, damaged))
+        with pytest.raises(UserError, match="metadata cannot be read .*; copy the checkpoint again"):
+            distcp.read_index(folder)
     for content, message in ((b"", "cannot be read"), (pickle.dumps({"a": 1}), "not an index")):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(UserError, match=message):

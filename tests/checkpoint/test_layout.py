@@ -20,13 +20,15 @@ def test_a_checkpoint_is_itself(tmp_path):
     assert resolve_checkpoint_path(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("tracker, expected", [(None, 100), ("20\n", 20), ("70", 100), ("release", 100)])
+@pytest.mark.parametrize(
+    "tracker, expected", [(None, 100), ("20\n", 20), ("70", 100), ("release", 100), ("\xff", 100)]
+)
 def test_a_folder_of_iterations(tmp_path, tracker, expected):
     # as text, 9 would be the highest
     make_iterations(tmp_path, complete=[9, 20, 100], interrupted=[101])
     (tmp_path / "iter_x").mkdir()
     if tracker is not None:
-        (tmp_path / TRACKER).write_text(tracker)
+        (tmp_path / TRACKER).write_bytes(tracker.encode("latin-1"))
     assert resolve_checkpoint_path(tmp_path) == tmp_path / iteration_name(expected)
 
 

@@ -58,6 +58,17 @@ def test_keep_newest_counts_complete_ones(tmp_path):
     assert names(tmp_path) == {"iter_0000009", "iter_0000100", "iter_0000103"}
 
 
+def test_what_others_keep_there_is_theirs(tmp_path):
+    make(tmp_path, 3, 6, 9)
+    (tmp_path / "iter_0000009").rename(tmp_path / "iter_0000006_copy")
+    (tmp_path / "iter_notes").mkdir()
+    (tmp_path / "iter_list.txt").write_text("x")
+    assert run_checkpoints.newest(tmp_path) == tmp_path / "iter_0000006"
+    run_checkpoints.tidy(tmp_path, tmp_path / "iter_0000006")
+    run_checkpoints.keep_newest(tmp_path, 1)
+    assert names(tmp_path) == {"iter_0000006", "iter_0000006_copy", "iter_notes", "iter_list.txt", TRACKER}
+
+
 def test_one_run_at_a_time(tmp_path):
     other = "import sys; from pathlib import Path; from evo2_megatron.checkpoint.run_checkpoints import locked\n"
     other += "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"

@@ -43,6 +43,14 @@ def test_parts(tmp_path, monkeypatch):
         find_savanna_files(str(tmp_path / "model.pt"))
 
 
+def test_parts_of_files_with_similar_names(tmp_path):
+    touch(tmp_path, *(f"{name}.pt.part{i}" for name in ("model", "model_base", "model.pt.old") for i in range(2)))
+    for source in ("model.pt", "model.pt.part1"):
+        assert names(find_savanna_files(str(tmp_path / source))) == [["model.pt.part0", "model.pt.part1"]]
+    with pytest.raises(UserError, match="model does not exist"):  # parts of both were taken for one file
+        find_savanna_files(str(tmp_path / "model"))
+
+
 def test_ranks(tmp_path):
     ranks = [f"mp_rank_{i:02d}_model_states.pt" for i in range(3)]
     step = touch(tmp_path / "global_step5", *ranks, "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -148,6 +148,24 @@ def test_incomplete_file(file, kept):
         read(file)
 
 
+@pytest.mark.parametrize(
+    "part, damaged", [(b"nested", b"\xd7ested"), (b"_rebuild_tensor_v2", b"_rebuild_tensor_v2"[::-1])]
+)
+def test_damaged_file(file, part, damaged):
+    file.write_bytes(file.read_bytes().replace(part, damaged))
+    with pytest.raises(UserError, match="damaged or incomplete|nothing of it was run or loaded"):
+        read(file)
+
+
+def test_a_pickle_that_ends_too_early(file):
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(file.with_name("short.pt"), "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, data[:2] if name.endswith("/data.pkl") else data)
+    with pytest.raises(UserError, match=r"damaged or incomplete \(it ends too early\)"):
+        read(file.with_name("short.pt"))
+
+
 def test_old_and_foreign_formats(tmp_path, file):
     torch.save(SAVED["bf16"], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="load and save it again"):

@@ -21,7 +21,7 @@ from evo2_megatron.checkpoint.names import (
     is_trained,
     is_weight,
     parameter_shapes,
-    unfused,
+    usual_names,
 )
 from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.checkpoint.tensors import StoredTensor, each_row
@@ -167,8 +167,8 @@ def merged_tensors(
     architecture = architecture_of(run_config.provider(vocab_size=rows))
     choice, trained = trained_tensors(adapters, architecture, vocab_size=rows)
     shapes = parameter_shapes(architecture, vocab_size=rows)
-    usual = {unfused(name): name for name in shapes}
-    weights = {usual.get(name, name): tensor for name, tensor in weights.items()}
+    usual = usual_names(weights, shapes)
+    weights = {usual[name]: tensor for name, tensor in weights.items()}
     for found, wanted, folder in ((weights, shapes, base), (own, trained, checkpoint)):
         check_tensors(
             {name: tensor.shape for name, tensor in found.items()},

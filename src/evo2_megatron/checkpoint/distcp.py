@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from evo2_megatron.checkpoint.layout import WEIGHTS_FORMAT, WEIGHTS_INDEX
 from evo2_megatron.checkpoint.tensors import StoredTensor
-from evo2_megatron.checkpoint.torch_file import JoinedFile, Span, read_torch_file, save_tensors, write_all
+from evo2_megatron.checkpoint.torch_file import UNREADABLE, JoinedFile, Span, read_torch_file, save_tensors, write_all
 from evo2_megatron.config import UserError
 
 FORMAT = {
@@ -108,7 +109,9 @@ def read_index(folder: Path) -> Metadata:
     with open(index, "rb") as file:
         try:
             metadata = _IndexReader(file).load()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except UserError:
+            raise
+        except (*UNREADABLE, MemoryError) as error:
             raise UserError(f"{index} cannot be read ({error}); copy the checkpoint again") from None
     if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise UserError(f"{index} is not an index of weights; copy the checkpoint again")
@@ -221,19 +224,14 @@ def copy_tensors(
         for chunk in tensor_entries(index)[name].chunks
     )
     storage_data = {}
-    with contextlib.ExitStack() as files:
-        opened = {}
-        for span, name, offsets in places:
-            if span.path not in opened:
-                opened[span.path] = (
-                    files.enter_context(open(span.path, "rb", buffering=0)),
-                    files.enter_context(open(target / span.path.name, "xb", buffering=0)),
-                )
-            source_file, target_file = opened[span.path]
-            info = index.storage_data[MetadataIndex(name, offsets)]
-            storage_data[MetadataIndex(names[name], offsets)] = dataclasses.replace(info, offset=target_file.tell())
-            source_file.seek(span.start)
-            _copy_bytes(source_file, target_file, span.length, on_bytes)
+    # one file at a time: each process of a large run has written its own
+    for path, of_file in itertools.groupby(places, key=lambda place: place[0].path):
+        with open(path, "rb", buffering=0) as source_file, open(target / path.name, "xb", buffering=0) as target_file:
+            for span, name, offsets in of_file:
+                info = dataclasses.replace(index.storage_data[MetadataIndex(name, offsets)], offset=target_file.tell())
+                storage_data[MetadataIndex(names[name], offsets)] = info
+                source_file.seek(span.start)
+                _copy_bytes(source_file, target_file, span.length, on_bytes)
     entries = {names[name]: tensor_entries(index)[name] for name in sorted(names)}
     write_index(target, Metadata(entries, {name: (name,) for name in entries}, storage_data))
 

@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evo2_megatron.checkpoint.torch_file import UNREADABLE
+
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"FloatStorage": torch.float32, "LongStorage": torch.int64, "ByteStorage": torch.uint8}
-_UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError,
-    RuntimeError,
-)  # fmt: skip
 
 
 def read_scales(state: Mapping[str, Any], names: Mapping[int, str]) -> dict[int, tuple[float, float]]:
@@ -46,7 +44,7 @@ def read_scales(state: Mapping[str, Any], names: Mapping[int, str]) -> dict[int,
     for layer, entry in filled.items():
         try:
             scales[layer] = _scales(entry)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = str(error).partition("\n")[0]
             logger.warning(
                 "%s is not FP8 state as Transformer Engine 1 and 2 write it (%s); the scales of all layers are left "

@@ -88,18 +88,18 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
         raise UserError(f"Checkpoint {path} is a file; give the checkpoint's folder")
     if (path / RUN_CONFIG).is_file():
         return path
-    iterations = _iterations(path)
-    if not iterations and (path / CHECKPOINTS).is_dir():
+    found = iterations(path)
+    if not found and (path / CHECKPOINTS).is_dir():
         return resolve_checkpoint_path(path / CHECKPOINTS, flag=flag)
-    if not iterations:
+    if not found:
         raise UserError(
             f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>; give the "
             f"folder of a run, its '{CHECKPOINTS}', or one iteration, and convert weights of other formats first"
         )
-    complete = {number: folder for number, folder in iterations.items() if (folder / RUN_CONFIG).is_file()}
+    complete = {number: folder for number, folder in found.items() if (folder / RUN_CONFIG).is_file()}
     if not complete:
         raise UserError(
-            f"No complete checkpoint in {path}: {iterations[max(iterations)].name} has no {RUN_CONFIG}; "
+            f"No complete checkpoint in {path}: {found[max(found)].name} has no {RUN_CONFIG}; "
             "its writing was interrupted, or it comes from another framework and needs converting"
         )
     tracked = _tracked_iteration(path)
@@ -135,8 +135,9 @@ def copy_tokenizer(source: Path, checkpoint: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _iterations(path: Path) -> dict[int, Path]:
-    matches = ((_ITERATION.fullmatch(folder.name), folder) for folder in path.iterdir() if folder.is_dir())
+def iterations(path: Path) -> dict[int, Path]:
+    """Number and folder of every iteration, complete or not, in a folder that need not exist."""
+    matches = ((_ITERATION.fullmatch(folder.name), folder) for folder in path.glob("iter_*") if folder.is_dir())
     return {int(match[1]): folder for match, folder in matches if match}
 
 
@@ -144,7 +145,7 @@ def _tracked_iteration(path: Path) -> int | None:
     tracker = path / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
     if not text.isdecimal():
         logger.warning("%s holds %r instead of a number; it is not used", tracker, text[:40])
         return None

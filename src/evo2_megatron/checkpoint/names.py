@@ -8,7 +8,7 @@ V embedding rows, H hidden size, F width of one half of the gated MLP, G filter 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture
@@ -185,6 +185,20 @@ def unfused(name: str) -> str:
     prefix, layer, rest = name.partition("decoder.layers.")
     number, _, rest = rest.partition(".")
     return f"{prefix}{layer}{number}.{_UNFUSED[rest]}" if rest in _UNFUSED else name
+
+
+def usual_names(stored: Collection[str], expected: Iterable[str]) -> dict[str, str]:
+    """Of names in a checkpoint, which may be ``unfused``, those that models have.
+
+    Where a checkpoint has both, the first stays what it is, for ``check_tensors`` to refuse.
+
+    Args:
+        stored: Names in the checkpoint.
+        expected: Names of the model.
+    """
+    usual = {unfused(name): name for name in expected}
+    renamed = {name: usual.get(name, name) for name in stored}
+    return {name: name if new in stored else new for name, new in renamed.items()}
 
 
 def check_tensors(

@@ -63,7 +63,7 @@ def tidy(folder: Path, newest: Path | None) -> None:
         folder: Of the run's checkpoints; need not exist.
         newest: The one it goes on from.
     """
-    for part in [*folder.glob("iter_*"), *folder.glob(_REMOVED.format("iter_*"))]:
+    for part in [*layout.iterations(folder).values(), *folder.glob(_REMOVED.format("iter_*"))]:
         if not (part / layout.WEIGHTS_INDEX).is_file() or part.name.startswith("."):
             logger.info("Removing %s, the writing of which was interrupted", part)
             shutil.rmtree(part)
@@ -95,8 +95,8 @@ def keep_newest(folder: Path, count: int) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [part for part in folder.glob("iter_*") if (part / layout.RUN_CONFIG).is_file()]
-    return sorted(found, key=layout.iteration_of)
+    found = sorted(layout.iterations(folder).items())
+    return [part for _, part in found if (part / layout.RUN_CONFIG).is_file()]
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint.fp8_state import read_scales
 from evo2_megatron.checkpoint.names import is_weight
 from evo2_megatron.checkpoint.savanna_files import SavannaFiles
-from evo2_megatron.checkpoint.tensors import StoredTensor, each_row, one_below_another, side_by_side
+from evo2_megatron.checkpoint.tensors import StoredTensor, one_below_another, side_by_side
 from evo2_megatron.checkpoint.torch_file import JoinedFile, read_torch_file, whole_files
 from evo2_megatron.checkpoint.translate import Weights, named_tensors, to_ours
 from evo2_megatron.checkpoint.vortex import check_frequencies
@@ -69,7 +72,11 @@ def _load(file: JoinedFile, name: str) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{name} holds no state dict, by itself or in 'module'; give a Savanna checkpoint of a model")
     named = named_tensors(state, source=name, wanted="a Savanna checkpoint of a model")
-    return {key.removeprefix("module."): value for key, value in named.items()}
+    renamed = {key.removeprefix("module."): value for key, value in named.items()}
+    if len(renamed) < len(named):
+        twice = next(key for key in renamed if f"module.{key}" in named and key in named)
+        raise UserError(f"{name} has {twice} twice, with and without 'module.'; save a state dict that has it once")
+    return renamed
 
 
 def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[str, StoredTensor]:
@@ -91,7 +98,8 @@ def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[s
         else:
             merged[name] = _same_on_all_ranks(parts, f"{source}: {name}")
             continue
-        if len({(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}) > 1:
+        kinds = {(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
+        if len(kinds) > 1 or len(parts[0].shape) <= axis:
             raise UserError(f"the parts of {name} do not fit together; check that the files belong to one checkpoint")
         merged[name] = join(parts)
     return merged
@@ -99,10 +107,12 @@ def _merged(states: Sequence[Mapping[str, StoredTensor]], source: str) -> dict[s
 
 def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor:
     """Norms and biases are kept by every rank; training may let their last bits drift apart."""
+    if any(part.shape != parts[0].shape for part in parts):
+        raise UserError(f"{name} has another shape on another rank; check that the files belong to one checkpoint")
+    if parts[0].nbytes == 0 or not parts[0].shape:
+        return parts[0]  # no weight, which is told when all are joined
     first = parts[0].read().double()
     for part in parts[1:]:
-        if part.shape != parts[0].shape:
-            raise UserError(f"{name} has another shape on another rank; check that the files belong to one checkpoint")
         distance = (part.read().double() - first).abs().max().item()
         if distance > 0.01 * first.abs().max().item():
             raise UserError(f"{name} differs between ranks by {distance:.2g}; the files are not of one checkpoint")
@@ -111,12 +121,21 @@ def _same_on_all_ranks(parts: Sequence[StoredTensor], name: str) -> StoredTensor
     return parts[0]
 
 
+def _first_columns(tensor: StoredTensor) -> StoredTensor:
+    """What the model uses of a filter, read row by row: with a million columns, all rows would be gigabytes."""
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return torch.cat([tensor.read_rows(row, row + 1)[:, :_FILTER_LENGTH] for row in range(start, stop)])
+
+    return StoredTensor((tensor.shape[0], min(tensor.shape[1], _FILTER_LENGTH)), tensor.dtype, read_rows)
+
+
 def _without_unused(state: Mapping[str, StoredTensor], num_layers: int) -> dict[str, StoredTensor]:
     """Leave out buffers and norms that the model does not use, and cut filters to the columns that it does."""
     weights = {}
     for name, tensor in state.items():
         if name.endswith((".filter.h", ".filter.decay")) and len(tensor.shape) == 2:
-            weights[name] = each_row(lambda rows: rows[:, :_FILTER_LENGTH], tensor)
+            weights[name] = _first_columns(tensor)
         elif not name.endswith((_FREQUENCIES, *_UNUSED)):
             weights[name] = tensor
     # the file of the 20B model has one pipeline step less before its last norm

@@ -63,16 +63,16 @@ def _parts_of_one(folder: Path, name: str) -> tuple[Path, ...]:
     """Parts of the file that a name means: the file's own name, or that of any of its parts."""
     match = _PART.fullmatch(name)
     whole = match[1] if match else name
-    return tuple(folder / part for part in _in_order(p.name for p in folder.iterdir() if p.name.startswith(whole)))
+    return tuple(folder / part for part in _in_order((path.name for path in folder.iterdir()), whole))
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Names of the parts among some file names, checked to be all from 0 on."""
-    parts = {int(match[2]): name for name in names if (match := _PART.fullmatch(name))}
+def _in_order(names: Iterable[str], whole: str) -> list[str]:
+    """Names of the parts of a file among some file names, checked to be all from 0 on."""
+    matches = ((_PART.fullmatch(name), name) for name in names)
+    parts = {int(match[2]): name for match, name in matches if match and match[1] == whole}
     missing = [number for number in range(max(parts, default=-1)) if number not in parts]
     if missing:
-        name = _PART.fullmatch(next(iter(parts.values())))[1]
-        raise UserError(f"{name}.part{missing[0]} is missing among {len(parts)} parts; copy or download it too")
+        raise UserError(f"{whole}.part{missing[0]} is missing among {len(parts)} parts; copy or download it too")
     return [parts[number] for number in sorted(parts)]
 
 
@@ -138,7 +138,7 @@ def _from_hub(repository: str, revision: str | None) -> SavannaFiles:
 def _download(hub: Any, repository: str, name: str, revision: str | None) -> list[Path]:
     info = hub.HfApi().model_info(repository, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings]
-    wanted = [name] if name in names else _in_order(n for n in names if n.startswith(name))
+    wanted = [name] if name in names else _in_order(names, name)
     # not by info.sha: offline, the cache finds a commit by the name that it was asked for
     paths = [Path(hub.hf_hub_download(repository, n, revision=revision)) for n in wanted]
     if len({path.parent for path in paths}) > 1:

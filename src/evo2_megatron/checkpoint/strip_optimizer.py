@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from evo2_megatron.checkpoint import layout
 from evo2_megatron.checkpoint.distcp import OnBytes, copy_tensors, entry_bytes, read_index, tensor_entries
 from evo2_megatron.checkpoint.names import is_weight
-from evo2_megatron.checkpoint.torch_file import save_tensors
+from evo2_megatron.checkpoint.torch_file import UNREADABLE, save_tensors
 from evo2_megatron.config import UserError
 
 
@@ -63,7 +62,7 @@ def _without_optimizer(path: Path) -> dict[str, Any]:
     # known to torch as harmless because Megatron Core, which runtime.megatron imports, says so
     try:
         common = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise UserError(f"{path} is damaged or holds more than plain values ({reason}); copy it again") from None
     if not isinstance(common, dict):

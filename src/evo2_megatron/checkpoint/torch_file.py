@@ -22,6 +22,12 @@ from torch import Tensor
 from evo2_megatron.checkpoint.tensors import StoredTensor
 from evo2_megatron.config import UserError
 
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, LookupError, ValueError, TypeError,
+    AttributeError, ImportError, OverflowError, RuntimeError,
+)  # fmt: skip
+"""What reading a damaged pickle, or archive of one, may raise."""
+
 
 class Span(NamedTuple):
     """A range of bytes of a file."""
@@ -126,8 +132,10 @@ def read_torch_file(file: JoinedFile, name: str) -> Any:
             f"{name} holds more than tensors and plain values, and nothing of it was run or loaded ({detail}); "
             "save its state dict alone"
         ) from None
-    except (RuntimeError, zipfile.BadZipFile, struct.error, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or "it ends too early"
         raise UserError(f"{name} is damaged or incomplete ({reason}); copy it or download it again") from None
     return _with_stored_tensors(loaded, file, name)
 

@@ -95,7 +95,8 @@ FORMS = {
     "middle_axis": Form(_rowwise(lambda x: x[:, None]), _rowwise(lambda x: x[:, 0])),
     # Vortex has the product only; as that times one it is the same function
     "decayed_filter": Form(
-        _rowwise(lambda h, decay: (h * decay)[:, None]),
+        # of 16 bits, too, in float32, which holds all of its digits; Vortex rounds it as it loads
+        _rowwise(lambda h, decay: (h.float() * decay.float())[:, None]),
         _rowwise(lambda x: x[:, 0].float(), lambda x: torch.ones_like(x[:, 0], dtype=torch.float32)),
     ),
     "log_poles": Form(_rowwise(_log_poles), _rowwise(_p, _gamma)),
@@ -164,7 +165,7 @@ def to_ours(
     """
     table = rows(architecture)
     embedding = theirs.get(_column(table[0], format)[0][0])
-    vocab_size = embedding.shape[0] if embedding else 0
+    vocab_size = embedding.shape[0] if embedding and embedding.shape else 0
     found = {name: tensor.shape for name, tensor in theirs.items()}
     expected = _their_shapes(architecture, format, vocab_size)
     if found != expected:

@@ -55,7 +55,7 @@ def vortex_tensors(
             model computes them: positions far apart then differ by up to a turn.
 
     Returns:
-        Vortex's names; dtypes are kept, except that poles, residues and ``inv_freq`` are float32.
+        Vortex's names; dtypes are kept, except that medium filters, poles, residues and ``inv_freq`` are float32.
 
     Raises:
         UserError: A tensor is missing, unknown or of another shape, or Vortex cannot express the model.

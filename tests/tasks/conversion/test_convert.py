@@ -181,6 +181,12 @@ BROKEN = {
     "short filter": (
         lambda s: s.update({"sequential.3.mixer.mixer.filter.h": torch.ones(32, 64)}), "(32, 64) instead of (32, 128)",
     ),
+    "a number as embedding": (
+        lambda s: s.update({"sequential.0.word_embeddings.weight": torch.tensor(1.0)}), "weight () instead of",
+    ),
+    "a name twice": (
+        lambda s: s.update({"module.sequential.7.norm.weight": torch.ones(128)}), "sequential.7.norm.weight twice",
+    ),
     "no embedding": (without("sequential.0.word_embeddings.weight"), "1 missing"),
     "no norm": (without("sequential.7.norm.weight"), "1 missing (sequential.7.norm.weight)"),
     "other rotary base": (
@@ -313,6 +319,25 @@ def test_ranks_that_do_not_belong_together(state, result, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         ranks("sequential.2.input_layernorm.weight", lambda x: x * 1.004)
     assert "taking that of rank 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("sequential.0.step", torch.tensor(3), "1 not understood"),
+        ("sequential.0.step", torch.empty(0), "1 not understood"),
+        ("sequential.2.mixer.dense.weight", torch.ones(5), "do not fit together"),
+        ("sequential.2.mixer.dense_projection.weight", torch.tensor(5.0), "do not fit together"),
+    ],
+)
+def test_ranks_with_what_cannot_be_joined(state, result, tmp_path, name, value, message):
+    save_ranks(state, 2, tmp_path)
+    for path in tmp_path.glob("mp_rank_*"):
+        saved = torch.load(path, weights_only=False)
+        saved["module"][name] = value
+        torch.save(saved, path)
+    with pytest.raises(UserError, match=message):
+        savanna_to_mbridge(str(tmp_path), result)
 
 
 def test_verification_notices_a_wrong_conversion(state, result, tmp_path):

@@ -12,15 +12,14 @@ import torch
 import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
-from evo2_megatron.architectures import architecture
 from evo2_megatron.checkpoint import distcp
 from evo2_megatron.checkpoint.names import unfused
+from evo2_megatron.checkpoint.tensors import in_memory
 from evo2_megatron.checkpoint.vortex import to_vortex
 from evo2_megatron.config import UserError
 from evo2_megatron.tasks.conversion import export
 from evo2_megatron.tasks.conversion.export import mbridge_to_vortex, remove_optimizer
-
-TINY = architecture("evo2_tiny")
+from tasks.conversion.conversions import TINY, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,13 @@ def test_export(tiny, tmp_path):
     }
 
 
+def test_medium_filters_of_16_bits_are_not_rounded_again():
+    """Of training in bfloat16: --verify, which computes in float32, took the rounded product for a wrong one."""
+    h, decay = (WEIGHTS[f"decoder.layers.1.mixer.mixer.filter.{name}"] for name in ("h", "decay"))
+    assert h.dtype is decay.dtype is torch.bfloat16
+    assert torch.equal(to_vortex(WEIGHTS, TINY)["blocks.1.filter.h"][:, 0].double(), h.double() * decay.double())
+
+
 def test_frequencies_as_arc_has_them(tiny, tmp_path):
     mbridge_to_vortex(tiny, tmp_path / "model.pt", bf16_frequencies=True)
     name = "blocks.3.inner_mha_cls.rotary_emb.inv_freq"
@@ -82,7 +88,7 @@ def test_frequencies_as_arc_has_them(tiny, tmp_path):
 
 def test_files_in_the_way(tiny, tmp_path):
     for name in ("model.pt", "model.yml", "config.json"):
-        (tmp_path / name).write_text("somebody's")
+        (tmp_path / name).write_bytes(b"somebody's \xff")
         with pytest.raises(UserError, match=f"{name} exists already"):
             mbridge_to_vortex(tiny, tmp_path / "model.pt")
         assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -155,6 +161,14 @@ def test_names_without_fused_layers(tiny, copy, tmp_path):
     for other in others:
         assert other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
 
+    twice = {name: in_memory(value) for name, value in stored(tiny).items()}
+    twice["decoder.layers.0.norm.weight"] = in_memory(torch.zeros(128))
+    for path in (*copy.glob("*.distcp"), copy / ".metadata"):
+        path.unlink()
+    distcp.write_tensors(twice, copy)
+    with pytest.raises(UserError, match=r"1 not understood \(decoder.layers.0.norm.weight\)"):
+        mbridge_to_vortex(copy, tmp_path / "d.pt")
+
 
 def test_half_a_model(tiny, copy, tmp_path):
     index = distcp.read_index(tiny)
@@ -207,6 +221,9 @@ def test_remove_optimizer(tiny, tmp_path, caplog):
     # one iteration may be given, too; the new folder is a complete one all the same
     remove_optimizer(source / "iter_0000001", tmp_path / "first")
     assert (tmp_path / "first/latest_checkpointed_iteration.txt").read_text() == "1\n"
+    (source / "mine").symlink_to("iter_0000012")
+    assert remove_optimizer(source / "mine", tmp_path / "linked") == tmp_path / "linked/iter_0000012"
+    (source / "mine").unlink()
     (source / "iter_0000001").rename(source / "mine")
     with pytest.raises(UserError, match="not named iter_<number>"):
         remove_optimizer(source / "mine", tmp_path / "other")

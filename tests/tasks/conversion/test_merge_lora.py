@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import yaml
 
 from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from evo2_megatron.checkpoint.run_config import read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.conversion.export import mbridge_to_vortex
@@ -71,6 +73,14 @@ def test_what_cannot_be_merged(adapters, tmp_path):
     merge_lora(adapters, tmp_path / "merged")
     with pytest.raises(UserError, match="exists already"):
         merge_lora(adapters, tmp_path / "merged")
+
+
+def test_fp8_scales_of_the_base_stay(adapters, tmp_path):
+    base = shutil.copytree(adapters.parents[1] / "base/iter_0000001", tmp_path / "base/iter_0000001")
+    with (base / "run_config.yaml").open("a") as file:
+        file.write("fp8_scales:\n  0: [2.0, 64.0]\n")
+    merged = merge_lora(adapters, tmp_path / "merged", base_ckpt_dir=base, with_self_test=False)
+    assert read_run_config(merged).fp8_scales == {0: (2.0, 64.0)}  # adapters on this base run with them
 
 
 def test_command(adapters, tmp_path, capsys):

@@ -93,7 +93,8 @@ def calibrate_fp8(
         raise UserError(f"--margin is {margin}; give 0 to {_LARGEST_MARGIN}")
     parallel.check_world_size(distributed.world_size())
     checkpoint = layout.resolve_checkpoint_path(ckpt_dir)
-    check_new(target, layout.iteration_of(checkpoint))
+    iteration = layout.iteration_of(checkpoint)
+    check_new(target, iteration)
     run_config = read_run_config(checkpoint)
     check_whole(run_config)
     kept_tensors(checkpoint)
@@ -110,7 +111,7 @@ def calibrate_fp8(
             scales = _scales(checkpoint, input_maxima, margin)
             _write(checkpoint, target, scales, {"fasta": str(fasta.absolute()), "margin": margin}, with_self_test)
         torch.distributed.barrier()
-    return target / checkpoint.name if distributed.rank() == 0 else None
+    return target / layout.iteration_name(iteration) if distributed.rank() == 0 else None
 
 
 def _largest_inputs(loaded: LoadedModel, dataset: FastaDataset, chunk_length: int | None) -> dict[int, float]:

@@ -123,7 +123,11 @@ def _files(output: Path) -> list[Path]:
             f"--output-path {output} is for the weights, and so is called what stands beside them; use .pt"
         )
     for path in files:
-        if path.name == _CONFIG_JSON and path.is_file() and '"hybrid_override_pattern"' in path.read_text():
+        if (
+            path.name == _CONFIG_JSON
+            and path.is_file()
+            and '"hybrid_override_pattern"' in path.read_text(errors="replace")
+        ):
             continue  # of an earlier export
         if path.exists():
             raise UserError(f"{path} exists already; choose another --output-path or remove it")
@@ -150,8 +154,7 @@ def _check_size(model: Architecture, model_size: str, checkpoint: Path) -> None:
 
 
 def _usual_names(model: Architecture, stored: set[str], checkpoint: Path, unfused_names: bool) -> dict[str, str]:
-    usual = {names.unfused(name): name for name in names.parameter_shapes(model, vocab_size=1)}
-    renamed = {name: usual.get(name, name) for name in stored}
+    renamed = names.usual_names(stored, names.parameter_shapes(model, vocab_size=1))
     if unfused_names and not any(old != new for old, new in renamed.items()):
         raise UserError(
             f"--no-te: {checkpoint} has the names of models with Transformer Engine's fused layers; leave it out"
@@ -196,7 +199,7 @@ def remove_optimizer(source: Path, target: Path, *, verify: bool = False) -> Pat
             _check_equal(checkpoint, partial)
             logger.info("verified: all %d tensors are equal", len(kept))
     logger.info("%s: %.3f GB before, %.3f GB after", checkpoint, sizes.before / 1e9, sizes.after / 1e9)
-    return target / checkpoint.name
+    return target / layout.iteration_name(iteration)
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> Stripped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from evo2_megatron.architectures import Architecture
 from evo2_megatron.checkpoint import distcp, layout
 from evo2_megatron.checkpoint.adapter import base_checkpoint, merged_tensors
 from evo2_megatron.checkpoint.load import find_tokenizer, language_model_config, load_model
-from evo2_megatron.checkpoint.run_config import RunConfig
+from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
 from evo2_megatron.checkpoint.write import describe_as, new_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.runtime import megatron
@@ -68,7 +69,10 @@ def merge_lora(
     megatron.enter()
     tensors = merged_tensors(checkpoint, run_config, base, float32=float32)
     tokenizer = find_tokenizer(checkpoint, base)
-    origin = {"merged_from": {"base": str(base.absolute()), "adapters": str(checkpoint.absolute())}}
+    origin: dict[str, Any] = {"merged_from": {"base": str(base.absolute()), "adapters": str(checkpoint.absolute())}}
+    scales = read_run_config(base).sections.get("fp8_scales")
+    if scales:
+        origin["fp8_scales"] = scales
     total = sum(tensor.nbytes for tensor in tensors.values())
     with new_checkpoint(target, iteration) as folder:
         check_space(target, total)
@@ -82,7 +86,7 @@ def merge_lora(
         if verify:
             exact = float32 or all(tensor.dtype == torch.float32 for tensor in tensors.values())
             _verify(checkpoint, base, folder, exact=exact)
-    return target / checkpoint.name
+    return target / layout.iteration_name(iteration)
 
 
 def _architecture(run_config: RunConfig) -> Architecture:
