@@ -136,6 +136,14 @@ def test_nobody_has_no_home(monkeypatch):
     assert "huggingface" in downloads().text
 
 
+def test_a_system_that_cannot_say_which_cores_it_may_use(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("sys.platform", "darwin")
+    (finding,) = [finding for finding in doctor._machine() if finding.name == "system"]
+    assert finding.status == "problem" and f" {os.cpu_count()} cores, " in finding.text
+    assert finding.fix == "use Linux on x86-64 or ARM64"
+
+
 def test_nvidia_smi_that_hangs(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -67,7 +67,9 @@ def _machine() -> Iterator[Finding]:
     fix = None if supported else f"PYTHON=python3.12 {REBUILD}"
     yield Finding("machine", "Python", "ok" if supported else "problem", f"{version}, {sys.executable}", fix)
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
-    text = f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores, {_memory()}"
+    # not every system can say which cores it may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{platform.system()} {platform.machine()}, {cores} cores, {_memory()}"
     fix = None if is_known else "use Linux on x86-64 or ARM64"
     yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()
