@@ -111,6 +111,12 @@ def test_rows_of_any_length(tmp_path, suffix):
     assert [len(ids) for ids in read.ids] == lengths
 
 
+def test_a_letter_that_is_two_in_upper_case(tmp_path):
+    rows = [{"sequence": "AC\u00df", "x": 1}]
+    with pytest.raises(UserError, match="row 1 contains b'.xc3'"):
+        read_labelled(write(tmp_path, ".jsonl", rows), NUMBERS, sequence_column="sequence")
+
+
 def test_one_class_is_too_few(tmp_path):
     path = write(tmp_path, ".jsonl", [{"label": "a"}, {"label": "a"}, {"label": None}])
     with pytest.raises(UserError, match=r"column 'label' has 1 class\(es\), and telling classes apart takes two"):

@@ -201,7 +201,7 @@ def _encode(bases: object, column: str, where: str) -> bytes:
     """Token ids of a sequence."""
     if not isinstance(bases, str) or not bases.strip():
         raise UserError(f"{where}: {column} is {bases!r}; it must be text with one base or more")
-    return encode_sequence(bases.strip().upper().encode(), name=where)
+    return encode_sequence(bases.strip().encode().upper(), name=where)  # as text, one letter may become two
 
 
 def _targets(table: pyarrow.Table, labels: Labels, path: Path) -> np.ndarray:
