@@ -8,6 +8,7 @@ import pybigtools
 import pytest
 from pyarrow import parquet
 
+from evo2_megatron.data.bed import Interval
 from evo2_megatron.data.labelled import find_classes, read_labelled
 from evo2_megatron.data.labels import Labels
 
@@ -93,13 +94,20 @@ def test_tracks(make, tmp_path):
     np.testing.assert_allclose(values[0][3], np.log(2.5), rtol=1e-6)
 
 
+def test_more_classes_than_16_bits_count(study):
+    names = [f"peak_{number}" for number in range(1 << 15)] + ["other"]
+    intervals = [Interval("c1", 1, 3, names[-2])]
+    labels = study("label_bases").classes_of(b"ACGTN", intervals, names)
+    assert labels.to_pylist() == ["other", "peak_32767", "peak_32767", "other", None]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (("--bed", "overlap.bed"), "'site' and 'box' overlap on c1 at 3, and a base has one class"),
         (("--bed", "unnamed.bed"), "an interval on c1 at 1 is named '.', which is no class; name it"),
         (("--bed", "beyond.bed"), "'site' ends at 16, beyond the 15 bases of c1"),
-        (("--bed", "none.bed"), "cannot read BED file none.bed"),
+        (("--bed", "none.bed"), "no such BED file: none.bed"),
         (("--gtf", "g.gtf", "--contigs", "c3"), "--contigs names contig 'c3'"),
         (("--gtf", "g.gtf", "--log1p"), "--missing and --log1p go with --bigwig"),
         (("--bigwig", "a=short.bw"), "short.bw: c1 has 14 bases, and in the FASTA file 15; are both of the same"),
