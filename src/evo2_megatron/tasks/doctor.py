@@ -191,8 +191,10 @@ def _hub_cache() -> Path:
 def _probe() -> tuple[dict[str, dict[str, Any]], str | None]:
     """What each stage said, and why the first that said nothing did not."""
     command = [sys.executable, "-m", "evo2_megatron.tasks.doctor_probe"]
+    # one process by itself: as one of a job, it would wait for the others
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=alone)
     except subprocess.TimeoutExpired as error:
         stdout, failure = (error.stdout or b"").decode(), f"nothing after {_PROBE_SECONDS} s"
     else:
