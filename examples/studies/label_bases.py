@@ -81,7 +81,7 @@ def check_no_overlap(intervals: Sequence[Interval], path: Path) -> None:
 
 def classes_of(sequence: bytes, intervals: Sequence[Interval], names: Sequence[str]) -> pyarrow.Array:
     """The class of each base, null at N; of overlapping intervals, that of the last."""
-    codes = np.full(len(sequence), names.index(OTHER), np.int16)
+    codes = np.full(len(sequence), names.index(OTHER), np.int32)
     for interval in intervals:
         codes[interval.start : interval.end] = names.index(interval.name)
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array(codes, mask=unknown(sequence)), pyarrow.array(names))

@@ -218,8 +218,12 @@ def _candidates(
             yield Candidate(str(layer), pooling, vectors)
 
 
-def _tables(args: argparse.Namespace) -> list[Path]:
-    return [args.data] if args.test_data is None else [args.data, args.test_data]
+def read_tables(args: argparse.Namespace, labels: Labels) -> list[Table]:
+    """That to learn from, and that to measure on if there is one; groups are for the folds of the first."""
+    tables = [Table.read(args.data, labels, args.sequence_columns, args.group_column)]
+    if args.test_data is not None:
+        tables.append(Table.read(args.test_data, labels, args.sequence_columns, None))
+    return tables
 
 
 def _num_folds(text: str) -> int:
@@ -273,7 +277,7 @@ def main() -> None:
         harness.check_output_dir(args.output_dir)
         classes = find_classes(args.data, args.label_column) if args.task == "classification" else ()
         labels = Labels(task=args.task, columns=(args.label_column,), classes=classes)
-        tables = [Table.read(path, labels, args.sequence_columns, args.group_column) for path in _tables(args)]
+        tables = read_tables(args, labels)
         targets, groups = tables[0].rows.targets[:, 0], tables[0].group_of
         folds = nested_folds(labels, targets, groups, args.folds, args.seed)
         longest = max(len(sequence) for table in tables for column in table.columns for sequence in column)

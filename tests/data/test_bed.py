@@ -37,6 +37,12 @@ def test_what_is_refused(tmp_path, content, message):
         read_bed(path)
 
 
+def test_contigs_whose_names_begin_like_header_lines(tmp_path):
+    path = tmp_path / "a.bed"
+    path.write_text("browser hide all\ntrack\ntrack_7\t0\t9\nbrowsers\t0\t9\n")
+    assert [interval.contig for interval in read_bed(path)] == ["track_7", "browsers"]
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no such BED file"):
         read_bed(tmp_path / "none.bed")

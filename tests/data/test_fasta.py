@@ -2,6 +2,7 @@
 """FASTA reader: exactness at every block border, gzip, and errors."""
 
 import gzip
+import os
 import pickle
 import random
 
@@ -136,6 +137,12 @@ def test_missing_file(tmp_path):
         list(read_fasta(tmp_path / "none.fa"))
     with pytest.raises(UserError, match="cannot read FASTA file"):
         list(read_fasta(tmp_path))
+
+
+def test_an_index_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe, which can be read only once"):
+        FastaIndex(tmp_path / "pipe")
 
 
 def test_duplicate_names_are_an_error_only_on_request(tmp_path):

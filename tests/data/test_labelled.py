@@ -111,6 +111,22 @@ def test_rows_of_any_length(tmp_path, suffix):
     assert [len(ids) for ids in read.ids] == lengths
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".jsonl.gz"])
+def test_names_and_classes_that_look_like_dates(tmp_path, suffix):
+    rows = [{"sequence": "AC", "x": i, "name": f"2020-01-0{i}", "label": f"200{i}-05-31 12:00:00"} for i in (1, 2)]
+    path = write(tmp_path, suffix, rows)
+    classes = find_classes(path, "label")
+    assert classes == ("2001-05-31 12:00:00", "2002-05-31 12:00:00")
+    found = read_labelled(path, Labels(classes=classes), sequence_column="sequence", id_column="name")
+    assert found.names == ["2020-01-01", "2020-01-02"] and found.targets.tolist() == [[0], [1]]
+
+
+def test_a_letter_that_is_two_in_upper_case(tmp_path):
+    rows = [{"sequence": "AC\u00df", "x": 1}]
+    with pytest.raises(UserError, match="row 1 contains b'.xc3'"):
+        read_labelled(write(tmp_path, ".jsonl", rows), NUMBERS, sequence_column="sequence")
+
+
 def test_one_class_is_too_few(tmp_path):
     path = write(tmp_path, ".jsonl", [{"label": "a"}, {"label": "a"}, {"label": None}])
     with pytest.raises(UserError, match=r"column 'label' has 1 class\(es\), and telling classes apart takes two"):

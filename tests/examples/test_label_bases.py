@@ -8,6 +8,7 @@ import pybigtools
 import pytest
 from pyarrow import parquet
 
+from evo2_megatron.data.bed import Interval
 from evo2_megatron.data.labelled import find_classes, read_labelled
 from evo2_megatron.data.labels import Labels
 
@@ -91,6 +92,13 @@ def test_tracks(make, tmp_path):
     values = parquet.read_table(tmp_path / "t.parquet")["rna"].to_pylist()
     assert values[1] == [0] * 6 and values[0][4] is None  # N
     np.testing.assert_allclose(values[0][3], np.log(2.5), rtol=1e-6)
+
+
+def test_more_classes_than_16_bits_count(study):
+    names = [f"peak_{number}" for number in range(1 << 15)] + ["other"]
+    intervals = [Interval("c1", 1, 3, names[-2])]
+    labels = study("label_bases").classes_of(b"ACGTN", intervals, names)
+    assert labels.to_pylist() == ["other", "peak_32767", "peak_32767", "other", None]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ def test_a_group_is_in_one_fold(study):
                 assert not set(inside[learned]) & set(inside[held_out])
 
 
+def test_a_table_to_measure_on_needs_no_groups(study, tmp_path):
+    probe = study("probe")
+    learned, measured = tmp_path / "a.csv", tmp_path / "b.csv"
+    learned.write_text("sequence,label,chrom\nAC,1,x\nGT,2,y\nTT,3,x\n")
+    measured.write_text("sequence,label\nAC,1\n")
+    flags = ["--ckpt-dir", "c", "--output-dir", "o", "--group-column", "chrom"]
+    args = probe.build_parser().parse_args([*flags, "--data", str(learned), "--test-data", str(measured)])
+    first, second = probe.read_tables(args, NUMBERS)
+    assert first.group_of.tolist() == [0, 1, 0] and second.group_of is None and second.columns == [[b"AC"]]
+
+
 def test_too_few(study):
     models = study("linear_models")
     for labels, targets, groups, message in (

@@ -40,7 +40,9 @@ def parts(failure: str | None = None, *, has_gpu: bool = True, **changes: dict |
 
 def test_this_machine_is_well(monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    done = run("--json")
+    # as in a container of a job of several
+    of_job = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = run("--json", **of_job)
     found = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert [name for name, finding in found.items() if finding["status"] == "problem"] == [] and done.returncode == 0
     assert "are those of the slow reference" in found["model"]["text"]
@@ -134,6 +136,14 @@ def test_nobody_has_no_home(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert "huggingface" in downloads().text
+
+
+def test_a_system_that_cannot_say_which_cores_it_may_use(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("sys.platform", "darwin")
+    (finding,) = [finding for finding in doctor._machine() if finding.name == "system"]
+    assert finding.status == "problem" and f" {os.cpu_count()} cores, " in finding.text
+    assert finding.fix == "use Linux on x86-64 or ARM64"
 
 
 def test_nvidia_smi_that_hangs(monkeypatch, tmp_path):

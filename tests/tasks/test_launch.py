@@ -114,6 +114,15 @@ def test_torchrun_decides(monkeypatch):
         launch.on_devices(3, None)
 
 
+@pytest.mark.parametrize("run", ["evo2-42", "evo2-finetune", "evo2-megatron-42", "none"])
+def test_jobs_of_torchrun_may_have_any_name(monkeypatch, run):
+    """A process that took the name for that of its parent would end itself."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+    monkeypatch.setattr(launch, "end_with_parent", lambda pid: pytest.fail(f"ends with {pid}"))
+    assert not launch.on_devices(None, None)
+
+
 def test_no_more_than_there_are_gpus(monkeypatch):
     monkeypatch.setattr(megatron, "on_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

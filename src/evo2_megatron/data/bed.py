@@ -51,7 +51,7 @@ def read_bed(path: str | os.PathLike[str], *, named: bool = False) -> list[Inter
         raise UserError(f"cannot read BED file {path}: {error.strerror}") from None
     intervals = []
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith(("#", "track", "browser")):
+        if not line.strip() or line.startswith("#") or line.split(None, 1)[0] in ("track", "browser"):
             continue
         fields = line.split("\t")
         if len(fields) < 3 + named or not all(map(_WHOLE_NUMBER.fullmatch, fields[1:3])):

@@ -294,9 +294,11 @@ class FastaIndex:
         """Find every record in one pass.
 
         Raises:
-            UserError: As ``read_fasta`` with ``unique_ids``.
+            UserError: As ``read_fasta`` with ``unique_ids``; or a pipe.
         """
         self.path = os.fspath(path)
+        if Path(path).is_fifo():
+            raise UserError(f"{path} is a pipe, which can be read only once; write it to a file and give that")
         self.ids: list[str] = []
         self._spans: list[tuple[int, int]] = []
         self._sequences: list[bytes] = []

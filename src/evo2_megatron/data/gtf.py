@@ -158,14 +158,13 @@ def read_gtf(path: str | os.PathLike[str], report: Callable[[Problem], None]) ->
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Millions of objects are made that do not refer to each other: looking for cycles took a quarter of the time."""
-    if not gc.isenabled():
-        yield
-        return
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 def blocks(path: str | os.PathLike[str], stream: BinaryIO) -> Iterator[list[bytes]]:
@@ -227,7 +226,7 @@ class Reader:
                     starts, ends = transcript.starts, transcript.ends
                     own_contig, own_strand = transcript.contig, transcript.strand
                 expected = prefix + suffixes[next_number]
-            elif feature == b"transcript":
+            elif feature == b"transcript" and not contig.startswith(b"#"):
                 self._add_transcript(number, contig, strand, _interval(start, end), attributes)
         self.num_lines = number
 
@@ -252,6 +251,8 @@ class Reader:
 
     def _add_exon(self, number: int, contig: bytes, strand: bytes, start: int, end: int, attributes: bytes) -> _Run:
         """Read an exon that the line before does not foretell; return what it foretells."""
+        if contig.startswith(b"#"):  # a comment
+            return _NO_RUN
         if not attributes.startswith(self._latest_ids) and (found := _IDS.match(attributes)):
             self._latest, self._latest_ids = self._get(found.groups(), contig, strand, number), found[0]
         exon_number = prefix = None
@@ -301,8 +302,7 @@ class Reader:
         self._broken(number, f"{num_columns} column{'s'[: num_columns > 1]} between tabs instead of 9")
         found = _LOOSE_IDS.search(line)
         if found and b"exon" in line.split(None, 5)[:5]:
-            transcript = self._get(found.groups(), b"", b"", number)
-            transcript.blame(_BROKEN_EXON, number)
+            self._get(found.groups(), b"", b"", number).blame(_BROKEN_EXON, number)
 
     def finished(self, report: Callable[[Problem], None]) -> Iterator[Transcript]:
         """Transcripts whose exons make sense; the others are reported."""
@@ -362,7 +362,7 @@ def _parse(attributes: bytes) -> _ExonAttributes:
             value = _VALUE.match(found[2])
             group = 1 if value[1] is not None else 2
             values[key] = value[group]
-            if key == b"exon_number":
+            if key == b"exon_number" and len(values) == len(_KEYS):  # else it would not say whose exon comes next
                 prefix = attributes[: found.start(2) + value.start(group)]
         at = found.end()
     for key in _KEYS[:2]:

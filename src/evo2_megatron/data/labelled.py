@@ -151,7 +151,7 @@ def _read_table(
                 convert_options=csv.ConvertOptions(column_types=dict.fromkeys(named, pyarrow.string())),
             )
         elif suffix == ".jsonl":
-            table = json.read_json(source, read_options=json.ReadOptions(block_size=block))
+            table = _read_json(source, json.ReadOptions(block_size=block))
         elif suffix == ".parquet":
             table = parquet.read_table(source)
         else:
@@ -168,6 +168,17 @@ def _read_table(
     if table.num_rows == 0:
         raise UserError(f"{path} holds no rows")
     return table.select([name for name in named if name in table.column_names])
+
+
+def _read_json(source: Path | pyarrow.BufferReader, options: json.ReadOptions) -> pyarrow.Table:
+    """Texts stay texts: of those that look like dates Arrow makes dates."""
+    table = json.read_json(source, read_options=options)
+    dates = [(field.name, pyarrow.string()) for field in table.schema if pyarrow.types.is_temporal(field.type)]
+    if not dates:
+        return table
+    if not isinstance(source, Path):
+        source.seek(0)
+    return json.read_json(source, options, json.ParseOptions(explicit_schema=pyarrow.schema(dates)))
 
 
 def _open(path: Path) -> tuple[Path | pyarrow.BufferReader, int]:
@@ -201,7 +212,7 @@ def _encode(bases: object, column: str, where: str) -> bytes:
     """Token ids of a sequence."""
     if not isinstance(bases, str) or not bases.strip():
         raise UserError(f"{where}: {column} is {bases!r}; it must be text with one base or more")
-    return encode_sequence(bases.strip().upper().encode(), name=where)
+    return encode_sequence(bases.strip().encode().upper(), name=where)  # as text, one letter may become two
 
 
 def _targets(table: pyarrow.Table, labels: Labels, path: Path) -> np.ndarray:

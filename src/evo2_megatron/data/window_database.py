@@ -109,7 +109,7 @@ def write_window_database(
             database.executemany("INSERT INTO metadata VALUES (?, ?)", metadata.items())
             database.execute("COMMIT")
         temporary.replace(final)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, OverflowError) as error:  # a number of the plan that SQLite does not hold
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -68,7 +68,9 @@ def _machine() -> Iterator[Finding]:
     fix = None if supported else f"PYTHON=python3.12 {REBUILD}"
     yield Finding("machine", "Python", "ok" if supported else "problem", f"{version}, {sys.executable}", fix)
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
-    text = f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores, {_memory()}"
+    # not every system can say which cores it may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{platform.system()} {platform.machine()}, {cores} cores, {_memory()}"
     fix = None if is_known else "use Linux on x86-64 or ARM64"
     yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()
@@ -192,8 +194,10 @@ def _hub_cache() -> Path:
 def _probe() -> tuple[dict[str, dict[str, Any]], str | None]:
     """What each stage said, and why the first that said nothing did not."""
     command = [sys.executable, "-m", "evo2_megatron.tasks.doctor_probe"]
+    # one process by itself: as one of a job, it would wait for the others
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=alone)
     except subprocess.TimeoutExpired as error:
         stdout, failure = (error.stdout or b"").decode(), f"nothing after {_PROBE_SECONDS} s"
     else:

@@ -18,7 +18,9 @@ from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
 from evo2_megatron.runtime.children import end_with_parent
 
-_RUN_OF = "evo2-"  # and a process id: a run of processes that this one started, by the name that torchrun gives them
+# and a process id: the name that torchrun gives a run of processes that this one started. Jobs of users, who give
+# theirs with --rdzv-id, must not begin so
+_RUN_OF = "evo2-megatron-started-by-process-"
 _GRACE_SECONDS = 30  # to end after a signal; whoever has not is killed
 _LONG_SECONDS = 24 * 60 * 60
 

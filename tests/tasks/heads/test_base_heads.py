@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
@@ -156,6 +157,24 @@ def test_parquet_and_tsv_hold_the_same(runs, tmp_path, monkeypatch):
         for name, value in row.items():
             got = line[name]
             assert got == ("" if value is None else str(value)) or np.float32(got) == np.float32(value), name
+
+
+def test_processes_share_outputs_a_part_at_a_time(runs, tmp_path, monkeypatch):
+    """Those of a whole genome would not fit on a GPU."""
+    from evo2_megatron.tasks.heads import head_runner
+
+    lines, _ = predicted(runs, "whole", tmp_path)
+    monkeypatch.setattr(head_runner, "_SHARED_AT_ONCE", 50)
+    shared, reduce = [], torch.distributed.all_reduce
+
+    def recorded(tensor, *given, **named):
+        if tensor.ndim == 2:  # those of loading have other shapes
+            shared.append(len(tensor))
+        return reduce(tensor, *given, **named)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", recorded)
+    in_parts, _ = predicted(runs, "whole", tmp_path)
+    assert lines == in_parts and max(shared) == 50 and sum(shared) == len(lines)
 
 
 def test_a_prediction_does_not_depend_on_its_batch(runs, tmp_path):

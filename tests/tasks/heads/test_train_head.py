@@ -13,6 +13,7 @@ import yaml
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
+from evo2_megatron.data.labels import Labels
 from evo2_megatron.data.nucleotides import reverse_complement
 from evo2_megatron.data.tokenizer import tokenizer_dir
 from evo2_megatron.recipes.head_options import HeadOptions
@@ -292,3 +293,13 @@ def test_classes_that_look_like_labels_of_bases(tmp_path, caplog):
         caplog.clear()
         train_head._read_data(options, SimpleNamespace(seq_length=64))
         assert ("if these are their labels, add --per-base" in caplog.text) is told
+
+
+@pytest.mark.slow
+def test_weights_of_more_labels_than_float32_counts():
+    """float32, which the targets are, goes from 2^24 on in steps of 2 and more."""
+    targets = np.zeros((20_000_000, 2), np.float32)
+    targets[:18_000_000] = 1
+    options, labels = SimpleNamespace(class_weights="balanced"), Labels(task="multilabel", columns=("a", "b"))
+    weights = train_head._of_targets(targets, labels, options)["head_weights"]
+    assert weights == pytest.approx([1 / 9] * 2, rel=1e-9)

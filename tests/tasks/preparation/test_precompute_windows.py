@@ -55,6 +55,7 @@ def test_bases_in_no_window_are_told(tmp_path, caplog):
         ({"contig_id": ["a"], "length": [0]}, PLAN, "length 0"),
         ({"contig_id": ["a"], "length": [1.5]}, PLAN, "length 1.5"),
         ({"contig_id": ["a"], "length": [1]}, PLAN._replace(stride=0), "must be 1 or more"),
+        ({"contig_id": ["a"], "length": [1]}, PLAN._replace(window_size=10**20), "cannot write .*: Python int"),
         ({"contig_id": ["a"], "length": [1]}, PLAN._replace(min_length=2), "no window has 2 bases"),
     ],
 )

@@ -2,6 +2,7 @@
 """Transcripts from a genome: strands, stitching, dialects, order, and what becomes of broken files."""
 
 import gzip
+import re
 
 import pytest
 
@@ -106,6 +107,15 @@ def test_lines_of_transcripts_may_be_interleaved_and_keep_the_order_of_first_men
 
     assert records == [(b"one|G|B", b"ACAa"[:2] + ONE[7:9].encode()), (b"one|G|A", (ONE[2:4] + ONE[10:12]).encode())]
     assert problems == []
+
+
+def test_a_number_before_the_names_does_not_say_whose_exon_is_next(run):
+    lines = [exon(2, 4, transcript="A"), exon(3, 5, transcript="B"), exon(7, 9, transcript="A", number=2)]
+    turned = [re.sub(r"(.*\t)(.*;) (exon_number .*;)\n", r"\1\3 \2\n", line) for line in lines]
+    for some in (lines, turned):
+        records, problems = run("".join(some))
+        assert records == [(b"one|G|A", (ONE[1:4] + ONE[6:9]).encode()), (b"one|G|B", ONE[2:5].encode())]
+        assert problems == []
 
 
 def test_more_exons_than_numbers_prepared(run):
@@ -223,6 +233,7 @@ def test_what_is_broken_is_reported_and_touches_nothing_else(run, broken, kinds)
         (GOOD + OTHER).replace("\n", "\r\n"),
         "\ufeff" + GOOD + OTHER,
         "\ufeff# comment\n\n#!x\n" + GOOD + "\n \n###\n" + OTHER.rstrip("\n"),
+        GOOD + "#" + exon(10, 11, number=3) + "#" + own_line(2, 11) + "#" + own_line(1, 5, transcript="X") + OTHER,
         gzip.compress(GOOD.encode()) + gzip.compress(OTHER.encode()),
         GOOD + OTHER.replace("-", "-").replace("\tsource\t", "\t\t"),
         GOOD + GOOD.replace("\texon\t", "\tCDS\t").replace("\ttranscript\t", "\tgene\t") + OTHER,

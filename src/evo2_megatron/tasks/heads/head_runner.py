@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from evo2_megatron.model.head import HeadProvider
 
 
+_SHARED_AT_ONCE = 1 << 20
+"""Outputs that all processes learn at a time."""
+
+
 class _Part(NamedTuple):
     """A sequence, or a window of one, and where its outputs go."""
 
@@ -71,9 +75,10 @@ def run_head(
             part = parts[index]
             kept = of_part[part.kept]
             outputs[part.place : part.place + len(kept)] = kept
-    outputs = outputs.to(device)
-    torch.distributed.all_reduce(outputs)  # each part is one process's, and zero elsewhere
-    outputs = outputs.cpu()
+    for some in outputs.split(_SHARED_AT_ONCE):  # those of all bases of a genome would not fit beside the model
+        of_all = some.to(device)
+        torch.distributed.all_reduce(of_all)  # each part is one process's, and zero elsewhere
+        some.copy_(of_all)
     if both_strands and not provider.head_per_base:
         outputs = outputs.unflatten(0, (2, -1)).mean(0)
     return outputs.numpy()

@@ -175,7 +175,7 @@ def _of_targets(targets: np.ndarray, labels: Labels, options: HeadOptions) -> di
     if options.class_weights == "none":
         return {}
     if labels.task == "multilabel":
-        positive = np.nansum(targets, axis=0)
+        positive = np.nansum(targets, axis=0, dtype=np.float64)  # float32 does not count beyond 2^24
         return {"head_weights": ((~np.isnan(targets)).sum(0) / positive - 1).tolist()}
     classes = targets[~np.isnan(targets[:, 0]), 0].astype(int)
     counts = np.bincount(classes, minlength=len(labels.classes))
