@@ -107,7 +107,7 @@ class Splitter:
             others = f" ({len(self._unseen)} such names)" if len(self._unseen) > 1 else ""
             raise UserError(
                 f"no record with bases is named '{name}', which the list for {split} names{others}; a name is the "
-                "first word after '>'"
+                "first word after '>', and a record that nnn_filter drops is none"
             )
         if not self.num_assigned:
             raise UserError(
