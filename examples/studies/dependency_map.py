@@ -18,7 +18,6 @@ from pathlib import Path
 import harness
 import numpy as np
 
-from evo2_megatron.cli import groups
 from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 
@@ -129,17 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = harness.parser(NAME, __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="genome, plain or gzip")
-    parser.add_argument("--contig", required=True, metavar="NAME", help="where the region is")
-    parser.add_argument("--start", type=int, required=True, metavar="N", help="its first base, 0-based")
-    parser.add_argument("--end", type=int, required=True, metavar="N", help="its end, excluded")
-    parser.add_argument(
-        "--context",
-        type=groups.positive_int,
-        default=500,
-        metavar="N",
-        help="bases on each side that the model sees, too (default: 500)",
-    )
+    harness.add_region(parser)
     return parser
 
 

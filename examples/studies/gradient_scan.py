@@ -168,28 +168,17 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = harness.parser(NAME, __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    number = {"metavar": "N"}
-    parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="genome, plain or gzip")
-    parser.add_argument("--contig", required=True, metavar="NAME", help="where the region is")
-    parser.add_argument("--start", type=int, required=True, **number, help="its first base, 0-based")
-    parser.add_argument("--end", type=int, required=True, **number, help="its end, excluded")
-    parser.add_argument(
-        "--context",
-        type=groups.positive_int,
-        default=500,
-        **number,
-        help="bases on each side that the model sees, too (default: 500)",
-    )
+    harness.add_region(parser)
     parser.add_argument("--one-strand", action="store_true", help="read the strand as it is alone (default: both)")
     parser.add_argument(
         "--check",
         type=groups.non_negative_int,
         default=50,
-        **number,
+        metavar="N",
         help="substitutions to make in earnest, too (default: 50)",
     )
     parser.add_argument(
-        "--seed", type=groups.non_negative_int, default=1, **number, help="of the choice of these (default: 1)"
+        "--seed", type=groups.non_negative_int, default=1, metavar="N", help="of the choice of these (default: 1)"
     )
     return parser
 

@@ -64,6 +64,21 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_region(parser: argparse.ArgumentParser) -> None:
+    """Flags ``--fasta``, ``--contig``, ``--start``, ``--end`` and ``--context``."""
+    parser.add_argument("--fasta", type=Path, required=True, metavar="FILE", help="genome, plain or gzip")
+    parser.add_argument("--contig", required=True, metavar="NAME", help="where the region is")
+    parser.add_argument("--start", type=int, required=True, metavar="N", help="its first base, 0-based")
+    parser.add_argument("--end", type=int, required=True, metavar="N", help="its end, excluded")
+    parser.add_argument(
+        "--context",
+        type=groups.positive_int,
+        default=500,
+        metavar="N",
+        help="bases on each side that the model sees, too (default: 500)",
+    )
+
+
 def run(name: str, main: Callable[[], None]) -> None:
     """Call ``main``; a UserError becomes one line on stderr and exit status 2."""
     command.set_up_logging()
