@@ -18,6 +18,8 @@ import types
 import warnings
 from typing import Any
 
+from evo2_megatron.runtime import job_limits
+
 # megatron-core modules that decide, when imported, whether Transformer Engine exists: they must decide "no" before a
 # stand-in for its name is in sys.modules
 _TE_DECIDERS = (
@@ -61,9 +63,13 @@ def enter() -> None:
 
     Further calls do nothing.
     """
+    import torch
+
     if not on_cuda():
         # torch.compile would need a C++ compiler at run time, and cannot trace the stand-ins
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(job_limits.threads())
     for group in _ON_DEMAND:
         for name in reversed(group):  # a package before those in it
             _load_on_demand(name)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.tokenizer import VOCAB_SIZES, tokenizer_dir
-from evo2_megatron.runtime import free_memory
+from evo2_megatron.runtime import job_limits
 from evo2_megatron.runtime.distributed import check_loopback
 from evo2_megatron.tasks.doctor_probe import STAGES
 
@@ -70,7 +70,9 @@ def _machine() -> Iterator[Finding]:
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     # not every system can say which cores it may use
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{platform.system()} {platform.machine()}, {cores} cores, {_memory()}"
+    limit = job_limits.limit_cores()
+    of_them = "" if limit is None else f", the time of {limit} of them by the limit of this container or job"
+    text = f"{platform.system()} {platform.machine()}, {cores} cores{of_them}, {_memory()}"
     fix = None if is_known else "use Linux on x86-64 or ARM64"
     yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()
@@ -99,7 +101,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _memory() -> str:
-    all_there_is, limit = free_memory.memory_bytes() / 2**30, free_memory.limit_bytes()
+    all_there_is, limit = job_limits.memory_bytes() / 2**30, job_limits.limit_bytes()
     if limit is None:
         return f"{all_there_is:.0f} GiB memory"
     return f"{limit / 2**30:.1f} GiB memory, the limit of this container or job, of {all_there_is:.0f}"

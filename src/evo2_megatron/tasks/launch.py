@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from evo2_megatron.config import UserError
-from evo2_megatron.runtime import megatron
+from evo2_megatron.runtime import job_limits, megatron
 from evo2_megatron.runtime.children import end_with_parent
 
 # and a process id: the name that torchrun gives a run of processes that this one started. Jobs of users, who give
@@ -94,7 +94,7 @@ def _run(count: int, flags: Sequence[str], *, until_stopped: bool) -> None:
     logging.disable()  # the processes speak for themselves
     if not megatron.on_cuda():
         # torchrun would say 1, which leaves cores idle; torch would say all, which has processes wait for each other
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, job_limits.threads() // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

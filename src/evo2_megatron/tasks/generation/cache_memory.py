@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evo2_megatron.runtime import free_memory, megatron
+from evo2_megatron.runtime import job_limits, megatron
 
 if TYPE_CHECKING:
     from evo2_megatron.model.striped_hyena import StripedHyenaModel
@@ -50,7 +50,7 @@ def _free_bytes() -> int:
     if megatron.on_cuda():
         torch.cuda.empty_cache()  # what loading and a self-test took, and PyTorch holds on to
         return torch.cuda.mem_get_info()[0]
-    return free_memory.free_bytes()
+    return job_limits.free_bytes()
 
 
 def _cache_bytes(model: StripedHyenaModel, max_tokens: int) -> list[int]:
