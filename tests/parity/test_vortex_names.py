@@ -78,11 +78,11 @@ def test_to_vortex_values():
     )
 
 
-def test_to_vortex_keeps_dtypes_but_poles():
+def test_to_vortex_keeps_dtypes_but_of_filters():
     tiny = architecture("evo2_tiny")
     theirs = to_vortex({name: w.bfloat16() for name, w in random_weights(tiny).items()}, tiny)
     float32 = {name.rpartition(".")[2] for name, w in theirs.items() if w.dtype == torch.float32}
-    assert float32 == {"log_poles", "residues", "inv_freq"}
+    assert float32 == {"h", "log_poles", "residues", "inv_freq"}
     assert {w.dtype for w in theirs.values()} == {torch.float32, torch.bfloat16}
 
 
