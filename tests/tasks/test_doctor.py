@@ -229,3 +229,20 @@ def test_a_machine_that_does_not_reach_itself(monkeypatch):
     assert found["loopback"].text == "127.0.0.1 cannot be reached (Network is unreachable)"
     assert found["loopback"].fix == found["evo2_tiny"].fix
     assert found["loopback"].fix.startswith("bring the loopback interface up, as root: ip link set lo up")
+
+
+@pytest.mark.parametrize(
+    "cores, memory, end",
+    [
+        (None, None, " GiB memory"),
+        (2, None, " GiB memory; this container or job may take the time of 2 of them"),
+        (2, 3 << 30, " GiB memory; this container or job may take the time of 2 of them and 3.0 GiB"),
+    ],
+)
+def test_limits_of_a_container(monkeypatch, cores, memory, end):
+    from evo2_megatron.runtime import job_limits
+
+    monkeypatch.setattr(job_limits, "limit_cores", lambda: cores)
+    monkeypatch.setattr(job_limits, "limit_bytes", lambda: memory)
+    (system,) = (finding for finding in doctor._machine() if finding.name == "system")
+    assert system.text.endswith(end)

@@ -70,9 +70,8 @@ def _machine() -> Iterator[Finding]:
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     # not every system can say which cores it may use
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = job_limits.limit_cores()
-    of_them = "" if limit is None else f", the time of {limit} of them by the limit of this container or job"
-    text = f"{platform.system()} {platform.machine()}, {cores} cores{of_them}, {_memory()}"
+    memory = f"{job_limits.memory_bytes() / 2**30:.0f} GiB memory"
+    text = f"{platform.system()} {platform.machine()}, {cores} cores, {memory}{_limits()}"
     fix = None if is_known else "use Linux on x86-64 or ARM64"
     yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()
@@ -100,11 +99,11 @@ def _machine() -> Iterator[Finding]:
         yield Finding("machine", name, status, found or "not on the PATH", fix)
 
 
-def _memory() -> str:
-    all_there_is, limit = job_limits.memory_bytes() / 2**30, job_limits.limit_bytes()
-    if limit is None:
-        return f"{all_there_is:.0f} GiB memory"
-    return f"{limit / 2**30:.1f} GiB memory, the limit of this container or job, of {all_there_is:.0f}"
+def _limits() -> str:
+    cores, memory = job_limits.limit_cores(), job_limits.limit_bytes()
+    parts = [] if cores is None else [f"the time of {cores} of them"]
+    parts += [] if memory is None else [f"{memory / 2**30:.1f} GiB"]
+    return f"; this container or job may take {' and '.join(parts)}" if parts else ""
 
 
 def _gpus() -> list[str] | None:
