@@ -67,7 +67,7 @@ def build(name: str, precision: str, **overrides: object) -> torch.nn.Module:
     from evo2_megatron.model.provider import provider_for
     from evo2_megatron.runtime.precision import precision_settings
 
-    provider = provider_for(name, vocab_size=512, **overrides)
+    provider = provider_for(name, vocab_size=512, bias_dropout_fusion=False, **overrides)
     precision_settings(precision).setup(provider)
     provider.finalize()
     return provider.provide().to(megatron.device(), provider.params_dtype).eval()

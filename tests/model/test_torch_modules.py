@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from evo2_megatron.config import UserError
 from helpers import tiny_model
 
 
@@ -126,3 +127,15 @@ def test_rms_norm(megatron, dtype):
     # where x is 0 its gradient is w * 1000 * grad: compare relatively
     for mine, theirs in zip(torch.autograd.grad(got, narrow, grad), torch.autograd.grad(want, wide, grad.double())):
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance["rtol"], atol=10 * tolerance["atol"])
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_more_tokens_than_a_fused_rotation_counts(one_process, monkeypatch, in_pieces):
+    from evo2_megatron.model import attention
+
+    model = tiny_model().eval()
+    model.config.apply_rope_fusion = True
+    monkeypatch.setattr(attention, "_MOST_NUMBERS", 2 * 10 * 3 * 128 - 1)
+    state = model.new_inference_state(2, 10) if in_pieces else None
+    with torch.no_grad(), pytest.raises(UserError, match="^10 tokens of 2 sequence.* lower --chunk-length, or use"):
+        model(torch.full((2, 10), 65), inference_context=state)

@@ -17,6 +17,7 @@ import pytest
         ("NVIDIA L40S", True, 733),
         ("NVIDIA L4", False, 121),
         ("NVIDIA RTX A1000 Laptop GPU", False, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", False, None),
     ],
 )
 def test_peaks(device, fp8, expected):

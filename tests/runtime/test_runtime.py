@@ -105,6 +105,19 @@ def test_transformer_engine_is_not_believed_to_be_there(megatron):
     assert installed or "transformer_engine" not in sys.modules
 
 
+def test_a_gpu_prepares_no_attention_for_each_number_of_keys(megatron, monkeypatch):
+    from evo2_megatron.runtime import megatron as gate
+
+    monkeypatch.setattr(gate, "on_cuda", lambda: True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        gate.enter.__wrapped__()
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize("count, rank, told", [(4, None, True), (1, None, False), (4, "0", False)])
 def test_idle_gpus_are_told_of(monkeypatch, caplog, count, rank, told):
     from evo2_megatron.runtime import distributed, megatron

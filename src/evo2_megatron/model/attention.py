@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from evo2_megatron.config import UserError
 from evo2_megatron.model.gated_mlp import GatedMLP
 from evo2_megatron.model.inference_state import InferenceState, KeyValueState
 from evo2_megatron.model.layer_specs import layer_modules
@@ -24,6 +25,10 @@ from evo2_megatron.model.torch_modules import causal_attention, one_query_attent
 
 if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
+
+_MOST_NUMBERS = 2**31 - 1
+"""Of queries, keys and values together that Transformer Engine 2.11's rotary embedding can count; beyond, it would
+read and write elsewhere."""
 
 
 class CachedSelfAttention(SelfAttention):
@@ -38,6 +43,18 @@ class CachedSelfAttention(SelfAttention):
         options = {"dtype": self.config.params_dtype, "device": weight.device}
         shape = (batch_size, self.num_query_groups_per_partition, max_tokens, self.hidden_size_per_attention_head)
         return KeyValueState(torch.zeros(shape, **options), torch.zeros(shape, **options))
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Core's; UserError where a process has more of them at a time than can be rotated."""
+        query_LBNC, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        L, B = query_LBNC.shape[:2]
+        # views of what the projection gives for all three
+        if self.config.apply_rope_fusion and L * query_LBNC.stride(0) > _MOST_NUMBERS:
+            raise UserError(
+                f"{L} tokens of {B} sequence(s) are more than Transformer Engine's rotary embedding can count; lower "
+                "--chunk-length, or use more tensor- or context-parallel processes"
+            )
+        return query_LBNC, *others
 
     def forward(
         self,

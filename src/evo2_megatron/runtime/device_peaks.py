@@ -41,7 +41,9 @@ def peak_tflops(precision: str) -> float | None:
 
 
 def peak_of(device: str, *, fp8: bool) -> float | None:
-    """The same by a device's name."""
+    """The same by a device's name; None for a part of a GPU (MIG), whose name begins with the whole one's."""
+    if re.search(r"\bMIG\b", device):
+        return None
     for name, (half, eighth) in PEAK_TFLOPS.items():
         # an RTX A1000 is no A100
         if re.search(rf"\b{name}\b", device):

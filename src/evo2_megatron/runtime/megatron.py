@@ -2,8 +2,8 @@
 """The one gate to Megatron Bridge, with or without Transformer Engine, with or without a GPU.
 
 A task calls ``enter`` before anything imports ``megatron.bridge``, and ``enter_training`` before its training loop or
-LoRA. With CUDA and Transformer Engine that changes what is loaded, and the wheel defect noted below, and nothing else;
-the rest here is for machines that lack one or the other.
+LoRA. With CUDA and Transformer Engine that changes what is loaded, torch's choice among kernels for attention and the
+wheel defect noted below, and nothing else; the rest here is for machines that lack one or the other.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def enter() -> None:
     """
     import torch
 
-    if not on_cuda():
+    if on_cuda():
+        # torch prefers cuDNN's attention from Hopper on, which prepares a kernel for each new number of keys, as every
+        # decoded token has one: some 30 ms and memory that stays. Transformer Engine calls cuDNN by itself
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
         # torch.compile would need a C++ compiler at run time, and cannot trace the stand-ins
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "OMP_NUM_THREADS" not in os.environ:

@@ -64,6 +64,19 @@ def test_weights_that_are_kept_in_8_bits_are_made_again(model):
     assert layer.is_first_microbatch
 
 
+def test_no_other_batch_goes_through_the_buffers_of_training(model, caplog):
+    """Transformer Engine's products read as many tokens as its buffers hold, and made-up DNA has fewer."""
+    from evo2_megatron.tasks.training.starting_weights import load_and_compare
+
+    model.config.tp_comm_overlap = True
+    caplog.set_level(logging.INFO)
+    weights, passes = knows_dna(model), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    load_and_compare(model, lambda: model.load_state_dict(weights), "fp32")
+    assert not passes and "made-up" not in caplog.text and model.training
+    assert torch.equal(model.embedding.word_embeddings.weight, weights["embedding.word_embeddings.weight"])
+
+
 def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
     from evo2_megatron.model.int8_linear import in_full_width
     from evo2_megatron.tasks.training.starting_weights import load_and_compare

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,3 +227,13 @@ def test_8_bit_recipes_need_their_hardware(name, capability, fits, monkeypatch):
     else:
         with pytest.raises(UserError, match=r"needs a GPU of compute capability .* use --mixed-precision-recipe bf16"):
             train_checks.fit_to_machine(options(precision=name))
+
+
+@pytest.mark.parametrize("step, begins", [(0, 4), (4, 4), (5, 5), (6, 4)])
+def test_nsys_profiles_the_steps_that_a_resumed_run_has_ahead(megatron, step, begins):
+    from evo2_megatron.tasks.training import train
+
+    config = SimpleNamespace(profiling=SimpleNamespace(profile_step_start=4))
+    asked = options(nsys_profiling=True, nsys_start_step=4, nsys_end_step=6)
+    assert train._profile(config, asked, train.Start(None, None, step, resumes=step > 0)) is None
+    assert config.profiling.profile_step_start == begins

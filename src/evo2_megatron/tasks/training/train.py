@@ -268,7 +268,7 @@ def _run_loop(
     callbacks.register("on_train_start", functools.partial(_check_room, options))
     if options.log_straggler:
         callbacks.add(StragglerReport(options.run_dir / "stragglers.tsv"))
-    profile = _profile(options, start)
+    profile = _profile(config, options, start)
     if profile is not None:
         callbacks.add(profile)
     if options.enable_preemption:
@@ -294,7 +294,7 @@ def _too_large(options: TrainingOptions) -> str:
     )
 
 
-def _profile(options: TrainingOptions, start: Start) -> TorchProfile | None:
+def _profile(config: ConfigContainer, options: TrainingOptions, start: Start) -> TorchProfile | None:
     """What records this process's steps, if there are any to record."""
     from evo2_megatron.tasks.training.torch_profile import TorchProfile
 
@@ -303,6 +303,9 @@ def _profile(options: TrainingOptions, start: Start) -> TorchProfile | None:
     first, last = options.profiled_steps
     if start.step >= last:
         logger.warning("Steps %s to %s, which were to be profiled, are done: no profile", first + 1, last)
+    elif options.nsys_profiling:
+        # Bridge 0.3.1 begins before this step and no other, which a resumed run may have done
+        config.profiling.profile_step_start = max(first, start.step)
     if not options.torch_profiling or distributed.rank() not in options.nsys_ranks:
         return None
     return TorchProfile(options.run_dir / "tb_logs", rank=distributed.rank(), start=first, end=last)
