@@ -23,7 +23,7 @@ from evo2_megatron.checkpoint.names import (
     parameter_shapes,
     usual_names,
 )
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.run_config import RunConfig, check_kind, read_run_config
 from evo2_megatron.checkpoint.tensors import StoredTensor, each_row
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
@@ -77,7 +77,8 @@ def base_checkpoint(checkpoint: Path, run_config: RunConfig, base_ckpt_dir: Path
 
 
 def check_whole(run_config: RunConfig) -> None:
-    """Raise UserError for a checkpoint that holds adapters only."""
+    """Raise UserError for a checkpoint that holds adapters only, or a prediction head."""
+    check_kind(run_config, head=False)
     if run_config.is_lora:
         raise UserError(
             f"{run_config.path.parent} holds LoRA adapters without their base model "

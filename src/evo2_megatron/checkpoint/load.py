@@ -23,7 +23,7 @@ from evo2_megatron.checkpoint.layout import resolve_checkpoint_path, tokenizer_d
 from evo2_megatron.checkpoint.load_weights import load_weights
 from evo2_megatron.checkpoint.names import EMBEDDING
 from evo2_megatron.checkpoint.precision_contract import Fp8Projections, settle
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.run_config import RunConfig, check_kind, read_run_config
 from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
 from evo2_megatron.data.tokenizer import read_vocab_size
 from evo2_megatron.data.tokenizer import tokenizer_dir as bundled_tokenizer_dir
@@ -143,16 +143,6 @@ def _too_large(checkpoint: Path, precision: str, provider: StripedHyenaProvider)
         f"not enough memory for the weights of {checkpoint} in precision {precision}; divide them over GPUs with "
         f"--devices and --tensor-parallel-size{narrower}"
     )
-
-
-def check_kind(run_config: RunConfig, *, head: bool) -> None:
-    """Raise UserError for a checkpoint of a prediction head where none is wanted, and the other way round."""
-    if run_config.has_head and not head:
-        raise UserError(
-            f"{run_config.path.parent} holds a prediction head, which is no language model; use evo2_predict_head"
-        )
-    if head and not run_config.has_head:
-        raise UserError(f"{run_config.path.parent} has no prediction head; train one with evo2_train_head")
 
 
 def language_model_config(checkpoint: Path) -> RunConfig:

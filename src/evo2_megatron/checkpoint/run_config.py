@@ -246,6 +246,16 @@ def read_run_config(checkpoint: Path) -> RunConfig:
     return RunConfig(path, sections)
 
 
+def check_kind(run_config: RunConfig, *, head: bool) -> None:
+    """Raise UserError for a checkpoint of a prediction head where none is wanted, and the other way round."""
+    if run_config.has_head and not head:
+        raise UserError(
+            f"{run_config.path.parent} holds a prediction head, which is no language model; use evo2_predict_head"
+        )
+    if head and not run_config.has_head:
+        raise UserError(f"{run_config.path.parent} has no prediction head; train one with evo2_train_head")
+
+
 def _readable_fields(provider: type) -> set[str]:
     """Fields of our provider that a file may set: ours, and those of Megatron's that change the model."""
     from megatron.core.transformer.transformer_config import TransformerConfig

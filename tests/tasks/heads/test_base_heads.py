@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import UserError
+from processes import launch
 from tasks.heads.head_runs import give_output, model_section, predicted, scalars, train_all, write_csv
 
 pytestmark = pytest.mark.slow
@@ -128,6 +129,47 @@ def test_weights_and_standardisation_are_those_of_the_bases(runs):
 
 def test_a_resumed_run_equals_an_unbroken_one(runs):
     of_each = [scalars(runs[0] / name, "mse loss") for name in ("whole", "halves")]
+    assert list(of_each[0]) == [1, 2, 3, 4] and of_each[0] == of_each[1]
+
+
+_TWO_COPIES = """
+import json, sys
+from pathlib import Path
+from evo2_megatron.runtime.megatron import enter_training
+from processes import fork
+
+def run(given):
+    from evo2_megatron.recipes.head_options import HeadOptions
+    from evo2_megatron.tasks.heads.train_head import train_head
+
+    options = {key: Path(value) if key.endswith(("_data", "_dir")) else value for key, value in given.items()}
+    train_head(HeadOptions(**options, label_columns=("next",)))
+
+if __name__ == "__main__":
+    enter_training()
+    for given in json.loads(sys.argv[1]):
+        fork(2, run, given)
+"""
+
+
+def test_copies_go_on_with_the_dropout_of_an_unbroken_run(megatron, tmp_path):
+    """They draw for the bases of their own batches, which are not as many."""
+    given = {
+        "train_data": write_csv(tmp_path / "train.csv", make_rows(40)),
+        "base_ckpt_dir": str(write_tiny_checkpoint(tmp_path / "base", seq_length=64).parent),
+        "result_dir": str(tmp_path),
+        "per_base": True,
+        "micro_batch_size": 1,
+        "decay_steps": 4,
+        "warmup_steps": 1,
+        "log_interval": 1,
+        "head_dropout": 0.5,
+    }
+    script = tmp_path / "two_copies.py"
+    script.write_text(_TWO_COPIES)
+    of_runs = [{"experiment_name": n, "max_steps": k} for n, k in (("unbroken", 4), ("broken", 2), ("broken", 4))]
+    launch(script, json.dumps([given | of_run for of_run in of_runs]))
+    of_each = [scalars(tmp_path / name, "ce loss") for name in ("unbroken", "broken")]
     assert list(of_each[0]) == [1, 2, 3, 4] and of_each[0] == of_each[1]
 
 

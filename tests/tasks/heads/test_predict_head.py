@@ -178,6 +178,8 @@ def test_what_cannot_be_predicted(runs, tmp_path):
 def test_language_model_commands_refuse_a_head(runs, tmp_path):
     from evo2_megatron.checkpoint.load import load_model
     from evo2_megatron.runtime.distributed import process_groups
+    from evo2_megatron.tasks.conversion.calibrate_fp8 import calibrate_fp8
+    from evo2_megatron.tasks.conversion.export import mbridge_to_vortex
     from evo2_megatron.tasks.conversion.merge_lora import merge_lora
     from evo2_megatron.tasks.generation.generation_model import find_checkpoint
     from evo2_megatron.tasks.scoring.predict import predict
@@ -191,6 +193,9 @@ def test_language_model_commands_refuse_a_head(runs, tmp_path):
     # and before they look at anything else
     for refusing in (
         lambda head: merge_lora(head, tmp_path / "merged"),
+        lambda head: mbridge_to_vortex(head, tmp_path / "vortex.pt"),
+        lambda head: calibrate_fp8(tmp_path / "none.fa", head, tmp_path / "scaled"),
+        lambda head: predicted(runs, "whole", tmp_path, base_ckpt_dir=head),
         lambda head: predict(tmp_path / "none.fa", head, output=Output(), files=Files(output_dir=tmp_path / "out")),
         find_checkpoint,
     ):

@@ -16,8 +16,8 @@ import numpy as np
 
 from evo2_megatron.checkpoint import run_checkpoints
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
-from evo2_megatron.checkpoint.load import check_kind, load_model
-from evo2_megatron.checkpoint.run_config import RunConfig, read_run_config
+from evo2_megatron.checkpoint.load import load_model
+from evo2_megatron.checkpoint.run_config import RunConfig, check_kind, read_run_config
 from evo2_megatron.config import ParallelConfig, UserError
 from evo2_megatron.data.fasta import read_fasta
 from evo2_megatron.data.labelled import Labelled, is_table, read_labelled

@@ -92,7 +92,8 @@ def train_head(options: HeadOptions) -> None:
     # adapters move what all sequences share, which a norm that looks at what differs would blow up
     if not start.resumes and not options.lora_finetune:
         callbacks.append(FittedNorm())
-    if options.lora_finetune and distributed.world_size() > 1:
+    # pooled hidden states are as many everywhere, those of bases are not
+    if (options.lora_finetune or options.per_base) and distributed.world_size() > 1:
         callbacks.append(SharedDropout())
     if options.val_data is not None:
         callbacks.append(BestCheckpoint(of_training.checkpoint_dir, evaluations, patience=options.patience))
