@@ -142,6 +142,7 @@ def test_one_class_is_too_few(tmp_path):
         ({"sequence": "A>C", "label": "cat"}, CLASSES, "row 2 contains b'>'"),
         ({"sequence": "A", "x": "much"}, NUMBERS, "row 2: x is 'much'; it must be a finite number"),
         ({"sequence": "A", "x": "inf"}, NUMBERS, "row 2: x is 'inf'"),
+        ({"sequence": "A", "x": "1_000"}, NUMBERS, "row 2: x is '1_000'"),
         ({"sequence": "A", "x": "1e99"}, NUMBERS, "row 2: x is '1e99'"),
         ({"sequence": "A", "x": "2"}, Labels(task="multilabel", columns=("x",)), "row 2: x is '2'; it must be 0 or 1"),
     ],

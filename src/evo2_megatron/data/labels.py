@@ -169,4 +169,6 @@ def _number(shown: str) -> float | None:
         value = float(shown)
     except ValueError:
         return None
+    if "_" in shown:  # digits in groups, as in programs
+        return None
     return value if abs(value) <= _LARGEST else None  # False for NaN, too

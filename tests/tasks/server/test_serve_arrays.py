@@ -14,11 +14,15 @@ from evo2_megatron.tasks.server.arrays import check_values, json_in_pieces
 from evo2_megatron.tasks.server.jobs import Refused
 
 
-@pytest.mark.parametrize("shape", [(0,), (3,), (0, 4), (1, 4), (63, 2), (64, 2), (129, 3)])
+@pytest.mark.parametrize("shape", [(0,), (3,), (16385,), (0, 4), (1, 4), (63, 2), (64, 2), (129, 3)])
 def test_json_in_pieces(shape):
-    rows = [{"3": np.random.default_rng(0).random(shape, np.float32), "12": np.zeros(2)}, {}, {"x": np.ones(1)}]
+    rows = [
+        {"3": np.random.default_rng(0).random(shape, np.float32), "12": np.zeros(2)},
+        {},
+        {"x": np.ones(1), "y": 2.5, "z": 3},
+    ]
     text = b"".join(json_in_pieces({"layers": [3], "elapsed_ms": 1.5}, "embeddings", rows))
-    wanted = [{name: values.tolist() for name, values in row.items()} for row in rows]
+    wanted = [{name: np.asarray(values).tolist() for name, values in row.items()} for row in rows]
     assert json.loads(text) == {"layers": [3], "elapsed_ms": 1.5, "embeddings": wanted}
 
 

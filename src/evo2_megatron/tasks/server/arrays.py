@@ -23,6 +23,9 @@ MAX_NPZ_VALUES = 2**26
 """Numbers of an answer in an NPZ archive: 256 MiB, a third more in Base64."""
 
 _ROWS_AT_A_TIME = 64
+"""Of hidden states."""
+
+_NUMBERS_AT_A_TIME = 1 << 14
 
 
 def check_values(num_values: int, limit: int, *, way_out: str) -> None:
@@ -34,8 +37,8 @@ def check_values(num_values: int, limit: int, *, way_out: str) -> None:
         raise Refused(413, f"the answer would have {num_values} numbers, more than {limit}; ask for {way_out}")
 
 
-def json_in_pieces(head: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[bytes]:
-    """An object of JSON with the entries of ``head``, and under ``name`` a list of dictionaries of arrays.
+def json_in_pieces(head: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+    """An object of JSON with the entries of ``head``, and under ``name`` a list of dictionaries of arrays or numbers.
 
     In pieces, so that a large answer never exists as a whole, and so that other requests get their turn meanwhile.
     """
@@ -44,18 +47,19 @@ def json_in_pieces(head: Mapping[str, Any], name: str, rows: Sequence[Mapping[st
         yield b", {" if number else b"{"
         for place, (key, values) in enumerate(row.items()):
             yield f"{', ' * (place > 0)}{json.dumps(key)}: ".encode()
-            yield from _array(values)
+            yield from _array(np.asarray(values))
         yield b"}"
     yield b"]}"
 
 
 def _array(values: np.ndarray) -> Iterator[bytes]:
-    if values.ndim < 2:
+    if not values.ndim:
         yield json.dumps(values.tolist()).encode()
         return
     yield b"["
-    for start in range(0, len(values), _ROWS_AT_A_TIME):
-        text = json.dumps(values[start : start + _ROWS_AT_A_TIME].tolist())[1:-1]
+    size = _ROWS_AT_A_TIME if values.ndim > 1 else _NUMBERS_AT_A_TIME
+    for start in range(0, len(values), size):
+        text = json.dumps(values[start : start + size].tolist())[1:-1]
         yield (", " * (start > 0) + text).encode()
     yield b"]"
 

@@ -85,7 +85,13 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         if body.per_base:
             check_values(job.num_tokens, MAX_JSON_VALUES, way_out="fewer bases, or without per_base")
         vectors = await _result(engine, job, request)
-        return {"scores": [_score(row, body.per_base) for row in vectors.rows], "elapsed_ms": _since(start)}
+        scores = [_score(row) for row in vectors.rows]
+        if not body.per_base:
+            return {"scores": scores, "elapsed_ms": _since(start)}
+        log_probs = (row["log_probs_seqs"][row["loss_mask"]] for row in vectors.rows)
+        rows = [score | {"log_probs": values} for score, values in zip(scores, log_probs)]
+        pieces = json_in_pieces({"elapsed_ms": _since(start)}, "scores", rows)
+        return StreamingResponse(pieces, media_type="application/json")
 
     @router.post(
         "/v1/embed", response_model=schemas.EmbedResponse, responses=REFUSALS, tags=["Evo 2"],
@@ -330,14 +336,9 @@ def _record(job: GenerateJob, done: Generated, start: float) -> dict[str, Any]:
     }
 
 
-def _score(row: Mapping[str, np.ndarray], per_base: bool) -> dict[str, Any]:
+def _score(row: Mapping[str, np.ndarray]) -> dict[str, Any]:
     total, count = float(row["log_likelihood"]), int(row["num_scored"])
-    score: dict[str, Any] = {
-        "log_likelihood": total,
-        "mean_log_likelihood": total / max(count, 1),
-        "num_scored": count,
-    }
-    return score | ({"log_probs": row["log_probs_seqs"][row["loss_mask"]].tolist()} if per_base else {})
+    return {"log_likelihood": total, "mean_log_likelihood": total / max(count, 1), "num_scored": count}
 
 
 def _by_layer(row: Mapping[str, np.ndarray], output: Output, *, skip: int) -> dict[str, np.ndarray]:
