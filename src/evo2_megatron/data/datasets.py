@@ -86,6 +86,6 @@ class Evo2Dataset(GPTDataset):
 
 
 class Evo2DatasetPadEodLossMask(Evo2Dataset):
-    """The same, and the first base of a document is not scored: its input is the end of another document."""
+    """The same, but a base whose input is an end of document is not scored; one behind padding is."""
 
     keep_eod_mask = True
