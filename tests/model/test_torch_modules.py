@@ -135,7 +135,22 @@ def test_more_tokens_than_a_fused_rotation_counts(one_process, monkeypatch, in_p
 
     model = tiny_model().eval()
     model.config.apply_rope_fusion = True
-    monkeypatch.setattr(attention, "_MOST_NUMBERS", 2 * 10 * 3 * 128 - 1)
+    monkeypatch.setattr(attention, "_MOST_NUMBERS", 2 * 10 * 128 - 1)
     state = model.new_inference_state(2, 10) if in_pieces else None
     with torch.no_grad(), pytest.raises(UserError, match="^10 tokens of 2 sequence.* lower --chunk-length, or use"):
         model(torch.full((2, 10), 65), inference_context=state)
+
+
+def test_queries_and_keys_to_be_counted_by_themselves(one_process, monkeypatch):
+    """As views of the projection they would be more than a fused rotation counts."""
+    from evo2_megatron.model import attention
+
+    layer = tiny_model().decoder.layers[3].self_attention
+    hidden_LBH = torch.randn(10, 2, 128)
+    views = layer.get_query_key_value_tensors(hidden_LBH)
+    monkeypatch.setattr(attention, "_MOST_NUMBERS", 2 * 10 * 128)
+    assert not layer.get_query_key_value_tensors(hidden_LBH)[0].is_contiguous()  # without fusion
+    monkeypatch.setattr(layer.config, "apply_rope_fusion", True)
+    copies = layer.get_query_key_value_tensors(hidden_LBH)
+    assert [part.is_contiguous() for part in copies] == [True, True, False]
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))

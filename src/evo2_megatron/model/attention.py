@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from evo2_megatron.model.provider import StripedHyenaProvider
 
 _MOST_NUMBERS = 2**31 - 1
-"""Of queries, keys and values together that Transformer Engine 2.11's rotary embedding can count; beyond, it would
-read and write elsewhere."""
+"""That Transformer Engine 2.11's rotary embedding can count; beyond, it would read and write elsewhere."""
 
 
 class CachedSelfAttention(SelfAttention):
@@ -46,15 +45,17 @@ class CachedSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Core's; UserError where a process has more of them at a time than can be rotated."""
-        query_LBNC, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        L, B = query_LBNC.shape[:2]
-        # views of what the projection gives for all three
-        if self.config.apply_rope_fusion and L * query_LBNC.stride(0) > _MOST_NUMBERS:
-            raise UserError(
-                f"{L} tokens of {B} sequence(s) are more than Transformer Engine's rotary embedding can count; lower "
-                "--chunk-length, or use more tensor- or context-parallel processes"
-            )
-        return query_LBNC, *others
+        query_LBNC, key_LBNC, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        if self.config.apply_rope_fusion and len(query_LBNC) * query_LBNC.stride(0) > _MOST_NUMBERS:
+            if query_LBNC.numel() > _MOST_NUMBERS:
+                L, B = query_LBNC.shape[:2]
+                raise UserError(
+                    f"{L} tokens of {B} sequence(s) are more than Transformer Engine's rotary embedding can count; "
+                    "lower --chunk-length, or use more tensor- or context-parallel processes"
+                )
+            # not views of what the projection gives for all three, which is three times as much to count
+            query_LBNC, key_LBNC = query_LBNC.contiguous(), key_LBNC.contiguous()
+        return query_LBNC, key_LBNC, *others
 
     def forward(
         self,
