@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,6 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.nucleotides import reverse_complement
 
 NAME = "gradient_scan.py"
-
-Score = Callable[[Sequence[bytes]], np.ndarray]
-"""Sequences to log-likelihoods in nat, float64."""
 
 
 class Region(NamedTuple):
@@ -53,13 +50,13 @@ def scan(first_order: harness.FirstOrder, window: bytes, *, both_strands: bool) 
     return changes
 
 
-def exact(score: Score, window: bytes, places: Sequence[tuple[int, int]], *, both_strands: bool) -> np.ndarray:
+def exact(score: harness.Score, window: bytes, places: Sequence[tuple[int, int]], *, both_strands: bool) -> np.ndarray:
     """Change of the log-likelihood, float64 [N], by each substitution: position in the window and number of the base.
 
     Arguments are otherwise those of ``scan``; ``score`` is called once.
     """
     bases = harness.BASES.encode()
-    sequences = [window, *(window[:at] + bases[base : base + 1] + window[at + 1 :] for at, base in places)]
+    sequences = [window, *(harness.substituted(window, at, bases[base]) for at, base in places)]
     if both_strands:
         sequences += [reverse_complement(sequence) for sequence in sequences]
     scores = score(sequences).reshape(1 + both_strands, -1)
@@ -68,7 +65,7 @@ def exact(score: Score, window: bytes, places: Sequence[tuple[int, int]], *, bot
 
 def gradient_scan(
     first_order: harness.FirstOrder,
-    score: Score,
+    score: harness.Score,
     name: str,
     contig: bytes,
     region: Region,

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 BASES = "ACGT"
 
+Score = Callable[[Sequence[bytes]], np.ndarray]
+"""Sequences to log-likelihoods in nat, float64."""
+
 LogProbs = Callable[[Sequence[bytes]], list[np.ndarray]]
 """Sequences to log-probabilities in nat, float32 [L]: of each base after those before it. The first has none: 0."""
 
@@ -255,7 +258,12 @@ def lengths(genome: Mapping[str, bytes]) -> dict[str, int]:
 def replaced(window: bytes, at: int) -> list[bytes]:
     """The window with each of the three other bases at one place."""
     others = [base for base in BASES.encode() if base != window[at]]
-    return [window[:at] + bytes([base]) + window[at + 1 :] for base in others]
+    return [substituted(window, at, base) for base in others]
+
+
+def substituted(window: bytes, at: int, base: int) -> bytes:
+    """The window with another base, by its letter's code, at one place."""
+    return window[:at] + bytes([base]) + window[at + 1 :]
 
 
 def contig_of(genome: dict[str, bytes], name: str, where: str) -> bytes:

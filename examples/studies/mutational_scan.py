@@ -9,7 +9,7 @@ changes of the start codon most, and changes of a codon's third base, which ofte
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +23,6 @@ from evo2_megatron.data.nucleotides import reverse_complement
 NAME = "mutational_scan.py"
 CLASSES = ("upstream", "start codon", "codon base 1", "codon base 2", "codon base 3", "stop codon", "downstream")
 COLORS = ("0.6", "C3", "C0", "C2", "C1", "C4", "0.6")
-
-Score = Callable[[Sequence[bytes]], np.ndarray]
-"""Sequences to log-likelihoods in nat, float64."""
 
 
 class Gene(NamedTuple):
@@ -61,7 +58,9 @@ def kind_of(offset: int, gene_length: int) -> str:
     return "stop codon" if offset >= gene_length - 3 else f"codon base {offset % 3 + 1}"
 
 
-def scan(score: Score, window: bytes, *, gene_at: int, gene_length: int, offsets: Sequence[int]) -> list[Mutation]:
+def scan(
+    score: harness.Score, window: bytes, *, gene_at: int, gene_length: int, offsets: Sequence[int]
+) -> list[Mutation]:
     """Score all single-base replacements.
 
     Args:
@@ -77,7 +76,7 @@ def scan(score: Score, window: bytes, *, gene_at: int, gene_length: int, offsets
         for base in harness.BASES
         if (here := chr(window[gene_at + offset])) in harness.BASES and base != here
     ]
-    mutants = [window[: gene_at + offset] + base.encode() + window[gene_at + offset + 1 :] for offset, base in changes]
+    mutants = [harness.substituted(window, gene_at + offset, ord(base)) for offset, base in changes]
     scores = score([window, *mutants])
     return [
         Mutation(offset, kind_of(offset, gene_length), chr(window[gene_at + offset]), base, float(value - scores[0]))
@@ -169,7 +168,14 @@ def window_of(genome: dict[str, bytes], gene: Gene, context: int) -> tuple[bytes
 
 
 def mutational_scan(
-    score: Score, genome: dict[str, bytes], gene: Gene, output_dir: Path, *, flank: int, context: int, num_codons: int
+    score: harness.Score,
+    genome: dict[str, bytes],
+    gene: Gene,
+    output_dir: Path,
+    *,
+    flank: int,
+    context: int,
+    num_codons: int,
 ) -> list[Mutation]:
     """Scan a gene and write ``mutational_scan.tsv``, ``mutational_scan_classes.tsv`` and ``mutational_scan.png``.
 

@@ -47,13 +47,15 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def cores() -> int:
+    """That this process may run on; where the system cannot say which (it is not Linux), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def limit_cores() -> int | None:
     """Cores' worth of time that the control groups allow, rounded up, below those to be seen; None: all of these."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     least = min(_core_limits(), default=math.inf)
-    return math.ceil(least) if least < cores else None
+    return math.ceil(least) if least < cores() else None
 
 
 def threads() -> int:

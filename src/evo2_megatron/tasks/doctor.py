@@ -68,10 +68,8 @@ def _machine() -> Iterator[Finding]:
     fix = None if supported else f"PYTHON=python3.12 {REBUILD}"
     yield Finding("machine", "Python", "ok" if supported else "problem", f"{version}, {sys.executable}", fix)
     is_known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
-    # not every system can say which cores it may use
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = f"{job_limits.memory_bytes() / 2**30:.0f} GiB memory"
-    text = f"{platform.system()} {platform.machine()}, {cores} cores, {memory}{_limits()}"
+    text = f"{platform.system()} {platform.machine()}, {job_limits.cores()} cores, {memory}{_limits()}"
     fix = None if is_known else "use Linux on x86-64 or ARM64"
     yield Finding("machine", "system", "ok" if is_known else "problem", text, fix)
     gpus = _gpus()

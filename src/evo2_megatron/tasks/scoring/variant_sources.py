@@ -23,17 +23,7 @@ class VcfFile:
     """Variants of a VCF file, plain, gzip or bgzip."""
 
     path: Path
-    flag = "vcf"
-
-    def check(self, formats: tuple[str, ...]) -> None:
-        """Raise UserError where the file is not there, or what is asked for cannot be made of it."""
-        _check_file(self.path, "VCF")
-        for name in formats:
-            if name in TRACKS:
-                raise UserError(
-                    f"--output-format {name} has a value for each base of the intervals of --saturate; of a VCF file "
-                    "choose tsv, parquet, vcf or vcf.gz"
-                )
+    flag, kind, has_tracks = "vcf", "VCF", False
 
     def records(self, _genome: Genome) -> Iterator[VcfRecord]:
         """The records in the order of the file."""
@@ -49,12 +39,7 @@ class Saturation:
     """All three substitutions of every base in the intervals of a BED file, each once, in the genome's order."""
 
     path: Path
-    flag = "saturate"
-
-    def check(self, formats: tuple[str, ...]) -> None:
-        """Raise UserError where the file is not there."""
-        del formats  # all can be made
-        _check_file(self.path, "BED")
+    flag, kind, has_tracks = "saturate", "BED", True
 
     def records(self, genome: Genome) -> Iterator[VcfRecord]:
         """A record for each base that is A, C, G or T.
@@ -82,6 +67,16 @@ class Saturation:
         return joined(intervals, lengths)
 
 
-def _check_file(path: Path, kind: str) -> None:
+def check_source(source: VcfFile | Saturation, formats: tuple[str, ...]) -> None:
+    """Raise UserError where the file is not there, or what is asked for cannot be made of it."""
+    path = source.path
     if not path.is_file():
-        raise UserError(f"no such {kind} file: {path}" + "; it is read twice, so not from a pipe" * path.exists())
+        raise UserError(
+            f"no such {source.kind} file: {path}" + "; it is read twice, so not from a pipe" * path.exists()
+        )
+    for name in formats:
+        if name in TRACKS and not source.has_tracks:
+            raise UserError(
+                f"--output-format {name} has a value for each base of the intervals of --saturate; of a VCF file "
+                "choose tsv, parquet, vcf or vcf.gz"
+            )

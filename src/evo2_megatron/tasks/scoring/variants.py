@@ -40,7 +40,7 @@ from evo2_megatron.tasks.scoring.prediction_settings import TRACKS, Files, Model
 from evo2_megatron.tasks.scoring.prediction_tables import write_rows
 from evo2_megatron.tasks.scoring.shared_batches import SharedBatches
 from evo2_megatron.tasks.scoring.variant_alleles import Allele, comparisons, read_alleles, report_skipped
-from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile
+from evo2_megatron.tasks.scoring.variant_sources import Saturation, VcfFile, check_source
 from evo2_megatron.tasks.scoring.variant_windows import WINDOW_LENGTH, Group, WindowSettings, make_groups, plan_groups
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def score_variants(
     if settings.shared_context and parallel.context > 1:
         raise UserError("shared context has no form that is split over processes; add --no-shared-context")
     Files(output_dir=output_dir)  # checks the folder
-    source.check(formats)
+    check_source(source, formats)
     check_inputs(output_dir, variant_files.RESULTS, **{source.flag: source.path}, fasta=fasta)
     checkpoint = resolve_checkpoint_path(ckpt_dir)
     run_config = language_model_config(checkpoint)
