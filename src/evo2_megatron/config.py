@@ -70,6 +70,9 @@ PRECISION_RECIPES = ("fp32", *_REDUCED_PRECISION, *(name.replace("_", "-") for n
 """Names that every ``--mixed-precision-recipe`` accepts; with hyphens or underscores, as Megatron Bridge does."""
 
 
+WeightFormat = Literal["none", "int8", "int4"]
+"""How the frozen weights of linear layers are kept: as the precision has them, or in 8 or 4 bits."""
+
 Fp8Choice = Literal["as_asked", "emulate", "allow_mismatch"]
 """What to do about 8-bit input projections: what the checkpoint asks for, or an error where this machine cannot; round
 to 8 bits on any device; or, where they are asked for, do without."""

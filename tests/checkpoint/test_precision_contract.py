@@ -102,13 +102,13 @@ def test_asked_for_by_the_caller_alone(load):
         load(precision="fp32", provider_overrides={"vortex_style_fp8": True})
 
 
-def settle(choice="as_asked", asked=True, fp8=None, hidden_size=128, int8_weights=False):
+def settle(choice="as_asked", asked=True, fp8=None, hidden_size=128, quantize_weights="none"):
     from types import SimpleNamespace
 
     from evo2_megatron.checkpoint import precision_contract
 
     provider = SimpleNamespace(
-        vortex_style_fp8=asked, fp8_emulation=False, hidden_size=hidden_size, int8_weights=int8_weights
+        vortex_style_fp8=asked, fp8_emulation=False, hidden_size=hidden_size, quantize_weights=quantize_weights
     )
     settings = SimpleNamespace(fp8=fp8, fp4=None)
     name = "bf16_with_fp8_current_scaling_mixed" if fp8 else "bf16_mixed"
@@ -121,9 +121,9 @@ def test_a_recipe_of_8_bits_keeps_the_contract(megatron):
     assert settle(fp8="hybrid", asked=False) == "not_asked"
     with pytest.raises(UserError, match="leave it out"):
         settle("emulate", fp8="hybrid")
-    assert settle(asked=False, int8_weights=True) == "not_asked"
-    with pytest.raises(UserError, match="leave out --int8-weights"):
-        settle(asked=False, fp8="hybrid", int8_weights=True)
+    assert settle(asked=False, quantize_weights="int8") == "not_asked"
+    with pytest.raises(UserError, match="leave out --quantize-weights"):
+        settle(asked=False, fp8="hybrid", quantize_weights="int8")
 
 
 def test_fp8_hardware_is_used(megatron, monkeypatch, caplog):

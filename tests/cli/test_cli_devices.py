@@ -12,7 +12,7 @@ import torch
 from evo2_megatron.runtime import megatron
 from evo2_megatron.tasks import division, launch
 
-LORA = {"--base-ckpt-dir": "base", "--int8-weights": None}
+LORA = {"--base-ckpt-dir": "base", "--quantize-weights": "int4"}
 COMMANDS = {
     "predict": {"--fasta": "x.fa"} | LORA,
     "variants": {"--fasta": "x.fa", "--vcf": "x.vcf", "--output-dir": "out"} | LORA,
@@ -49,10 +49,10 @@ def test_the_model_that_is_run_is_divided(machine, monkeypatch, name):
     asked, started = machine
     run(monkeypatch, name)
     ((ckpt_dir, given),) = asked
-    has_lora = "--int8-weights" in COMMANDS[name]
+    has_lora = "--quantize-weights" in COMMANDS[name]
     assert ckpt_dir == Path("model") and given.pop("precision") == "bf16_mixed"
     assert given.pop("base_ckpt_dir") == (Path("base") if has_lora else None)
-    assert given.pop("int8_weights") is (True if has_lora else None)
+    assert given.pop("quantize_weights") == ("int4" if has_lora else None)
     assert given == {"num_gpus": 4, "gpu_bytes": 80}
     assert started == [(2 if name == "guide" else 4, ["--tensor-parallel-size", "2"])]
 

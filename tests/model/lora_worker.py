@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes of a test of LoRA: one step's gradients under several layouts, one after the other.
 
-Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT INT8 LAYOUT...``, INT8 1 for weights in 8 bits, else 0.
+Run by test_lora_layouts.py: ``lora_worker.py BASE CHECKPOINT WEIGHTS LAYOUT...``, WEIGHTS as ``--quantize-weights``.
 Rank 0 saves, in ``<layout>.pt`` beside the checkpoint of adapters, the loss of every sequence and, as full tensors by
 global name, gradients of what is trained.
 """
@@ -17,7 +17,7 @@ from model.layout_worker import LAYOUTS, LOADS, build, global_name, merged, trai
 from processes import fork
 
 
-def run(base, adapter_checkpoint, layout, int8_weights=False):
+def run(base, adapter_checkpoint, layout, quantize_weights="none"):
     """What is compared, on every process."""
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
@@ -41,7 +41,7 @@ def run(base, adapter_checkpoint, layout, int8_weights=False):
         load_weights(stage, adapter_checkpoint, stored, dropped_layers=(), only=adapters.adapter_key_filter)
 
     with process_groups(layout, seed=1):
-        model = build(base, layout, adapt, int8_weights=int8_weights)
+        model = build(base, layout, adapt, quantize_weights=quantize_weights)
         inner, context = unwrap_model(model), parallel_state.get_context_parallel_rank()
         losses = train_step(model)
         if not parallel_state.is_pipeline_last_stage():
@@ -56,15 +56,15 @@ def run(base, adapter_checkpoint, layout, int8_weights=False):
         }
 
 
-def main(base, adapter_checkpoint, layout, int8_weights, output):
-    result = run(base, adapter_checkpoint, layout, int8_weights)
+def main(base, adapter_checkpoint, layout, quantize_weights, output):
+    result = run(base, adapter_checkpoint, layout, quantize_weights)
     if rank() == 0:
         torch.save(result, output)
 
 
 if __name__ == "__main__":
     enter_training()
-    base, checkpoint, int8_weights, *layouts = sys.argv[1:]
+    base, checkpoint, quantize_weights, *layouts = sys.argv[1:]
     for name in layouts:
         output = Path(checkpoint).with_name(f"{name}.pt")
-        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], int8_weights == "1", output, loads=LOADS)
+        fork(2, main, Path(base), Path(checkpoint), LAYOUTS[name], quantize_weights, output, loads=LOADS)

@@ -33,9 +33,10 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def base(megatron, tmp_path_factory):
-    """A model that the adapters belong to."""
+    """A model that the adapters belong to, halves of which have whole groups of 4-bit weights."""
     folder = tmp_path_factory.mktemp("base")
-    return write_tiny_checkpoint(folder, hybrid_override_pattern=PATTERN, num_layers=len(PATTERN))
+    pattern = {"hybrid_override_pattern": PATTERN, "num_layers": len(PATTERN)}
+    return write_tiny_checkpoint(folder, ffn_hidden_size=256, **pattern)
 
 
 @pytest.mark.parametrize("fields, layouts", CASES)
@@ -43,19 +44,20 @@ def test_every_layout_equals_one_process(base, tmp_path, fields, layouts):
     checkpoint = write_tiny_adapters(tmp_path, base, **fields)
     want = run(base, checkpoint, ParallelConfig())
     assert want["gradients"].keys() == expected_names(**fields)
-    launch(WORKER, base, checkpoint, 0, *layouts)
+    launch(WORKER, base, checkpoint, "none", *layouts)
     for layout in layouts:
         compare(torch.load(tmp_path / f"{layout}.pt"), want, layout)
 
 
 @pytest.mark.slow
-def test_weights_in_8_bits(base, tmp_path):
+@pytest.mark.parametrize("weights_in", ["int8", "int4"])
+def test_quantized_weights(base, tmp_path, weights_in):
     """The scales of a part are the whole's; products are rounded to bfloat16, each part by itself."""
     checkpoint, layouts = write_tiny_adapters(tmp_path, base), ("tensor 2", "tensor 2, sequence", "pipeline 2")
-    want = run(base, checkpoint, ParallelConfig(), int8_weights=True)
+    want = run(base, checkpoint, ParallelConfig(), quantize_weights=weights_in)
     wide = run(base, checkpoint, ParallelConfig())
-    assert distance(want, wide) > 0
-    launch(WORKER, base, checkpoint, 1, *layouts)
+    assert distance(want, wide) > 0.03
+    launch(WORKER, base, checkpoint, weights_in, *layouts)
     for layout in layouts:
         assert distance(torch.load(tmp_path / f"{layout}.pt"), want) < 0.03, layout
 

@@ -63,7 +63,7 @@ def test_parameters_on_the_meta_device(one_process, model_size):
     assert tensors == expected_tensors(ARCHITECTURES[model_size], 512)
 
 
-@pytest.mark.parametrize("settings", [{}, {"int8_weights": True}])
+@pytest.mark.parametrize("settings", [{}, {"quantize_weights": "int8"}, {"quantize_weights": "int4"}])
 def test_all_is_made_on_the_gpu_where_there_is_one(one_process, monkeypatch, settings):
     if torch.cuda.is_available():
         assert {value.device.type for value in tiny_model(**settings).state_dict().values()} == {"cuda"}

@@ -61,7 +61,7 @@ def run(checkpoint, **settings):
         ({}, "float32", 1e-5),
         ({"fp8": "emulate"}, "fp8_emulation", 1e-3),
         ({"precision": "bf16_mixed"}, "bfloat16", 1e-2),
-        ({"provider_overrides": {"int8_weights": True}}, "int8_weights", 2e-2),
+        ({"provider_overrides": {"quantize_weights": "int8"}}, "int8", 2e-2),
         ({"precision": "bf16_mixed", "fp8": "emulate"}, "fp8_emulation", 1e-2),
     ],
 )

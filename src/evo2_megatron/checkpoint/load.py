@@ -105,7 +105,8 @@ def load_model(
     provider.finalize()
     with out_of_memory.told(_too_large(checkpoint, name, provider)):
         model = _filled_model(provider, checkpoint, base, run_config, stored)
-    logger.info("Loaded %s in precision %s%s", checkpoint, name, ", weights in 8 bits" * provider.int8_weights)
+    how = "" if provider.quantize_weights == "none" else f", weights in {provider.quantize_weights}"
+    logger.info("Loaded %s in precision %s%s", checkpoint, name, how)
     return LoadedModel(model.eval(), provider, tokenizer, name, fp8_projections, run_config, checkpoint)
 
 
@@ -138,7 +139,7 @@ def _filled_model(
 
 
 def _too_large(checkpoint: Path, precision: str, provider: StripedHyenaProvider) -> str:
-    narrower = "" if provider.int8_weights else ", or take --int8-weights"
+    narrower = ", or take --quantize-weights" if provider.quantize_weights == "none" else ""
     return (
         f"not enough memory for the weights of {checkpoint} in precision {precision}; divide them over GPUs with "
         f"--devices and --tensor-parallel-size{narrower}"

@@ -72,7 +72,7 @@ def _load_part(
     """Fill in some tensors; returns the names of those that were."""
     from megatron.core import dist_checkpointing
 
-    from evo2_megatron.model.int8_linear import in_full_width
+    from evo2_megatron.model.quantized_linear import in_full_width
 
     with in_full_width(model, names), _in_one_line(checkpoint):
         part = {name: entry for name, entry in entries().items() if name in names}
@@ -109,8 +109,8 @@ def _entries(
 
 
 def _parts(model: StripedHyenaModel, names: Iterable[str]) -> list[set[str]]:
-    """What is read at a time: all, or for a model in 8 bits one layer, as many parts on every process."""
-    if not model.config.int8_weights:
+    """What is read at a time: all, or for a quantized model one layer, as many parts on every process."""
+    if model.config.quantize_weights == "none":
         return [set(names)]
     # of a stage; some have a layer less
     num_layers = -(-model.config.num_layers // model.config.pipeline_model_parallel_size)

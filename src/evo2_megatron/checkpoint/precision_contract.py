@@ -96,9 +96,9 @@ def settle(
 
 
 def _check_rounded_once(provider: StripedHyenaProvider, precision: str, settings: MixedPrecisionConfig) -> None:
-    if provider.int8_weights and (settings.fp8 or settings.fp4):
+    if provider.quantize_weights != "none" and (settings.fp8 or settings.fp4):
         raise UserError(
-            f"precision {precision} rounds weights in its own way; leave out --int8-weights, or choose "
+            f"precision {precision} rounds weights in its own way; leave out --quantize-weights, or choose "
             "--mixed-precision-recipe bf16_mixed or fp32"
         )
 

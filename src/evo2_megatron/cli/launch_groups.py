@@ -52,7 +52,7 @@ def model_on_devices(
 
     Args:
         args: With the flags of ``add_devices`` and ``groups.add_precision``; those of ``groups.add_base_checkpoint``
-            and ``model_groups.add_int8_weights`` count where there are any.
+            and ``model_groups.add_quantize_weights`` count where there are any.
         argv: What ``main`` was given.
         parallel: The layout that was asked for; any but the default is kept.
         copies, until_stopped: As for ``tasks.launch.on_devices``.
@@ -71,7 +71,7 @@ def model_on_devices(
             args.ckpt_dir,
             base_ckpt_dir=vars(args).get("base_ckpt_dir"),
             precision=groups.precision(args),
-            int8_weights=vars(args).get("int8_weights"),
+            quantize_weights=vars(args).get("quantize_weights"),
         )
     return launch.on_devices(_number(args.devices), argv, divide=divide, copies=copies, until_stopped=until_stopped)
 

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     groups.add_parallel(parser)
     precision = parser.add_argument_group("precision")
     groups.add_precision(precision, default="bf16_mixed")
-    model_groups.add_int8_weights(precision, default="do not")
+    model_groups.add_quantize_weights(precision, default="none")
     groups.add_recompute(parser)
     training_groups.add_lora(parser)
     machine = parser.add_argument_group("machine")
@@ -119,7 +119,7 @@ def _main(argv: Sequence[str] | None) -> None:
         _refuse(args, "--num-sequences", "--chunk-length")
         _plan_training(args)
     else:
-        lora = (f"--{name.replace('_', '-')}" for name in training_groups.lora(args) if name != "int8_weights")
+        lora = (f"--{name.replace('_', '-')}" for name in training_groups.lora(args) if name != "quantize_weights")
         _refuse(args, "--recipe", "--micro-batch-size", "--global-batch-size", "--num-gpus", *_RECOMPUTE, *lora)
         _plan_inference(args)
 
@@ -156,7 +156,9 @@ def _plan_training(args: argparse.Namespace) -> None:
 def _plan_inference(args: argparse.Namespace) -> None:
     from evo2_megatron.tasks.planning import plan_inference as planning
 
-    inference = planning.Inference(args.use, args.num_sequences or 1, args.chunk_length, bool(args.int8_weights))
+    inference = planning.Inference(
+        args.use, args.num_sequences or 1, args.chunk_length, args.quantize_weights or "none"
+    )
     given = _given(args) | {"parallel": groups.parallel(args)}
     stages = planning.plan_inference(inference, **given)
     print("stage      parameters    weights  caches+activations     total  FLOPs per batch  (GB, per GPU)")

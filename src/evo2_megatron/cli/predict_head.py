@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups.add_base_checkpoint(model)
     groups.add_precision(model)
-    model_groups.add_int8_weights(model)
+    model_groups.add_quantize_weights(model)
     model.add_argument(
         "--max-batch-tokens",
         type=groups.positive_int,
@@ -94,7 +94,7 @@ def _predict(argv: Sequence[str] | None) -> None:
         both_strands=args.both_strands,
         base_ckpt_dir=groups.base_checkpoint(args),
         precision=groups.precision(args),
-        int8_weights=args.int8_weights,
+        quantize_weights=args.quantize_weights,
         max_batch_tokens=args.max_batch_tokens,
         tracks=args.tracks,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import command, groups, launch_groups, training_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups, training_groups
 from evo2_megatron.config import UserError
 
 PROG = "train_evo2"
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_communication(parser)
     groups.add_recompute(parser)
     _add_checkpoint(parser)
-    training_groups.add_frozen_int8(training_groups.add_lora(parser))
+    model_groups.add_quantize_weights(training_groups.add_lora(parser), default="none")
     _add_logging(parser)
     _add_unavailable(parser)
     return parser

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evo2_megatron.cli import command, groups, launch_groups, training_groups
+from evo2_megatron.cli import command, groups, launch_groups, model_groups
 
 _PROG = "evo2_train_head"
 _TASKS = ("classification", "multilabel", "regression")
@@ -107,7 +107,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--head-dropout", help="in the head (default: 0.1)", **_NUMBER)
     precision = parser.add_argument_group("precision")
     groups.add_precision(precision)
-    training_groups.add_frozen_int8(precision)
+    model_groups.add_quantize_weights(precision, default="none")
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +209,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "head_hidden_size": args.head_hidden_size,
         "head_dropout": args.head_dropout,
         "precision": groups.precision(args),
-        "int8_weights": args.int8_weights,
+        "quantize_weights": args.quantize_weights,
         "lora_finetune": args.lora_finetune,
         "lora_dim": args.lora_dim,
         "lora_alpha": args.lora_alpha,

@@ -52,7 +52,7 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_lora(parser: argparse._ActionsContainer) -> argparse._ArgumentGroup:
-    """Add the flags that ``lora`` reads, but for ``--int8-weights``; the group that they are in."""
+    """Add the flags that ``lora`` reads, but for ``--quantize-weights``; the group that they are in."""
     group = parser.add_argument_group(
         "LoRA",
         "A module is named by its own name, or by a path in which * stands for any text; see docs/lora.md.",
@@ -84,16 +84,6 @@ def add_lora(parser: argparse._ActionsContainer) -> argparse._ArgumentGroup:
     return group
 
 
-def add_frozen_int8(group: argparse._ActionsContainer) -> None:
-    """Add ``--int8-weights`` of what trains something else."""
-    group.add_argument(
-        "--int8-weights",
-        action="store_true",
-        default=None,
-        help="keep the frozen weights of linear layers in 8 bits: half the memory of bfloat16",
-    )
-
-
 def lora(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``tasks.training.train.train``; None where the user did not speak."""
     return {
@@ -103,5 +93,5 @@ def lora(args: argparse.Namespace) -> dict[str, Any]:
         "lora_dropout": args.lora_dropout,
         "lora_target_modules": args.lora_target_modules,
         "lora_skip_freeze_modules": args.lora_skip_freeze_modules,
-        "int8_weights": args.int8_weights,
+        "quantize_weights": args.quantize_weights,
     }

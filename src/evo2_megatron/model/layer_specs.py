@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from evo2_megatron.model.int8_linear import Int8RMSNormColumnLinear, Int8RowLinear
+from evo2_megatron.model.quantized_linear import QuantizedRMSNormColumnLinear, QuantizedRowLinear
 from evo2_megatron.model.torch_modules import RMSNorm, RMSNormColumnLinear, RowLinear, TorchCoreAttention
 from evo2_megatron.runtime.megatron import have_transformer_engine
 
@@ -39,11 +39,11 @@ def uses_transformer_engine(config: StripedHyenaProvider) -> bool:
 
 
 def layer_modules(config: StripedHyenaProvider) -> LayerModules:
-    """The classes for a model on this machine; with ``int8_weights`` its linear layers are the same on any device."""
+    """The classes for a model on this machine; quantized linear layers are the same on any device."""
     plain = _layer_modules(config)
-    if not config.int8_weights:
+    if config.quantize_weights == "none":
         return plain
-    return plain._replace(norm_column_linear=Int8RMSNormColumnLinear, row_linear=Int8RowLinear)
+    return plain._replace(norm_column_linear=QuantizedRMSNormColumnLinear, row_linear=QuantizedRowLinear)
 
 
 def _layer_modules(config: StripedHyenaProvider) -> LayerModules:

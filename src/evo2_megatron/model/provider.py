@@ -19,12 +19,13 @@ from megatron.core.transformer.enums import AttnBackend
 
 from evo2_megatron import layouts
 from evo2_megatron.architectures import LAYER_SYMBOLS, Architecture, architecture
-from evo2_megatron.config import UserError
+from evo2_megatron.config import UserError, WeightFormat
 from evo2_megatron.model.flops import training_flops
 from evo2_megatron.model.layer_specs import uses_transformer_engine
 from evo2_megatron.model.loss import LOWERCASE_WEIGHT, Normalization
 from evo2_megatron.model.striped_hyena import StripedHyenaModel
 from evo2_megatron.ops.backends import can_run_compiled
+from evo2_megatron.ops.int4 import group_size
 from evo2_megatron.runtime.megatron import on_cuda
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
     fp8_projections: bool = False
     """Multiply 8 bits in these projections, for scoring and generation (see ``model.fp8_linear``)."""
 
-    int8_weights: bool = False
-    """Keep the weights of linear layers, which are then not trained, in 8 bits (see ``model.int8_linear``)."""
+    quantize_weights: WeightFormat = "none"
+    """Keep the weights of linear layers, then not trained, in 8 or 4 bits (see ``model.quantized_linear``)."""
 
     restore_modelopt_state: bool = False
     hf_model_id: str | None = None
@@ -157,9 +158,21 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
             "short filter groups": self.num_groups_hyena_short,
         }
         layouts.check_tensor_parallel(divided, self.tensor_model_parallel_size)
+        self._check_groups()
         layouts.check_pipeline_parallel(self.num_layers, self.pipeline_model_parallel_size)
         if self.virtual_pipeline_model_parallel_size is not None:
             raise UserError("virtual pipeline stages are not supported; leave the setting out")
+
+    def _check_groups(self) -> None:
+        """Weights in 4 bits share scales in groups, which processes must not divide."""
+        for name, size in (("hidden size", self.hidden_size), ("FFN width", self.ffn_hidden_size)):
+            group = group_size(size)
+            if self.quantize_weights == "int4" and (group is None or size // self.tensor_model_parallel_size % group):
+                raise UserError(
+                    f"--quantize-weights int4 takes 64 or 32 channels together, and the {name} {size} in "
+                    f"{self.tensor_model_parallel_size} parts is no multiple of it; choose int8, or another "
+                    "--tensor-parallel-size"
+                )
 
     def _fit_to_machine(self) -> None:
         """The only place where the configuration depends on the machine."""

@@ -80,7 +80,7 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
         """``grad W``, summed up in float32 over blocks of rows that are made wide, in the dtype of the gradient."""
         q_DH, scale_D = ctx.saved_tensors
-        wide = torch.float32 if grad_TD.device.type == "cpu" else torch.bfloat16
+        wide = wide_dtype(grad_TD.device, of_gradient=grad_TD.dtype)
         grad_TH = grad_TD.new_zeros(len(grad_TD), q_DH.shape[1], dtype=torch.float32)
         for rows in row_blocks(q_DH):
             grad_TH += (grad_TD[:, rows] * scale_D[rows]).to(wide) @ q_DH[rows].to(wide)
@@ -92,8 +92,7 @@ def _product(x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
     is_few = len(x_TH) <= _FEW_TOKENS and q_DH.shape[1] % _KERNEL_STEP == 0
     if is_few and x_TH.device.type == "cpu":
         return torch._weight_int8pack_mm(x16_TH.contiguous(), q_DH, scale_D).to(x_TH.dtype)
-    # a CPU multiplies float32 faster than bfloat16, and its sums are of float32 either way
-    wide = torch.float32 if x_TH.device.type == "cpu" else torch.bfloat16
+    wide = wide_dtype(x_TH.device)
     wide_TH = x16_TH.to(wide)
     y_TD = x_TH.new_empty(len(x_TH), len(q_DH))
     for rows in row_blocks(q_DH):
@@ -104,6 +103,20 @@ def _product(x_TH: Tensor, q_DH: Tensor, scale_D: Tensor) -> Tensor:
 
 def row_blocks(weight_DH: Tensor) -> list[slice]:
     """Rows of a weight matrix that may be made wide at a time: few enough for a CPU's cache."""
-    numbers = _BLOCK_NUMBERS if weight_DH.device.type == "cpu" else _BLOCK_NUMBERS_CUDA
-    num_rows = max(1, numbers // weight_DH.shape[1])
+    num_rows = max(1, wide_numbers(weight_DH.device) // weight_DH.shape[1])
     return [slice(start, start + num_rows) for start in range(0, len(weight_DH), num_rows)]
+
+
+def wide_numbers(device: torch.device) -> int:
+    """Weights that may be wide at the same time."""
+    return _BLOCK_NUMBERS if device.type == "cpu" else _BLOCK_NUMBERS_CUDA
+
+
+def wide_dtype(device: torch.device, *, of_gradient: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """In what weights are multiplied when they are wide; gradients in float32 stay so on a CPU.
+
+    A CPU without arithmetic for bfloat16 multiplies float32 faster. Sums are of float32 either way.
+    """
+    if device.type == "cpu" and (of_gradient == torch.float32 or not torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    return torch.bfloat16

@@ -127,3 +127,22 @@ def int8_product_ref(x_TH: Tensor, weight_DH: Tensor) -> Tensor:
         levels = [max(-127, min(127, round(number / scale))) for number in row]  # round: of two, the even one
         outputs.append(x_TH.bfloat16().double() @ torch.tensor(levels, dtype=torch.float64) * scale)
     return torch.stack(outputs, dim=1)
+
+
+def int4_product_ref(x_TH: Tensor, weight_DH: Tensor, group: int) -> Tensor:
+    """``sum_h bf16(x) * (s * (q - 8) + z)``, row by row and group by group of ``group`` columns.
+
+    The range of a group in 15 steps: ``s = bf16((max - min) / 15)``, ``z = bf16(min + 8 s)``, q the nearest of 0..15.
+    """
+    outputs = []
+    for row in weight_DH.float().tolist():
+        rounded = []
+        for start in range(0, len(row), group):
+            part = torch.tensor(row[start : start + group])  # float32, as what is rounded to bfloat16 below
+            step = ((part.max() - part.min()) / 15).bfloat16().float()
+            zero = (part.min() + 8 * step).bfloat16().float()
+            size = step.item() or 1.0
+            levels = [max(0, min(15, round(number) + 8)) for number in ((part - zero) / size).tolist()]
+            rounded += [size * (level - 8) + zero.item() for level in levels]
+        outputs.append(x_TH.bfloat16().double() @ torch.tensor(rounded, dtype=torch.float64))
+    return torch.stack(outputs, dim=1)

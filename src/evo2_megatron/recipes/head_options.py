@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from evo2_megatron.config import UserError
+from evo2_megatron.config import UserError, WeightFormat
 from evo2_megatron.data.labels import Labels, Task
 from evo2_megatron.recipes.options import LARGEST_NUMBER, LORA_TARGETS, TrainingOptions
 from evo2_megatron.runtime import distributed
@@ -43,7 +43,7 @@ class HeadOptions:
     head_dropout: float = 0.1
     tokenizer: Path | None = None  # None: the checkpoint's
     precision: str | None = None  # None: bf16_mixed on a GPU, fp32 without one
-    int8_weights: bool = False  # of the backbone's linear layers
+    quantize_weights: WeightFormat = "none"  # of the backbone's linear layers
 
     # adapters
     lora_finetune: bool = False
@@ -111,7 +111,7 @@ class HeadOptions:
             warmup_steps=warmup,
             decay_steps=self.decay_steps or max(steps, warmup + 1),
             precision=self.precision,
-            int8_weights=self.int8_weights,
+            quantize_weights=self.quantize_weights,
             result_dir=self.result_dir,
             experiment_name=self.experiment_name,
             finetune_ckpt_dir=self.base_ckpt_dir,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import ParallelConfig, UserError, WeightFormat
 from evo2_megatron.data import tokenizer
 from evo2_megatron.runtime import megatron
 
@@ -68,7 +68,7 @@ class TrainingOptions:
     fp32_residual_connection: bool = False
     spike_no_more_embedding_init: bool = False
     use_subquadratic_ops: bool = False
-    int8_weights: bool = False  # of linear layers, which are not trained then
+    quantize_weights: WeightFormat = "none"  # of linear layers, which are not trained then
     cross_entropy_loss_fusion: bool = False
     renormalize_loss: bool = True
     lowercase_loss_weight: float = 0.1

@@ -113,7 +113,7 @@ def _model(options: TrainingOptions) -> StripedHyenaProvider:
         add_bias_output=options.add_bias_output,
         fp32_residual_connection=options.fp32_residual_connection,
         use_subquadratic_ops=options.use_subquadratic_ops,
-        int8_weights=options.int8_weights,
+        quantize_weights=options.quantize_weights,
         cross_entropy_loss_fusion=options.cross_entropy_loss_fusion,
         to_upper="normalized_weighted" if options.renormalize_loss else "weighted",
         lowercase_loss_weight=options.lowercase_loss_weight,
@@ -237,7 +237,7 @@ def _logger(options: TrainingOptions) -> LoggerConfig:
         wandb_save_dir=str(options.run_dir),  # wandb makes its folder in it
         # everything that was decided, before the first checkpoint has it; not named like a checkpoint's own
         save_config_filepath=str(options.run_dir / "config.yaml"),
-        log_params_norm=not options.int8_weights,  # Megatron takes no norm of integers
+        log_params_norm=options.quantize_weights == "none",  # Megatron takes no norm of integers
         log_throughput=True,
         log_throughput_to_tensorboard=True,
         log_progress=True,

@@ -49,7 +49,8 @@ TOLERANCES = {
     "float16": 1e-2,
     "bfloat16": 3e-2,
     "fp8_emulation": 3e-2,
-    "int8_weights": 5e-2,
+    "int8": 5e-2,
+    "int4": 5e-1,
     "fp8": 1e-1,
 }
 """By how much a window's mean log-likelihood may differ from the stored one, in nat per base. It averages over 511
@@ -240,8 +241,8 @@ def _kind(loaded: LoadedModel) -> str:
         return "fp8"
     if loaded.fp8_projections == "emulated":
         return "fp8_emulation"
-    if loaded.provider.int8_weights:
-        return "int8_weights"
+    if loaded.provider.quantize_weights != "none":
+        return loaded.provider.quantize_weights
     return str(loaded.provider.params_dtype).removeprefix("torch.")
 
 

@@ -63,7 +63,7 @@ def runs(megatron, tmp_path_factory):
         [
             following | {"experiment_name": "one"},
             sides | {"experiment_name": "both", "class_weights": "balanced"},
-            sides | {"experiment_name": "windows", "seq_length": WINDOW, "int8_weights": True},
+            sides | {"experiment_name": "windows", "seq_length": WINDOW, "quantize_weights": "int8"},
             lora | {"experiment_name": "whole"},
             lora | {"experiment_name": "halves", "max_steps": 2},
             lora | {"experiment_name": "halves"},

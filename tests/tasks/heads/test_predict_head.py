@@ -56,8 +56,8 @@ def test_adapters_have_a_say(runs, tmp_path):
 
 def test_backbone_in_8_bits(runs, tmp_path):
     wide, _ = predicted(runs, "whole", tmp_path)
-    narrow, _ = predicted(runs, "whole", tmp_path, int8_weights=True)
-    assert json.loads((tmp_path / "predictions.tsv.manifest.json").read_text())["int8_weights"] is True
+    narrow, _ = predicted(runs, "whole", tmp_path, quantize_weights="int8")
+    assert json.loads((tmp_path / "predictions.tsv.manifest.json").read_text())["quantize_weights"] == "int8"
     for line, other in zip(narrow, wide, strict=True):
         difference = abs(float(line["probability_AT"]) - float(other["probability_AT"]))
         assert 0 < difference < 0.05

@@ -62,7 +62,7 @@ def runs(megatron, tmp_path_factory):
             lora | {"experiment_name": "other", "classes": ["AT", "GC", "N"], "class_weights": "balanced"},
             lora | {"experiment_name": "bf16", "precision": "bf16_mixed", "recompute": True},
             common | long | {"experiment_name": "head", "class_weights": "balanced"},
-            common | {"experiment_name": "narrow", "int8_weights": True},
+            common | {"experiment_name": "narrow", "quantize_weights": "int8"},
             common | long | numbers | {"experiment_name": "numbers", "embedding_layer": -3, "both_strands": True},
             lora
             | {"experiment_name": "labels", "task": "multilabel", "label_columns": ["starts", "rich"]}

@@ -47,7 +47,7 @@ def of_inference(inference: Inference, **given: Any) -> int:
 
     with process_groups(ParallelConfig()), torch.no_grad():
         config = plan_step.step_config(TrainingOptions(mock_data=True, global_batch_size=1, **given), 512)
-        config.model.int8_weights = inference.int8_weights
+        config.model.quantize_weights = inference.quantize_weights
         with contextlib.redirect_stdout(sys.stderr):
             (model,) = config.model.provide_distributed_model(wrap_with_ddp=False)
         model.eval()

@@ -29,16 +29,19 @@ def test_what_a_real_run_takes(megatron, monkeypatch, use, pattern, precision, c
     assert stage.activation_bytes == pytest.approx(real, rel=0.03)
 
 
-@pytest.mark.parametrize("use", ["score", "generate"])
-def test_weights_in_8_bits(megatron, monkeypatch, use):
+@pytest.mark.parametrize("use, weights_in", [("score", "int8"), ("generate", "int8"), ("generate", "int4")])
+def test_quantized_weights(megatron, monkeypatch, use, weights_in):
     as_on_a_cpu(monkeypatch)
-    inference = Inference(use, 1, 512, int8_weights=True)
+    inference = Inference(use, 1, 512, quantize_weights=weights_in)
     (stage,), (wide,) = (plan_inference(i, **SMALL, precision="fp32") for i in (inference, Inference(use, 1, 512)))
     assert stage.activation_bytes == pytest.approx(of_inference(inference, **SMALL, precision="fp32"), rel=0.05)
-    # each layer's four matrices in one byte instead of four, and two bytes for each of their rows
     ffn = architecture("evo2_tiny").ffn_hidden_size
     numbers, rows = 4 * 128**2 + 3 * ffn * 128, 4 * 128 + 2 * ffn + 128
-    assert wide.weight_bytes - stage.weight_bytes == 4 * (3 * numbers - 2 * rows)
+    # of each layer's four matrices: a byte, and two for each row; or half a byte, and four for 64 or 32 numbers of one
+    groups = (4 * 128 + 2 * ffn) * 128 // 64 + ffn * 128 // 32
+    narrow = {"int8": numbers + 2 * rows, "int4": numbers // 2 + 4 * groups}[weights_in]
+    # and a number in the place of each matrix
+    assert wide.weight_bytes - stage.weight_bytes == 4 * (4 * numbers - narrow - 4)
 
 
 def test_published_models_have_their_size(megatron):
@@ -124,7 +127,7 @@ main(["--for", "generate", *small, "--gpu-memory", "0.001"])
         (["--for", "score", "--micro-batch-size", "2"], "--micro-batch-size says nothing about --for score"),
         (["--for", "generate", "--no-activation-checkpointing"], "--no-activation-checkpointing says nothing"),
         (["--num-sequences", "2"], "--num-sequences says nothing about --for train"),
-        (["--int8-weights"], "--int8-weights goes with --lora-finetune"),
+        (["--quantize-weights", "int8"], "--quantize-weights goes with --lora-finetune"),
         (["--for", "score", "--lora-finetune"], "--lora-finetune says nothing about --for score"),
     ],
 )

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from evo2_megatron.config import ParallelConfig
+from evo2_megatron.config import ParallelConfig, WeightFormat
 from evo2_megatron.tasks.planning.plan import plan
 from evo2_megatron.tasks.planning.plan_inference import Inference, longest_sequence, plan_inference
 
 DOCS = Path(__file__).parents[3] / "docs"
 SLOW = pytest.mark.slow
 GB = 1e9
+FORMATS = get_args(WeightFormat)
 
 
 def cells(page: str, heading: str, *row: str) -> list[str]:
@@ -24,11 +26,11 @@ def cells(page: str, heading: str, *row: str) -> list[str]:
     return found
 
 
-def inference(use: str, model_size: str, num_tokens: int, *, tensor: int = 1, int8_weights: bool = False):
+def inference(use: str, model_size: str, num_tokens: int, *, tensor: int = 1, quantize_weights: WeightFormat = "none"):
     """Weights and all, in GB."""
     parallel = ParallelConfig(tensor=tensor)
     given = {"model_size": model_size, "seq_length": num_tokens, "parallel": parallel}
-    (stage,) = plan_inference(Inference(use, int8_weights=int8_weights), **given)
+    (stage,) = plan_inference(Inference(use, quantize_weights=quantize_weights), **given)
     return f"{stage.weight_bytes / GB:.1f}", f"{stage.total_bytes / GB:.1f}"
 
 
@@ -50,31 +52,35 @@ def test_scoring_and_generation(megatron, model_size, num_gpus, num_tokens):
     assert told == [weights, score, generate]
 
 
-@pytest.mark.parametrize("int8_weights", [pytest.param(False, marks=SLOW), True])
-def test_weights_in_8_bits(megatron, int8_weights):
-    heading = "| bfloat16 | `--int8-weights` |"
-    weights, total = inference("score", "evo2_7b", 8_192, int8_weights=int8_weights)
-    assert cells("precision.md", heading, "`evo2_7b`: weights")[int8_weights] == f"{weights} GB"
-    assert cells("precision.md", heading, "to score, to generate")[int8_weights].startswith(f"{total}, ")
+@pytest.mark.parametrize("weights_in", [pytest.param("none", marks=SLOW), "int8", "int4"])
+def test_quantized_weights(megatron, weights_in):
+    heading, column = "| bfloat16 | int8 | int4 |", FORMATS.index(weights_in)
+    weights, total = inference("score", "evo2_7b", 8_192, quantize_weights=weights_in)
+    assert cells("precision.md", heading, "`evo2_7b`: weights")[column] == f"{weights} GB"
+    assert cells("precision.md", heading, "to score, to generate")[column].startswith(f"{total}, ")
 
 
 @SLOW
-@pytest.mark.parametrize("int8_weights", [False, True])
-def test_weights_in_8_bits_of_the_rest(megatron, int8_weights):
-    heading = "| bfloat16 | `--int8-weights` |"
-    _, generate = inference("generate", "evo2_7b", 8_192, int8_weights=int8_weights)
-    assert cells("precision.md", heading, "to score, to generate")[int8_weights].endswith(f", {generate} GB")
-    weights, total = inference("score", "evo2_40b", 8_192, int8_weights=int8_weights)
-    assert cells("precision.md", heading, "`evo2_40b`: weights")[int8_weights] == f"{weights} GB"
-    assert cells("precision.md", heading, "to score")[int8_weights] == f"{total} GB"
-    longest = longest_sequence(Inference("generate", int8_weights=int8_weights), 16 * GB, model_size="evo2_7b")
-    told = cells("precision.md", heading, "longest sequence to generate within 16 GB")[int8_weights]
+@pytest.mark.parametrize("weights_in", FORMATS)
+def test_quantized_weights_of_the_rest(megatron, weights_in):
+    heading, column = "| bfloat16 | int8 | int4 |", FORMATS.index(weights_in)
+    _, generate = inference("generate", "evo2_7b", 8_192, quantize_weights=weights_in)
+    assert cells("precision.md", heading, "to score, to generate")[column].endswith(f", {generate} GB")
+    weights, total = inference("score", "evo2_40b", 8_192, quantize_weights=weights_in)
+    assert cells("precision.md", heading, "`evo2_40b`: weights")[column] == f"{weights} GB"
+    assert cells("precision.md", heading, "to score")[column] == f"{total} GB"
+    longest = longest_sequence(Inference("generate", quantize_weights=weights_in), 16 * GB, model_size="evo2_7b")
+    told = cells("precision.md", heading, "longest sequence to generate within 16 GB")[column]
     assert told == f"{longest:,}"
 
 
 @SLOW
 @pytest.mark.parametrize(
-    "column, options", [(0, {}), (1, {"lora_finetune": True}), (2, {"lora_finetune": True, "int8_weights": True})]
+    "column, options",
+    [
+        (0, {}),
+        *((n, {"lora_finetune": True, "quantize_weights": name}) for n, name in enumerate(FORMATS, start=1)),
+    ],
 )
 def test_adapters(megatron, column, options):
     planned = plan(1, model_size="evo2_1b_base", micro_batch_size=1, global_batch_size=1, **options)

@@ -49,7 +49,7 @@ def _in_8_bits(checkpoint, parallel, items):
     from evo2_megatron.tasks.scoring.prediction_runner import Runner
     from evo2_megatron.tasks.scoring.prediction_settings import Output
 
-    loaded = load_model(checkpoint, parallel=parallel, provider_overrides={"int8_weights": True})
+    loaded = load_model(checkpoint, parallel=parallel, provider_overrides={"quantize_weights": "int8"})
     return Runner(loaded.model, Output(log_probs="per_token"), precision=loaded.precision)(items)
 
 

@@ -78,10 +78,10 @@ def test_no_other_batch_goes_through_the_buffers_of_training(model, caplog):
 
 
 def test_weights_in_8_bits_are_nothing_before(one_process, caplog):
-    from evo2_megatron.model.int8_linear import in_full_width
+    from evo2_megatron.model.quantized_linear import in_full_width
     from evo2_megatron.tasks.training.starting_weights import load_and_compare
 
-    narrow, wide = tiny_model(int8_weights=True), knows_dna(tiny_model())
+    narrow, wide = tiny_model(quantize_weights="int8"), knows_dna(tiny_model())
 
     def load():
         with in_full_width(narrow, wide):

@@ -30,7 +30,7 @@ def runs(megatron, tmp_path_factory):
     whole = SMALL | LORA | {"finetune_ckpt_dir": base, "result_dir": root / "whole"}
     halves = whole | {"result_dir": root / "halves"}
     kept = whole | {"result_dir": root / "kept", "lora_skip_freeze_modules": KEPT, "max_steps": 2, "eval_interval": 2}
-    narrow = whole | {"result_dir": root / "narrow", "int8_weights": True}
+    narrow = whole | {"result_dir": root / "narrow", "quantize_weights": "int8"}
     half = root / "half"
     shutil.copytree(base.parent, half)
     described = half / base.name / "run_config.yaml"
@@ -48,7 +48,7 @@ def runs(megatron, tmp_path_factory):
         "nothing": whole | {"result_dir": root / "other", "lora_target_modules": []},
         "8 bits": narrow | {"early_stop_on_step": 3},
         "8 bits on": narrow,
-        "wide on": narrow | {"int8_weights": False, "max_steps": 7},
+        "wide on": narrow | {"quantize_weights": "none", "max_steps": 7},
         "8 bits of half": narrow | {"result_dir": root / "other", "finetune_ckpt_dir": half},
         "8 bits trained": narrow
         | {"result_dir": root / "other", "lora_skip_freeze_modules": ["*.layers.1.*.dense"]}
@@ -121,7 +121,7 @@ def test_on_weights_in_8_bits(runs, caplog):
     assert losses != named["whole"].losses
     folder = checkpoint(root / "narrow", 6)
     assert weights(folder) == weights(checkpoint(root / "whole", 6))
-    for asked, narrow in (({}, True), ({"int8_weights": False}, False)):
+    for asked, narrow in (({}, True), ({"quantize_weights": "none"}, False)):
         with process_groups(ParallelConfig()):
             loaded = load_model(folder, parallel=ParallelConfig(), provider_overrides=asked)
         names = {name for name, p in loaded.model.named_parameters() if str(p.dtype) == "torch.int8"}
@@ -132,7 +132,7 @@ def test_merged_they_are_wide(runs, tmp_path):
     from evo2_megatron.tasks.conversion.merge_lora import merge_lora
 
     merged = merge_lora(checkpoint(runs[2] / "narrow", 6), tmp_path, verify=True)
-    assert run_config(merged)["model"]["int8_weights"] is False
+    assert run_config(merged)["model"]["quantize_weights"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_merged_they_are_wide(runs, tmp_path):
         ("typing error", "'linear_qvk' matches no module with weights; this model has dense, dense_projection,"),
         ("nothing", "leave nothing to train"),
         ("no attention", "has hybrid_override_pattern SDHS, but"),
-        ("wide on", "was trained with --int8-weights; resume with it, or"),
-        ("8 bits of half", "--int8-weights takes and gives bfloat16, and precision fp16_mixed is something else"),
-        ("8 bits trained", "matches decoder.layers.1.mixer.dense, whose weights --int8-weights keeps in 8 bits"),
+        ("wide on", "was trained with --quantize-weights int8; resume with the same, or"),
+        ("8 bits of half", "int8 takes and gives bfloat16, and precision fp16_mixed is something else"),
+        ("8 bits trained", "matches decoder.layers.1.mixer.dense, whose weights --quantize-weights keeps in few bits"),
     ],
 )
 def test_runs_that_cannot_begin(runs, name, message):
@@ -160,10 +160,10 @@ def test_runs_that_cannot_begin(runs, name, message):
     [
         ({"lora_dim": 4}, "--lora-dim goes with --lora-finetune"),
         ({"lora_skip_freeze_modules": []}, "--lora-skip-freeze-modules goes with --lora-finetune"),
-        ({"int8_weights": True}, "--int8-weights goes with --lora-finetune; add that, or leave it out"),
+        ({"quantize_weights": "int8"}, "--quantize-weights goes with --lora-finetune; add that, or leave it out"),
         *(
             (
-                LORA | {"finetune_ckpt_dir": Path("b"), "int8_weights": True, "precision": precision},
+                LORA | {"finetune_ckpt_dir": Path("b"), "quantize_weights": "int8", "precision": precision},
                 "takes and gives bf",
             )
             for precision in (

@@ -78,7 +78,7 @@ def merge_lora(
         check_space(target, total)
         with moving(len(tensors), total) as on_bytes:
             distcp.write_tensors(tensors, folder, on_bytes=on_bytes)
-        model = {**run_config.model, "int8_weights": False}
+        model = {**run_config.model, "quantize_weights": "none"}
         sections = {**run_config.sections, "model": model, "peft": None, **origin}
         describe_as(folder, sections, tokenizer=tokenizer, iteration=iteration)
         if self_test.wants_numbers(with_self_test, total):
@@ -108,7 +108,7 @@ def _logits(checkpoint: Path, base: Path | None, batches: list[Tensor]) -> list[
     one = ParallelConfig()
     with process_groups(one), torch.inference_mode():
         # how a model is meant to be run is not what is being checked
-        overrides = {"vortex_style_fp8": False, "int8_weights": False}
+        overrides = {"vortex_style_fp8": False, "quantize_weights": "none"}
         model = load_model(
             checkpoint, parallel=one, precision="fp32", provider_overrides=overrides, base_ckpt_dir=base
         ).model

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def memory_limit(model: StripedHyenaModel, batch_size: int, *, layers_move: bool
 def tokens_like_weights(model: StripedHyenaModel) -> int:
     """Tokens whose caches are as large as the weights, so that a step takes as long to read the ones as the others."""
     per_token = sum(_cache_bytes(model, 2)) - sum(_cache_bytes(model, 1))
-    return sum(parameter.nbytes for parameter in model.parameters()) // max(per_token, 1)
+    weights = itertools.chain(model.parameters(), model.buffers())  # quantized ones are buffers
+    return sum(tensor.untyped_storage().nbytes() for tensor in weights) // max(per_token, 1)
 
 
 def _free_bytes() -> int:

@@ -18,7 +18,7 @@ from evo2_megatron.checkpoint import run_checkpoints
 from evo2_megatron.checkpoint.layout import resolve_checkpoint_path
 from evo2_megatron.checkpoint.load import load_model
 from evo2_megatron.checkpoint.run_config import RunConfig, check_kind, read_run_config
-from evo2_megatron.config import ParallelConfig, UserError
+from evo2_megatron.config import ParallelConfig, UserError, WeightFormat
 from evo2_megatron.data.fasta import read_fasta
 from evo2_megatron.data.labelled import Labelled, is_table, read_labelled
 from evo2_megatron.data.labels import Labels
@@ -45,7 +45,7 @@ def predict_head(
     both_strands: bool | None = None,
     base_ckpt_dir: Path | None = None,
     precision: str | None = None,
-    int8_weights: bool | None = None,
+    quantize_weights: WeightFormat | None = None,
     max_batch_tokens: int | None = None,
     tracks: head_tracks.Kind | None = None,
 ) -> dict[str, Any] | None:
@@ -63,7 +63,7 @@ def predict_head(
         both_strands: Mean of the outputs of both strands; None: as in training, all that a head of bases can do.
         base_ckpt_dir: Where the backbone is now; None: where it was in training.
         precision: Recipe of number formats; None: the checkpoint's.
-        int8_weights: Keep the weights of the backbone's linear layers in 8 bits; None: as in training.
+        quantize_weights: What the backbone's linear layers keep their weights in; None: as in training.
         max_batch_tokens: Most tokens of a forward pass, padding included; None: what suits the device.
         tracks: Of a head of bases, also write one such file for each output, see ``head_tracks``.
 
@@ -84,7 +84,7 @@ def predict_head(
         first = distributed.rank() == 0
         digest = CheckpointDigest(checkpoint) if first else None
         how = {"precision": precision, "base_ckpt_dir": base_ckpt_dir}
-        how["provider_overrides"] = {} if int8_weights is None else {"int8_weights": int8_weights}
+        how["provider_overrides"] = {} if quantize_weights is None else {"quantize_weights": quantize_weights}
         loaded = load_model(checkpoint, parallel=ParallelConfig(), head=True, **how)
         _warn(rows, labels, loaded.provider.seq_length)
         outputs_NC = run_head(loaded, rows.ids, both_strands=both_strands, max_batch_tokens=max_batch_tokens)

@@ -67,7 +67,7 @@ def train_head(options: HeadOptions) -> None:
     """
     check(options)
     nominal = options.of_training(seq_length=1, num_train=1, num_val=0, num_test=0)
-    train_lora.check_int8(nominal)
+    train_lora.check_quantized(nominal)
     start = training.find_start(nominal)
     base = read_run_config(start.base)
     check_whole(base)
@@ -259,7 +259,7 @@ def _head_provider(options: HeadOptions, base: RunConfig, data: _Data, *, vocab_
             "vocab_size": vocab_size,
             "should_pad_vocab": False,
             "vortex_style_fp8": False,
-            "int8_weights": options.int8_weights,
+            "quantize_weights": options.quantize_weights,
             "bias_dropout_fusion": False,  # compiled on a GPU, for each length again
             "seq_length": data.seq_length,
             "calculate_per_token_loss": True,

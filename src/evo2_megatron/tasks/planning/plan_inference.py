@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evo2_megatron.architectures import architecture
+from evo2_megatron.config import WeightFormat
 from evo2_megatron.layouts import sequence_multiple
 from evo2_megatron.model.pieces import CHUNK_LENGTH_CUDA
 from evo2_megatron.recipes.options import TrainingOptions
@@ -34,7 +35,7 @@ class Inference(NamedTuple):
     chunk_length: int | None = None
     """Longer sequences go through in pieces of this many tokens. None: as on a GPU."""
 
-    int8_weights: bool = False
+    quantize_weights: WeightFormat = "none"
 
     @property
     def piece(self) -> int:
@@ -121,7 +122,7 @@ def _plan_stage(inference: Inference, options: TrainingOptions, stage: int, voca
         from evo2_megatron.tasks.planning import plan_step
 
         provider = plan_step.step_config(options, vocab_size).model
-        provider.int8_weights = inference.int8_weights
+        provider.quantize_weights = inference.quantize_weights
         (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
         model.eval()
         weights = tracker.live_bytes

@@ -83,7 +83,7 @@ def manifest(loaded: LoadedModel, checkpoint_sha256: str, settings: dict[str, An
         "checkpoint": {"path": str(loaded.checkpoint.absolute()), "sha256": checkpoint_sha256},
         "precision": loaded.precision,
         "fp8_projections": loaded.fp8_projections,
-        "int8_weights": provider.int8_weights,
+        "quantize_weights": provider.quantize_weights,
         "device": torch.cuda.get_device_name() if megatron.on_cuda() else f"CPU ({platform.machine()})",
         "settings": settings,
         "versions": versions(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from evo2_megatron.checkpoint.run_config import RunConfig
-from evo2_megatron.config import Fp8Choice, UserError
+from evo2_megatron.config import Fp8Choice, UserError, WeightFormat
 from evo2_megatron.data.record_windows import Windows
 
 LogProbs = Literal["sum", "mean", "per_token"]
@@ -154,7 +154,7 @@ class ModelChanges:
 
     vortex_style_fp8: bool | None = None
     use_subquadratic_ops: bool | None = None
-    int8_weights: bool | None = None
+    quantize_weights: WeightFormat | None = None
     fp8: Fp8Choice = "as_asked"
     """What to do about 8-bit input projections."""
 
@@ -179,7 +179,7 @@ class ModelChanges:
             "seq_len_interpolation_factor": self.seq_len_interpolation_factor,
             "vortex_style_fp8": self.vortex_style_fp8,
             "use_subquadratic_ops": self.use_subquadratic_ops,
-            "int8_weights": self.int8_weights,
+            "quantize_weights": self.quantize_weights,
         }
         return {name: value for name, value in values.items() if value is not None}
 

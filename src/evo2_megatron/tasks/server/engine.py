@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from evo2_megatron.checkpoint.load import LoadedModel, tensor_shapes
-from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError
+from evo2_megatron.config import Fp8Choice, ParallelConfig, UserError, WeightFormat
 from evo2_megatron.runtime import distributed, megatron
 from evo2_megatron.tasks import self_test
 from evo2_megatron.tasks.forward import OUTPUT_NOT_FINITE
@@ -90,7 +90,7 @@ class ModelInfo(NamedTuple):
     pattern: str
     vocab_size: int
     precision: str
-    int8_weights: bool
+    quantize_weights: WeightFormat
     device: str
     max_seq_length: int
     module_names: frozenset[str]
@@ -295,7 +295,7 @@ class _Model:
             pattern=loaded.run_config.pattern,
             vocab_size=checkpoint.vocab_size,
             precision=loaded.precision,
-            int8_weights=loaded.provider.int8_weights,
+            quantize_weights=loaded.provider.quantize_weights,
             device=megatron.device_name(),
             max_seq_length=limit,
             module_names=frozenset(module_names(decoder, whole_only=settings.tensor_parallel_size > 1)),

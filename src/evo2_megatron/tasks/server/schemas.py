@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from evo2_megatron.config import WeightFormat
 from evo2_megatron.data.vcf import MAX_POSITION
 
 MAX_SEQUENCES = 128
@@ -258,7 +259,7 @@ class Metadata(BaseModel):
     pattern: str = Field(description="S, D, H: short, medium, long Hyena layers; *: attention")
     vocab_size: int
     precision: str
-    int8_weights: bool = Field(description="whether linear layers keep their weights in 8 bits")
+    quantize_weights: WeightFormat = Field(description="in what linear layers keep their weights")
     device: str
     fasta: str | None = Field(description="genome that /v1/variants knows")
     limits: Limits

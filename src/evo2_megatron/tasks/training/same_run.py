@@ -101,11 +101,10 @@ def check_same_precision(own: RunConfig, config: ConfigContainer) -> None:
             f"{own.path.parent} was trained with parameters in {before}, not {now}; resume with the "
             f"--mixed-precision-recipe that it had, or {_ELSEWHERE}"
         )
-    was_narrow = own.model.get("int8_weights", False)
-    if was_narrow != config.model.int8_weights:
-        instead = "resume with it" if was_narrow else "leave it out"
+    was_quantized = own.model.get("quantize_weights", "none")
+    if was_quantized != config.model.quantize_weights:
         raise UserError(
-            f"{own.path.parent} was trained {'with' if was_narrow else 'without'} --int8-weights; {instead}, or "
+            f"{own.path.parent} was trained with --quantize-weights {was_quantized}; resume with the same, or "
             f"{_ELSEWHERE}"
         )
 

@@ -44,7 +44,7 @@ def load_and_compare(stage: MegatronModule, load: Callable[[], None], precision:
         return
     was_training = stage.training
     stage.eval()
-    narrow = config.int8_weights
+    narrow = config.quantize_weights != "none"
     before = None if narrow else _loss(stage, precision)
     load()
     # Transformer Engine keeps weights in 8 bits from the first pass on, until it is told that there are new ones

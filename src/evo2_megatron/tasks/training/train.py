@@ -75,7 +75,7 @@ def train(recipe: str | None = None, **given: Any) -> None:
         same_run.check_same_layout(start.checkpoint, options)
     if start.checkpoint is not None:
         options = _with_defaults_of(start, options, given)
-        train_lora.check_int8(options)  # the precision may be the checkpoint's
+        train_lora.check_quantized(options)  # the precision may be the checkpoint's
     options = train_checks.fit_to_machine(options)
     enter()
 

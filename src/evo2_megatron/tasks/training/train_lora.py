@@ -35,10 +35,10 @@ def check_options(options: TrainingOptions, given: Collection[str]) -> None:
     """
     if not options.lora_finetune:
         for name in given:
-            if name.startswith("lora_") or name == "int8_weights":
+            if name.startswith("lora_") or name == "quantize_weights":
                 raise UserError(f"--{name.replace('_', '-')} goes with --lora-finetune; add that, or leave it out")
         return
-    check_int8(options)
+    check_quantized(options)
     if options.lora_dim % options.parallel.tensor:
         raise UserError(
             f"--lora-dim {options.lora_dim} is not a multiple of --tensor-parallel-size {options.parallel.tensor}, "
@@ -54,13 +54,13 @@ def check_base(options: TrainingOptions) -> None:
         raise UserError("--lora-finetune needs a pretrained checkpoint to adapt; give one with --finetune-ckpt-dir")
 
 
-def check_int8(options: TrainingOptions) -> None:
-    """Raise UserError where weights in 8 bits meet a number format that does not go with them."""
+def check_quantized(options: TrainingOptions) -> None:
+    """Raise UserError where quantized weights meet a number format that does not go with them."""
     precision = options.precision or ""
-    if options.int8_weights and (uses_fp8(precision) or precision.startswith("fp16")):
+    if options.quantize_weights != "none" and (uses_fp8(precision) or precision.startswith("fp16")):
         raise UserError(
-            f"--int8-weights takes and gives bfloat16, and precision {precision} is something else; choose "
-            "--mixed-precision-recipe bf16_mixed or fp32"
+            f"--quantize-weights {options.quantize_weights} takes and gives bfloat16, and precision {precision} is "
+            "something else; choose --mixed-precision-recipe bf16_mixed or fp32"
         )
 
 
@@ -135,13 +135,13 @@ def check_modules(adapters: Evo2LoRA, provider: StripedHyenaProvider) -> None:
 
 
 def _check_wide(kept: Iterable[str], provider: StripedHyenaProvider) -> None:
-    """What is trained whole must not be in 8 bits."""
-    narrow = {name for name in LORA_TARGETS if provider.int8_weights}
+    """What is trained whole must not be quantized."""
+    narrow = LORA_TARGETS if provider.quantize_weights != "none" else ()
     for path in sorted(kept):
         if path.rpartition(".")[2] in narrow:
             raise UserError(
-                f"--lora-skip-freeze-modules matches {path}, whose weights --int8-weights keeps in 8 bits; give it an "
-                "adapter with --lora-target-modules, or leave --int8-weights out"
+                f"--lora-skip-freeze-modules matches {path}, whose weights --quantize-weights keeps in few bits; give "
+                "it an adapter with --lora-target-modules, or leave --quantize-weights out"
             )
 
 
