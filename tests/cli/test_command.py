@@ -106,6 +106,19 @@ command.run("infer_evo2", lambda argv: [print("a line") for _ in range({num_line
     assert (ended.returncode, ended.stderr) == (2, message)
 
 
+@pytest.mark.parametrize("failing, status", [("", 0), ("x" * 300, 2)])
+def test_nowhere_to_print(failing, status):
+    code = f"""
+from pathlib import Path
+from evo2_megatron.cli import command
+command.run("evo2_plan", lambda argv: [print("a line"), Path("{failing}").stat()])
+"""
+    closed = ["sh", "-c", f"exec {sys.executable} -c '{code}' >&-"]
+    ended = subprocess.run(closed, stderr=-1, text=True, check=False)
+    message = f"evo2_plan: error: {failing}: File name too long; choose a shorter one\n" if failing else ""
+    assert (ended.returncode, ended.stderr) == (status, message)
+
+
 @pytest.mark.parametrize("text", ["", "  "])
 @pytest.mark.parametrize("in_group", [False, True])
 def test_an_empty_path_is_not_the_current_folder(text, in_group, capsys):

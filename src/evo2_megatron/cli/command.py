@@ -19,7 +19,11 @@ from evo2_megatron.config import UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000  # with Python's 700, an eighth of a command's start goes into them
-_REMEDIES = {errno.ENOSPC: "make room, or write somewhere else", errno.EACCES: "ask its owner, or choose another"}
+_REMEDIES = {
+    errno.ENOSPC: "make room, or write somewhere else",
+    errno.EACCES: "ask its owner, or choose another",
+    errno.ENAMETOOLONG: "choose a shorter one",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,19 +48,17 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         main(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)  # knows what to do where a shell's >&- has closed it
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n" if _rank() == 0 else "")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # who reads what is printed has seen enough; nothing may be flushed to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()  # who reads it has seen enough
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
-        # of what is printed, nothing may be flushed again when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         name = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"{prog}: error: {name}{error.strerror}; {_REMEDIES[error.errno]}\n")
         sys.exit(2)
@@ -69,6 +71,12 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
             speaker += f" on rank {_rank()}"
         sys.stderr.write(f"{speaker}: {error}\n")
         sys.exit(2)
+
+
+def _print_no_more() -> None:
+    """Have nothing flushed to where it could not be written when Python ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def clean_up_when_terminated() -> None:

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -96,6 +97,22 @@ def test_a_command_is_started_once(folder):
     (pid,) = map(int, Path("pids").read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_line_too_many_is_not_taken_for_the_next_answer(folder):
+    twice = "import sys; [print('{\"scores\": [1]}', flush=True) for line in sys.stdin for _ in range(2)]"
+    with open_scorer(command=f"{sys.executable} -c {shlex.quote(twice)}") as score:  # noqa: SIM117
+        with pytest.raises(UserError, match=r"printed '{\"scores\": \[1\]}.n'; .* and nothing else"):
+            for _ in range(3):
+                assert score(["A"]) == [1]
+
+
+def test_too_slow_beside_what_keeps_its_output_open(folder):
+    start = time.monotonic()
+    command = "sh -c 'setsid sleep 15 & exec sleep 30'"
+    with open_scorer(command=command, timeout=0.5) as score, pytest.raises(UserError, match="no answer in 0.5 s"):
+        score(["A"])
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,11 @@ def test_embed_is_what_predict_computes(server, checkpoint, fasta, tmp_path, poo
     body = {"sequences": SEQUENCES, "layers": [-1, 1], "pooling": pooling}
     last = server.get("/v1/metadata").json()["num_layers"] - 1
     got = server.ask("/v1/embed", body)
-    arrays = arrays_of(server.ask("/v1/embed", body | {"encoding": "npz"})["data"])
+    archive = server.ask("/v1/embed", body | {"encoding": "npz"})
+    arrays = arrays_of(archive["data"])
 
-    assert got["layers"] == [1, last] and len(arrays) == 2 * len(SEQUENCES)
+    assert got["data"] is None and archive["embeddings"] is None and got["layers"] == [1, last]
+    assert len(arrays) == 2 * len(SEQUENCES)
     for number, sequence in enumerate(SEQUENCES):
         for layer in (1, last):
             values = want[f"hidden_embeddings_layer_{layer}"][number]

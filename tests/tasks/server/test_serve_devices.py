@@ -8,6 +8,7 @@ import contextlib
 import math
 import signal
 import subprocess
+import time
 
 import numpy as np
 import psutil
@@ -175,3 +176,26 @@ def test_a_port_that_others_share_is_taken(checkpoint, tmp_path):
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.mark.parametrize("divided", [(), ("--tensor-parallel-size", "2")], ids=["copies", "divided"])
+def test_interrupted_while_one_process_is_late(checkpoint, tmp_path, divided):
+    """It ends before it hears signals; the other, which waits for it, must end too."""
+    log = tmp_path / "log.txt"
+    with log.open("w") as stream:
+        command = [*COMMAND, "--ckpt-dir", str(checkpoint), "--port", "0", "--devices", "2", *divided]
+        launcher = subprocess.Popen(command, stderr=stream)
+    try:
+        until(lambda: len(psutil.Process(launcher.pid).children()) == 2)
+        first, late = sorted(psutil.Process(launcher.pid).children(), key=lambda child: child.environ()["RANK"])
+        late.suspend()
+        until(lambda: first.net_connections("tcp4") and any(c.status == "LISTEN" for c in first.net_connections()))
+        time.sleep(2)  # for it to wait for the other
+        for each in (launcher, late):
+            each.send_signal(signal.SIGINT)
+        late.resume()
+        assert launcher.wait(20) == 0
+        assert "Stopped before the model was loaded" in log.read_text()
+    finally:
+        launcher.kill()
+        launcher.wait()

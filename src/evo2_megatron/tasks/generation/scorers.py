@@ -12,13 +12,13 @@ import contextlib
 import json
 import math
 import os
+import selectors
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FuturesTimeoutError
 from numbers import Real
 from typing import Any
 
@@ -31,6 +31,7 @@ Score = Callable[[list[str]], Sequence[float]]
 TIMEOUT = 600.0
 """Seconds that a scorer may take for a batch, and a Python scorer to load, unless told otherwise."""
 
+_PIPE_BYTES = 1 << 16
 _ENDING_SECONDS = 5.0  # for a program to end by itself when its input has ended
 
 
@@ -101,14 +102,14 @@ class ScorerProcess:
         try:
             # a session of its own: Ctrl-C is for us to handle, and what it starts ends with it
             self._process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace",
-                start_new_session=True,
-            )  # fmt: skip
+                argv, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
         except OSError as error:
             raise UserError(f"{name} cannot be started: {error.strerror}; check its name and path") from error
-        # a pipe can block in both directions, which only another thread can give up on
-        self._thread = ThreadPoolExecutor(1)
-        self._exchanging: Future[str] | None = None
+        for pipe in (self._process.stdin, self._process.stdout):
+            os.set_blocking(pipe.fileno(), False)
+        self._printed = b""  # not read as an answer yet
+        self._is_asked = False
 
     def __call__(self, sequences: list[str]) -> list[float]:
         """Scores of a batch.
@@ -126,38 +127,68 @@ class ScorerProcess:
         self._ask("")
 
     def _ask(self, request: str) -> dict[str, Any]:
-        try:
-            self._exchanging = self._thread.submit(self._exchange, request)
-            line = self._exchanging.result(self._timeout)
-        except FuturesTimeoutError:
-            self._kill()
-            raise UserError(
-                f"{self._name} gave no answer in {self._timeout:g} s; make it faster, lower --beams or --samples, or "
-                "raise --scorer-timeout"
-            ) from None
+        if request:
+            self._check_silent()
+        self._is_asked = True
+        line = self._exchange(memoryview(request.encode()))
+        self._is_asked = False
         if not line:
             raise UserError(
                 f'{self._name} {self._how_it_ended()}; try it by hand with the line {{"sequences": ["A"]}}'
             )
         try:
             answer = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise UserError(
-                f"{self._name} printed {_short(line)}; for each line it reads it must print one line of JSON, "
-                '{"scores": [...]}, and nothing else'
-            )
+            raise self._no_answer(line)
         if "error" in answer:
             raise UserError(f"{self._name} failed: {' '.join(str(answer['error']).split())}")
+        self._check_silent()
         return answer
 
-    def _exchange(self, request: str) -> str:
-        # a program that has ended takes nothing, and says so by the end of its output
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-        return self._process.stdout.readline()
+    def _check_silent(self) -> None:
+        """UserError if there is output beside the answers, of which the next request would take one for its own."""
+        if not self._printed:
+            self._printed = self._process.stdout.read() or b""
+        if self._printed:
+            raise self._no_answer(self._printed)
+
+    def _no_answer(self, printed: bytes) -> UserError:
+        return UserError(
+            f"{self._name} printed {_short(printed.decode(errors='replace'))}; for each line it reads it must print "
+            'one line of JSON, {"scores": [...]}, and nothing else'
+        )
+
+    def _exchange(self, request: memoryview) -> bytes:
+        """Write a request and read a line, either as far as the pipe takes or has it; nothing if output has ended."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        until = time.monotonic() + self._timeout
+        with selectors.DefaultSelector() as pipes:
+            pipes.register(stdout, selectors.EVENT_READ)
+            if request:
+                pipes.register(stdin, selectors.EVENT_WRITE)
+            while request or b"\n" not in self._printed:
+                ready = pipes.select(max(until - time.monotonic(), 0))
+                if not ready:
+                    self._kill()
+                    raise UserError(
+                        f"{self._name} gave no answer in {self._timeout:g} s; make it faster, lower --beams or "
+                        "--samples, or raise --scorer-timeout"
+                    )
+                if any(key.fileobj is stdin for key, _ in ready):
+                    try:
+                        request = request[stdin.write(request) or 0 :]
+                    except BrokenPipeError:  # a program that has ended says so by the end of its output
+                        request = request[:0]
+                    if not request:
+                        pipes.unregister(stdin)
+                elif not (printed := stdout.read(_PIPE_BYTES)):
+                    break
+                else:
+                    self._printed += printed
+        line, newline, self._printed = self._printed.partition(b"\n")
+        return line + newline
 
     def _how_it_ended(self) -> str:
         try:
@@ -177,11 +208,9 @@ class ScorerProcess:
 
     def __exit__(self, *exc_info: object) -> None:
         """End its input, wait a moment, and kill what is left; at once if it was interrupted at work."""
-        if self._exchanging is not None and not self._exchanging.done():
+        if self._is_asked:
             self._kill()
-        self._thread.shutdown()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_SECONDS)
         self._kill()

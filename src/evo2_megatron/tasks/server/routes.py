@@ -111,10 +111,10 @@ def _add_ours(router: APIRouter, engine: Engine) -> None:
         embeddings = [_by_layer(row, output, skip=_no_base(body)) for row in vectors.rows]
         answer: dict[str, Any] = {"layers": layers, "elapsed_ms": _since(start)}
         if body.encoding == "json":
-            pieces = json_in_pieces(answer, "embeddings", embeddings)
+            pieces = json_in_pieces(answer | {"data": None}, "embeddings", embeddings)
             return StreamingResponse(pieces, media_type="application/json")
         named = {f"{n}.{layer}": values for n, row in enumerate(embeddings) for layer, values in row.items()}
-        return JSONResponse(answer | {"data": await asyncio.to_thread(npz, named)})
+        return JSONResponse(answer | {"embeddings": None, "data": await asyncio.to_thread(npz, named)})
 
 
 def _add_variants(router: APIRouter, engine: Engine, genome: Genome | None) -> None:

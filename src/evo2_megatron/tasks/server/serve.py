@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,10 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
     name, number = listener.getsockname()[:2]
     url = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
 
+    is_ready = threading.Event()
+
     def ready(info: ModelInfo) -> None:
+        is_ready.set()
         logger.info(
             "Ready after %.1f s at %s (%s/docs): sequences up to %d tokens, %d at a time%s",
             time.perf_counter() - start, url, url, info.max_seq_length, settings.max_batch_size,
@@ -69,13 +73,17 @@ def serve(settings: ModelSettings, *, fasta: Path | None = None, host: str = "12
         # None: log lines go where ours go
         config = uvicorn.Config(make_app(engine, genome), log_config=None, access_log=False, lifespan="off")
         server = _Server(config, engine)
-        with _already_ended(), concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
+        with _ending(server), concurrent.futures.ThreadPoolExecutor(1, "engine") as threads:
             work = threads.submit(engine.run)
             work.add_done_callback(lambda _: setattr(server, "should_exit", True))
             try:
                 server.run(sockets=[listener])
             finally:
                 engine.stop()
+            if not (is_ready.is_set() or work.done()):
+                # nothing was taken; loading takes its time, and waits for processes that may have ended already
+                logger.info("Stopped before the model was loaded")
+                os._exit(0)
             work.result()
     logger.info("Stopped")
 
@@ -111,9 +119,13 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _already_ended() -> Iterator[None]:
-    """uvicorn catches a signal, ends in order and then raises it again: by then there is nothing left to end."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+def _ending(server: _Server) -> Iterator[None]:
+    """Signals before uvicorn catches them; and after, where it raises again what has ended it in order."""
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -43,12 +43,8 @@ class Turns:
             # every process must make the groups of all copies, in the same order
             groups = [_new_group(range(first, first + size)) for first in range(0, processes, size)]
             self._group = groups[self._first // size]
-        if copies > 1:
+        if processes > 1:
             self._all = _new_group(range(processes))
-        if not self.is_first:
-            # the first hears them too, finishes what was taken, and then sends the end
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
 
     @property
     def is_first(self) -> bool:
@@ -56,9 +52,15 @@ class Turns:
         return distributed.rank() == self._first
 
     def all_are_ready(self) -> None:
-        """Return when all copies of the model have come so far."""
-        if self._all is not None:
-            torch.distributed.barrier(self._all)
+        """Return when all processes have come so far; signals are for the first of each copy from then on."""
+        if self._all is None:
+            return
+        torch.distributed.barrier(self._all)
+        if not self.is_first:
+            # the first hears them too, finishes what was taken, and then sends the end
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+        torch.distributed.barrier(self._all)
 
     def send(self, turn: Turn | None) -> None:
         """On the first process: have the others do the same; None: end."""
