@@ -139,6 +139,11 @@ LANDS = [
     ("--no-activation-checkpointing", "model.recompute_granularity", None),
     ("--selective-activation-checkpointing", "model.recompute_granularity", "selective"),
     ("--activation-checkpoint-recompute-num-layers 3", "model.recompute_num_layers", 3),
+    (
+        "--no-activation-checkpointing --activation-checkpoint-recompute-num-layers 3",
+        "model.recompute_num_layers",
+        None,
+    ),
     ("--result-dir /r --experiment-name e", "checkpoint.save", "/r/e/checkpoints"),
     ("--result-dir /r --experiment-name e", "checkpoint.load", "/r/e/checkpoints"),
     ("--result-dir /r --experiment-name e", "logger.tensorboard_dir", "/r/e/tb_logs"),

@@ -110,7 +110,8 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_recompute(parser: argparse.ArgumentParser) -> None:
     """Add the flags that ``recompute`` reads."""
-    kind = parser.add_argument_group("activation recompute").add_mutually_exclusive_group()
+    group = parser.add_argument_group("activation recompute")
+    kind = group.add_mutually_exclusive_group()
     kind.add_argument(
         "--no-activation-checkpointing", action="store_true", help="keep all activations (default: recompute them)"
     )
@@ -119,11 +120,11 @@ def add_recompute(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute attention only, which saves next to nothing: no scores are kept anyway (default: layers)",
     )
-    kind.add_argument(
+    group.add_argument(
         "--activation-checkpoint-recompute-num-layers",
         type=positive_int,
         metavar="N",
-        help="layers whose input alone is kept (default: the model size's)",
+        help="layers recomputed together, of which the first's input alone is kept (default: the model size's)",
     )
 
 

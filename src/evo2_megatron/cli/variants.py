@@ -123,7 +123,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
         **number,
         default=1,
         help="begin windows at multiples of N bases: variants that lie close share a reference window, which saves "
-        "time, and are up to N bases off its middle (default: 1)",
+        "time, and are less than N bases off its middle (default: 1)",
     )
     model_groups.add_both_strands(group)
     group.add_argument(

@@ -75,13 +75,11 @@ WRONG = [
     ({"max_steps": 2**28, "global_batch_size": 8}, "more than checkpoints can count"),
     ({"parallel": tensor(2)}, "1 processes do not fit tensor 2"),
     ({"global_batch_size": 8, "micro_batch_size": 3}, "--global-batch-size 8 is not a multiple"),
-    ({"parallel": tensor(1, sequence_parallel=True)}, "set --tensor-parallel-size too"),
     ({"seq_length": 8193}, "position range of evo2_tiny, 8192 tokens; .* --seq-len-interpolation-factor 2 or more"),
     ({"seq_length": 8193, "model_size": "evo2_7b", "seq_len_interpolation_factor": 1.0}, "position range of evo2_7b"),
     ({"seq_length": 2**20 + 1, "model_size": "evo2_7b"}, "1048576 tokens; .* 129 or more"),
     ({"ckpt_format": "zarr"}, "zarr can no longer be read or written; use torch_dist"),
     ({"average_in_collective": True}, "--no-calculate-per-token-loss"),
-    ({"recompute": "none", "recompute_num_layers": 2}, "full recompute only"),
     ({"warmup_steps": 20, "max_steps": 10}, "--warmup-steps 20"),
     ({"tp_comm_overlap_backend": "gloo"}, "--tp-comm-overlap-backend goes with"),
     ({"tp_comm_overlap": True}, "needs tensor and sequence parallelism"),
@@ -140,6 +138,19 @@ def test_wrong_layouts(world_size, given, message, monkeypatch):
 )
 def test_right_options(given):
     train_checks.check(options(**given))
+
+
+@pytest.mark.parametrize(
+    "given, flag",
+    [
+        ({"parallel": tensor(1, sequence_parallel=True)}, "--sequence-parallel"),
+        ({"recompute": "none", "recompute_num_layers": 2}, "--activation-checkpoint-recompute-num-layers"),
+        ({"recompute": "selective", "recompute_num_layers": 2}, "--activation-checkpoint-recompute-num-layers"),
+    ],
+)
+def test_what_the_former_recipe_ignored_is_taken(given, flag, caplog):
+    train_checks.check(options(**given))
+    assert [record.getMessage().split(" has no effect")[0] for record in caplog.records] == [flag]
 
 
 def test_unknown_name_on_the_hub(monkeypatch):

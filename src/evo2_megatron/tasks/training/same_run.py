@@ -31,6 +31,15 @@ _SAME_MODEL = (
 _ELSEWHERE = "choose another --result-dir or --experiment-name"
 
 
+def check_optimizer(checkpoint: Path) -> None:
+    """Raise UserError where there are weights alone, converted or stripped, from which no run can go on."""
+    if not any(name.startswith("optimizer.") for name in tensor_shapes(checkpoint)):
+        raise UserError(
+            f"{checkpoint} holds weights and no optimizer state, so that no run goes on from it; begin with its "
+            f"weights by --finetune-ckpt-dir, and {_ELSEWHERE}"
+        )
+
+
 def check_same_layout(checkpoint: Path, options: TrainingOptions) -> None:
     """Raise UserError where the optimizer's state of a run that goes on is cut for other processes."""
     sections = read_run_config(checkpoint).sections

@@ -222,6 +222,7 @@ def run(
     from megatron.bridge.training.utils import checkpoint_utils
 
     if start.resumes:
+        same_run.check_optimizer(start.checkpoint)
         # the newest complete one, which need not be the one that the tracker names
         config.checkpoint.ckpt_step = start.step
         # they keep what they read for the life of the process, which may have trained before

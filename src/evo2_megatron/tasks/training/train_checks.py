@@ -165,7 +165,7 @@ def _check_layout(options: TrainingOptions) -> None:
             f"{options.micro_batch_size} x {replicas} data-parallel processes; use {per_pass} or a multiple"
         )
     if layout.sequence_parallel and layout.tensor == 1:
-        raise UserError("--sequence-parallel splits between tensor-parallel processes; set --tensor-parallel-size too")
+        logger.warning("--sequence-parallel has no effect without --tensor-parallel-size above 1")
     layouts.check_sequence_length(options.seq_length, layout)
     _check_position_range(options)
 
@@ -207,7 +207,7 @@ def _check_combinations(options: TrainingOptions) -> None:
     if options.average_in_collective and options.calculate_per_token_loss:
         raise UserError("--average-in-collective needs --no-calculate-per-token-loss, too; or leave it out")
     if options.recompute != "full" and options.recompute_num_layers is not None:
-        raise UserError("--activation-checkpoint-recompute-num-layers goes with full recompute only; leave it out")
+        logger.warning("--activation-checkpoint-recompute-num-layers has no effect without full recompute")
     if options.decay_steps is not None and options.constant_steps is not None:
         logger.warning(
             "--constant-steps has no effect beside --decay-steps: the decay ends on step %s", options.decay_steps
