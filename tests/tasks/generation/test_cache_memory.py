@@ -27,7 +27,7 @@ def test_what_fits_while_a_layer_moves(one_process, monkeypatch, pattern, num_at
         assert memory_limit(model, BATCH, layers_move=layers_move) == 1000
         monkeypatch.setattr(cache_memory, "_free_bytes", lambda free=free: free - 2)
         assert memory_limit(model, BATCH, layers_move=layers_move) == 999
-    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert tokens_like_weights(model) == weights // (num_attention * per_token)
 
 
