@@ -79,6 +79,42 @@ def test_bfloat16_without_arithmetic_for_it_is_rounded_once(one_process, monkeyp
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("wants_float32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens, num_sequences", [(1, 2), (2, 1), (7, 3), (129, 1), (128, 2)])
+def test_what_feeds_a_convolution(one_process, monkeypatch, num_tokens, num_sequences, dtype, wants_float32):
+    """The same numbers, the tokens of each channel next to each other, as every Hyena layer asks for them."""
+    from evo2_megatron.model import torch_modules
+    from evo2_megatron.ops import int8
+
+    monkeypatch.setattr(torch_modules, "_wants_float32", lambda x_TH, weight: wants_float32 and dtype != torch.float32)
+    monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 100 * 128)
+    layers = tiny_model().decoder.layers
+    assert [layer.mixer.dense_projection.feeds_convolution for layer in layers[:3]] == [True] * 3
+    layer = layers[0].mixer.dense_projection
+    weight, x_LBH = torch.randn(384, 128, dtype=dtype), torch.randn(num_tokens, num_sequences, 128, dtype=dtype)
+    with torch.no_grad():
+        got, bias = layer.product(x_LBH, weight)
+        layer.feeds_convolution = False
+        usual, _ = layer.product(x_LBH, weight)
+    assert got.shape == usual.shape and got.dtype == usual.dtype and bias is None
+    torch.testing.assert_close(got.double(), x_LBH.double() @ weight.double().mT, rtol=2**-8, atol=1e-4)
+    if num_tokens > 1:
+        assert got.stride(0) == 1 and usual.is_contiguous()
+
+
+def test_gradients_of_what_feeds_a_convolution(one_process):
+    layer = tiny_model().decoder.layers[0].mixer.dense_projection
+    x_LBH = torch.randn(13, 2, 128, requires_grad=True)
+    got, _ = layer.product(x_LBH)
+    layer.feeds_convolution = False
+    want, _ = layer.product(x_LBH)
+    grad_LBE = torch.randn(want.shape)
+    pairs = zip(*(torch.autograd.grad(y_LBE, (x_LBH, layer.weight), grad_LBE) for y_LBE in (got, want)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_who_multiplies_bfloat16_in_float32(megatron, monkeypatch):
     from evo2_megatron.model.torch_modules import _wants_float32
 
@@ -127,6 +163,23 @@ def test_rms_norm(megatron, dtype):
     # where x is 0 its gradient is w * 1000 * grad: compare relatively
     for mine, theirs in zip(torch.autograd.grad(got, narrow, grad), torch.autograd.grad(want, wide, grad.double())):
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance["rtol"], atol=10 * tolerance["atol"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 1, 64), (40, 1, 1)])
+def test_norms_part_by_part(megatron, monkeypatch, dtype, shape):
+    from evo2_megatron.model import torch_modules
+
+    x_LBH, weight_H = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    want = torch_modules.rms_norm(x_LBH, weight_H, 1e-6)
+    monkeypatch.setattr(torch_modules, "_NORM_NUMBERS", 1)
+    monkeypatch.setattr(torch_modules, "_NORM_PART", 29)
+    with torch.no_grad():
+        calls = []
+        steps = torch_modules._rms_norm_in_steps
+        monkeypatch.setattr(torch_modules, "_rms_norm_in_steps", lambda *a: calls.append(a) or steps(*a))
+        assert torch.equal(torch_modules.rms_norm(x_LBH, weight_H, 1e-6), want)
+    assert len(calls) == -(-(shape[0] * shape[1]) // max(1, 29 // shape[2]))
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])

@@ -56,6 +56,7 @@ class HyenaMixer(MegatronModule):
             tp_comm_buffer_name="qkv",
             **linear,
         )
+        self.dense_projection.feeds_convolution = True
         self.hyena_proj_conv = DepthwiseFilter(config, 3 * hidden, INPUT_FILTER_LENGTH)
         self.mixer = _OPERATORS[symbol](config)
         self.dense = modules.row_linear(

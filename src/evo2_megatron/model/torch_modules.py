@@ -32,6 +32,12 @@ _LARGE_WEIGHT = 150_000
 _WIDE_TOKENS = 8
 """Tokens from which on a CPU without arithmetic for bfloat16 is faster with weights made wide for them."""
 
+_NORM_NUMBERS = 1 << 20
+"""Numbers from which on a CPU norms without gradients go part by part, each of which stays in its cache."""
+
+_NORM_PART = 1 << 16
+"""Numbers of such a part."""
+
 _MASKED_QUERIES = 512
 """Queries that attend together where some keys came before them all, at most."""
 
@@ -55,7 +61,14 @@ def rms_norm(x_LBH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``y = w * x / sqrt(mean(x^2) + eps)`` as in Transformer Engine: statistics in float32, y in the dtype of x."""
     if x_LBH.is_cuda or x_LBH.is_meta:  # planning is for a GPU
         return F.rms_norm(x_LBH, (x_LBH.shape[-1],), weight_H, eps)
-    return _rms_norm_in_steps(x_LBH, weight_H, eps)
+    if x_LBH.numel() <= _NORM_NUMBERS or torch.is_grad_enabled():
+        return _rms_norm_in_steps(x_LBH, weight_H, eps)
+    num_rows = max(1, _NORM_PART // x_LBH.shape[-1])
+    parts = x_LBH.flatten(0, 1).split(num_rows)
+    y_TH = x_LBH.new_empty(x_LBH.shape).flatten(0, 1)
+    for part_RH, y_RH in zip(parts, y_TH.split(num_rows), strict=True):
+        y_RH.copy_(_rms_norm_in_steps(part_RH, weight_H, eps))
+    return y_TH.view(x_LBH.shape)
 
 
 def _rms_norm_in_steps(x_LBH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -86,12 +99,23 @@ class ColumnLinear(ColumnParallelLinear):
     and gradients whose channels lie apart, as those of a convolution do.
     """
 
+    feeds_convolution = False
+    """On a CPU, lay the tokens of a channel next to each other, as a convolution reads them.
+
+    ``W x^T`` takes as long as ``x W^T``, and the copy from one layout to the other as long again, or ten times as long
+    where the product is in bfloat16.
+    """
+
     def forward(
         self, x_LBH: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         if not _takes_just_the_product(self, x_LBH):
             return super().forward(x_LBH, weight, runtime_gather_output)
-        return _product(self, x_LBH, self.weight if weight is None else weight)
+        weight = self.weight if weight is None else weight
+        if self.feeds_convolution and x_LBH.device.type == "cpu" and len(x_LBH) > 1:
+            assert self.bias is None
+            return _product_by_channel(x_LBH, weight), None
+        return _product(self, x_LBH, weight)
 
 
 class RowLinear(RowParallelLinear):
@@ -119,6 +143,20 @@ def _product(layer: ColumnLinear | RowLinear, x_LBH: Tensor, weight: Tensor) -> 
     else:
         y_TD = F.linear(x_TH, weight, bias)
     return y_TD.unflatten(0, x_LBH.shape[:2]), layer.bias if layer.skip_bias_add else None
+
+
+def _product_by_channel(x_LBH: Tensor, weight_DH: Tensor) -> Tensor:
+    """``F.linear`` as [L, B, D] in the memory of [D, B, L]."""
+    num_tokens, num_sequences, num_channels = x_LBH.shape
+    x_HT = x_LBH.transpose(0, 1).reshape(-1, num_channels).mT
+    if x_HT.shape[1] >= _WIDE_TOKENS and _wants_float32(x_HT, weight_DH):
+        y_DT = x_HT.new_empty(len(weight_DH), x_HT.shape[1])
+        wide_HT = x_HT.float()
+        for rows in row_blocks(weight_DH):
+            y_DT[rows] = weight_DH[rows].float() @ wide_HT
+    else:
+        y_DT = weight_DH @ x_HT
+    return y_DT.view(-1, num_sequences, num_tokens).permute(2, 1, 0)
 
 
 def _product_of_few(x_TH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
