@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,30 @@ def test_an_empty_path_is_not_the_current_folder(text, in_group, capsys):
     assert ending.value.code == 2
     assert "command: error: argument --output-dir: the path is empty" in capsys.readouterr().err
     assert parser.parse_args(["--output-dir", "."]) == argparse.Namespace(output_dir=Path())
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_interrupt_that_an_import_turns_into_its_own_error(number, comes):
+    """As torch does that of numpy's; without the interrupt it is an error like any other."""
+    program = f"""
+import os, signal
+from evo2_megatron.cli import command
+
+def main(argv):
+    command.clean_up_when_terminated()
+    try:
+        if {comes}:
+            os.kill(os.getpid(), signal.{number})
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("cannot load module more than once per process")
+
+command.run("evo2_some", main)
+"""
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, **default)
+    if comes:
+        assert (done.returncode, done.stderr) == (130, "evo2_some: interrupted\n")
+    else:
+        assert done.returncode == 1 and "more than once" in done.stderr

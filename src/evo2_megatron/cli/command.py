@@ -10,15 +10,18 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from evo2_megatron.config import UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000  # with Python's 700, an eighth of a command's start goes into them
+_interrupted = threading.Event()
 _REMEDIES = {
     errno.ENOSPC: "make room, or write somewhere else",
     errno.EACCES: "ask its owner, or choose another",
@@ -46,12 +49,17 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
     end rank 0 before it has spoken. If nobody ended it meanwhile, the fault was its own, and it reports it.
     """
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main(argv)
         print(end="", flush=True)  # knows what to do where a shell's >&- has closed it
     except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted\n" if _rank() == 0 else "")
-        sys.exit(128 + signal.SIGINT)
+        _end_interrupted(prog)
+    except ImportError:
+        if not _interrupted.is_set():  # torch, while it loads, makes one of Ctrl-C
+            raise
+        _end_interrupted(prog)
     except BrokenPipeError:
         _print_no_more()  # who reads it has seen enough
         sys.exit(128 + signal.SIGPIPE)
@@ -73,6 +81,16 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
         sys.exit(2)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(prog: str) -> None:
+    sys.stderr.write(f"{prog}: interrupted\n" if _rank() == 0 else "")
+    sys.exit(128 + signal.SIGINT)
+
+
 def _print_no_more() -> None:
     """Have nothing flushed to where it could not be written when Python ends."""
     if sys.stdout is not None:
@@ -81,7 +99,7 @@ def _print_no_more() -> None:
 
 def clean_up_when_terminated() -> None:
     """Make SIGTERM end the program as Ctrl-C does, so that what it was writing is removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
 
 
 def set_up_logging(*, debug: bool = False) -> None:

@@ -252,7 +252,7 @@ def _logger(options: TrainingOptions) -> LoggerConfig:
 
 
 def _wandb_name(options: TrainingOptions) -> str:
-    """A name that tells runs apart by their settings, with the keys that earlier versions used."""
+    """A name that tells runs apart by their settings; its keys are those of the former recipe, but for an idle TVL."""
     o, steps, layout = options, schedule(options), options.parallel
     constant = o.max_steps - steps.decay_end
     return (
