@@ -130,3 +130,12 @@ def test_an_empty_path_is_not_the_current_folder(text, in_group, capsys):
     assert ending.value.code == 2
     assert "command: error: argument --output-dir: the path is empty" in capsys.readouterr().err
     assert parser.parse_args(["--output-dir", "."]) == argparse.Namespace(output_dir=Path())
+
+
+def test_the_home_folder_in_a_path(monkeypatch):
+    """A shell leaves ~ as it is in --flag=~/folder and within quotes."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = command.Parser("command", None)
+    parser.add_argument("--output-dir", type=Path)
+    for text, expected in (("~/out", "/home/me/out"), ("~", "/home/me"), ("a~/b", "a~/b"), ("~no-one/b", "~no-one/b")):
+        assert parser.parse_args([f"--output-dir={text}"]).output_dir == Path(expected)

@@ -99,10 +99,13 @@ def set_up_logging(*, debug: bool = False) -> None:
 
 
 def _path(text: str) -> Path:
-    """What ``type=Path`` means: of an empty variable of a shell, pathlib would make the current folder."""
+    """What ``type=Path`` means: of an empty variable of a shell, pathlib would make the current folder.
+
+    A shell leaves ``~`` as it is in ``--flag=~/folder`` and within quotes, and a folder of that name is a trap.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
 def _rank() -> int:
