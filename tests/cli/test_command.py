@@ -37,6 +37,17 @@ def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
     assert capsys.readouterr().err == "command: error on rank 3: this is wrong; mend it\n"
 
 
+def test_where_processes_share_cores_rank_0_may_be_late(monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        command.run("command", _fail, ["this"])
+    assert waited == [148.5]
+
+
 def test_another_rank_that_is_ended_meanwhile_adds_nothing(monkeypatch):
     """What the launcher does once rank 0 has ended."""
     monkeypatch.setenv("RANK", "1")
