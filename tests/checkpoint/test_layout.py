@@ -51,6 +51,15 @@ def test_what_is_no_checkpoint(tmp_path):
         resolve_checkpoint_path(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["run/checkpoints", "run"])
+def test_the_folder_above_a_run(tmp_path, folder):
+    """``--result-dir``, where ``--experiment-name`` is missing."""
+    (tmp_path / folder).mkdir(parents=True)
+    make_iterations(tmp_path / folder, complete=[9])
+    with pytest.raises(UserError, match=rf"give the folder of a run \(here is {tmp_path}/run\), its 'checkpoints'"):
+        resolve_checkpoint_path(tmp_path)
+
+
 def test_tokenizer_dir(tmp_path):
     assert tokenizer_dir(tmp_path) is None
     (tmp_path / "tokenizer").mkdir()

@@ -104,7 +104,7 @@ BROKEN_YAML = {
     "text for a number": (ALL_TRAIN + "  seed: one\n", "seed is 'one'; it must be a whole number or null"),
     "yes for a truth value": (ALL_TRAIN + "  append_eod: 'yes'\n", "append_eod is 'yes'; it must be true or false"),
     "no such FASTA": (ALL_TRAIN.replace("{fasta}", "none.fa"), "no such FASTA file: none.fa"),
-    "folder for a FASTA": (ALL_TRAIN.replace("{fasta}", "/"), "no such FASTA file: /"),
+    "folder for a FASTA": (ALL_TRAIN.replace("{fasta}", "/"), "/ is a folder; list its FASTA files"),
     "negative weight": (YAML + "  test_split: -0.5\n", "none may be negative"),
     "all weights zero": (
         YAML.replace("train_split: 1", "train_split: 0") + "  test_split: 0\n",

@@ -30,7 +30,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(megatron, "on_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(launch, "_memory", lambda gpu: 80)
-    monkeypatch.setattr(launch, "_run", lambda count, flags, *, until_stopped: started.append((count, flags)))
+    monkeypatch.setattr(launch, "_run", lambda count, flags, *, ended_by: started.append((count, flags)))
     monkeypatch.setattr(
         division, "tensor_parallel_size", lambda ckpt_dir, **given: asked.append((ckpt_dir, given)) or 2
     )

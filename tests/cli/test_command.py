@@ -38,6 +38,17 @@ def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
     assert capsys.readouterr().err == "command: error on rank 3: this is wrong; mend it\n"
 
 
+def test_where_processes_share_cores_rank_0_may_be_late(monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        command.run("command", _fail, ["this"])
+    assert waited == [148.5]
+
+
 def test_another_rank_that_is_ended_meanwhile_adds_nothing(monkeypatch):
     """What the launcher does once rank 0 has ended."""
     monkeypatch.setenv("RANK", "1")
@@ -158,3 +169,12 @@ command.run("evo2_some", main)
         assert (done.returncode, done.stderr) == (130, "evo2_some: interrupted\n")
     else:
         assert done.returncode == 1 and "more than once" in done.stderr
+
+
+def test_the_home_folder_in_a_path(monkeypatch):
+    """A shell leaves ~ as it is in --flag=~/folder and within quotes."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = command.Parser("command", None)
+    parser.add_argument("--output-dir", type=Path)
+    for text, expected in (("~/out", "/home/me/out"), ("~", "/home/me"), ("a~/b", "a~/b"), ("~no-one/b", "~no-one/b")):
+        assert parser.parse_args([f"--output-dir={text}"]).output_dir == Path(expected)

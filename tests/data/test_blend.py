@@ -53,6 +53,13 @@ def test_relative_prefixes_start_at_the_current_directory(folder, tmp_path):
     assert read_blends(path, required=["train"])["train"].prefixes == [f"{folder}/a"]
 
 
+def test_the_home_folder_in_a_prefix(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    blends = read_blends(config(tmp_path, ("~/data/a", 1, "train")), required=["train"])
+    assert blends["train"].prefixes == [f"{folder}/a"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -78,6 +78,16 @@ def test_defaults(tmp_path):
     assert other.vocab_size() == 512
 
 
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "- {datapaths: [~/a.fa, b.fa], output_dir: ~/out, test_contigs: ~/names, train_contigs: [~/c]}"
+    (config,), _ = load(tmp_path, text)
+
+    assert config.datapaths == ["/home/me/a.fa", "b.fa"]
+    assert (config.output_dir, config.test_contigs) == ("/home/me/out", "/home/me/names")
+    assert config.train_contigs == ["~/c"]  # names of records
+
+
 def test_several_documents(tmp_path):
     configs, _ = load(tmp_path, "---\n- {datapaths: [a]}\n- {datapaths: [b]}\n---\n---\n- datapaths: [c]\n...\n")
 

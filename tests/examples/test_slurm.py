@@ -56,6 +56,14 @@ def test_syntax():
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
+def test_there_is_time_for_a_checkpoint(tmp_path):
+    """Slurm's signal comes two minutes before the end; torchrun would kill what has not ended after 30 seconds."""
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    assert "#SBATCH --signal=TERM@120" in SCRIPT.read_text()
+    assert submit(tmp_path, 1).stdout == "120\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_agents_meet_and_train(tmp_path, num_nodes):

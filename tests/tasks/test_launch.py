@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from evo2_megatron.config import UserError
 from evo2_megatron.runtime import megatron
@@ -105,6 +106,26 @@ def test_whoever_ends_it_ends_all(command, tmp_path, number):
     until(lambda: not any(map(is_running, pids(tmp_path))), 10)
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 128 + signal.SIGINT)])
+def test_a_signal_that_it_waits_for(monkeypatch, number, status):
+    """Such as SIGTERM with ``train_evo2 --enable-preemption``, which saves a checkpoint first."""
+    configs = []
+
+    def interrupted(*command_line):
+        raise SignalException("", number)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda config, program: configs.append(config) or interrupted)
+    monkeypatch.setattr(launch.logging, "disable", lambda: None)
+    with pytest.raises(SystemExit) as ending:
+        launch.on_devices(2, None, ended_by=[signal.SIGTERM])
+    assert ending.value.code == status
+    assert configs[0].shutdown_timeout > 3600
+    with pytest.raises(SystemExit) as ending:
+        launch.on_devices(2, None)
+    assert ending.value.code == 128 + number
+    assert configs[1].shutdown_timeout == 30
+
+
 def test_torchrun_decides(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -148,7 +169,7 @@ def test_auto_divides_what_is_too_large(monkeypatch, size, copies, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(launch, "_memory", lambda gpu: 80 - gpu)
     asked, started = [], []
-    monkeypatch.setattr(launch, "_run", lambda count, flags, *, until_stopped: started.append((count, flags)))
+    monkeypatch.setattr(launch, "_run", lambda count, flags, *, ended_by: started.append((count, flags)))
 
     def divide(**given):
         asked.append(given)

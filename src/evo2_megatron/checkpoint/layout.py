@@ -92,9 +92,11 @@ def resolve_checkpoint_path(path: Path, *, flag: str = "--ckpt-dir") -> Path:
     if not found and (path / CHECKPOINTS).is_dir():
         return resolve_checkpoint_path(path / CHECKPOINTS, flag=flag)
     if not found:
+        runs = sorted(folder.parent for folder in (*path.glob(f"*/{CHECKPOINTS}"), *path.glob("*/iter_*")))
+        here = f" (here is {runs[0]})" if runs else ""
         raise UserError(
             f"{path} is no checkpoint: it has neither a {RUN_CONFIG} nor a folder named iter_<number>; give the "
-            f"folder of a run, its '{CHECKPOINTS}', or one iteration, and convert weights of other formats first"
+            f"folder of a run{here}, its '{CHECKPOINTS}', or one iteration, and convert weights of other formats first"
         )
     complete = {number: folder for number, folder in found.items() if (folder / RUN_CONFIG).is_file()}
     if not complete:

@@ -151,7 +151,9 @@ def check_config(path: Path, architecture: Architecture) -> Architecture:
     """
     try:
         given = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict) or "hidden_size" not in given:
         raise UserError(f"{path} is not the configuration of a Vortex model")

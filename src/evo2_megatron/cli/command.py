@@ -20,6 +20,7 @@ from types import FrameType
 from evo2_megatron.config import UserError
 
 _GRACE_SECONDS = 5.0  # time for rank 0 to report an error that all ranks share
+_START_SECONDS = 3.0  # that a core needs to start a process, rank 0, too
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000  # with Python's 700, an eighth of a command's start goes into them
 _interrupted = threading.Event()
 _REMEDIES = {
@@ -75,7 +76,8 @@ def run(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[
         if _rank() != 0:
             # rank 0 has spoken when the launcher ends this one, which then has nothing to add
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_GRACE_SECONDS)
+            per_core = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / (os.cpu_count() or 1)
+            time.sleep(max(_GRACE_SECONDS, _START_SECONDS * per_core))
             speaker += f" on rank {_rank()}"
         sys.stderr.write(f"{speaker}: {error}\n")
         sys.exit(2)
@@ -117,10 +119,13 @@ def set_up_logging(*, debug: bool = False) -> None:
 
 
 def _path(text: str) -> Path:
-    """What ``type=Path`` means: of an empty variable of a shell, pathlib would make the current folder."""
+    """What ``type=Path`` means: of an empty variable of a shell, pathlib would make the current folder.
+
+    A shell leaves ``~`` as it is in ``--flag=~/folder`` and within quotes, and a folder of that name is a trap.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
 def _rank() -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from evo2_megatron.cli import groups
@@ -30,14 +30,14 @@ def add_devices(parser: argparse.ArgumentParser, *, divides: bool = False) -> ar
     return group
 
 
-def on_devices(devices: int | str | None, argv: Sequence[str] | None) -> bool:
+def on_devices(devices: int | str | None, argv: Sequence[str] | None, *, ended_by: Collection[int] = ()) -> bool:
     """``tasks.launch.on_devices`` of what ``--devices`` says and ``main`` was given; a model is not divided."""
     if devices is None:
         return False
 
     from evo2_megatron.tasks import launch  # torch loads here, not for --help
 
-    return launch.on_devices(_number(devices), argv)
+    return launch.on_devices(_number(devices), argv, ended_by=ended_by)
 
 
 def model_on_devices(
@@ -46,7 +46,7 @@ def model_on_devices(
     *,
     parallel: ParallelConfig,
     copies: bool = True,
-    until_stopped: bool = False,
+    ended_by: Collection[int] = (),
 ) -> bool:
     """The same for a command that runs the model of ``--ckpt-dir``: auto divides one that is too large for a GPU.
 
@@ -55,7 +55,7 @@ def model_on_devices(
             and ``model_groups.add_quantize_weights`` count where there are any.
         argv: What ``main`` was given.
         parallel: The layout that was asked for; any but the default is kept.
-        copies, until_stopped: As for ``tasks.launch.on_devices``.
+        copies, ended_by: As for ``tasks.launch.on_devices``.
     """
     if args.devices is None:
         return False
@@ -73,7 +73,7 @@ def model_on_devices(
             precision=groups.precision(args),
             quantize_weights=vars(args).get("quantize_weights"),
         )
-    return launch.on_devices(_number(args.devices), argv, divide=divide, copies=copies, until_stopped=until_stopped)
+    return launch.on_devices(_number(args.devices), argv, divide=divide, copies=copies, ended_by=ended_by)
 
 
 def _number(devices: int | str) -> int | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     command.set_up_logging()
     parallel = ParallelConfig(tensor=args.tensor_parallel_size)
-    if launch_groups.model_on_devices(args, argv, parallel=parallel, until_stopped=True):
+    if launch_groups.model_on_devices(args, argv, parallel=parallel, ended_by=(signal.SIGTERM, signal.SIGINT)):
         return
 
     from evo2_megatron.tasks.server.engine import ModelSettings  # torch loads here, not for --help

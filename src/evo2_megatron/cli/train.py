@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def _main(argv: Sequence[str] | None) -> None:
     command.set_up_logging(debug=bool(args.debug))
     for flag in args.unavailable or ():
         raise UserError(f"{flag}: {_UNAVAILABLE[flag]}")
-    if launch_groups.on_devices(args.devices, argv):
+    if launch_groups.on_devices(args.devices, argv, ended_by=(signal.SIGTERM,) if args.enable_preemption else ()):
         return
 
     from evo2_megatron.tasks.training.train import train  # torch loads here, so --help stays instant

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from evo2_megatron.config import UserError
 from evo2_megatron.data.indexed_dataset import check_indexed_dataset
-from evo2_megatron.data.yaml_schema import check_fields, read_yaml_list
+from evo2_megatron.data.yaml_schema import check_fields, expand_home, read_yaml_list
 
 SPLITS = ("train", "validation", "test")
 
@@ -75,7 +75,7 @@ def read_blends(
     for number, values in enumerate(read_yaml_list(config_path), 1):
         try:
             entry = _entry(values)
-            prefix = str(base / entry.dataset_prefix)
+            prefix = str(base / expand_home(entry.dataset_prefix))
             check_indexed_dataset(prefix)
         except UserError as error:
             raise UserError(f"{config_path}, entry {number}: {error}") from None

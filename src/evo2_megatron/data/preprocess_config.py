@@ -13,7 +13,7 @@ from evo2_megatron.config import UserError
 from evo2_megatron.data.indexed_dataset import DTYPES
 from evo2_megatron.data.lineage import Lineage
 from evo2_megatron.data.tokenizer import DEFAULT_VOCAB_SIZE, fetch_tokenizer, read_vocab_size, tokenizer_dir
-from evo2_megatron.data.yaml_schema import check_fields, read_yaml_list
+from evo2_megatron.data.yaml_schema import check_fields, expand_home, read_yaml_list
 
 _DEAD_KEYS = ("include_sequence_id", "pretrained_tokenizer_model", "special_tokens", "fast_hf_tokenizer")
 _POOL_KEYS = ("preproc_concurrency", "chunksize")
@@ -266,6 +266,7 @@ def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[Preproce
         known = {key: value for key, value in entry.items() if key not in _DEAD_KEYS}
         try:
             values = check_fields(PreprocessConfig, known)
+            _expand_home(values)
             values["taxonomy_data"] = _lineages(values.get("taxonomy_data", {}))
             configs.append(PreprocessConfig(**values))
             idle = configs[-1].idle_settings()
@@ -273,6 +274,14 @@ def load_preprocess_configs(path: str | os.PathLike[str]) -> tuple[list[Preproce
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return configs, notes
+
+
+def _expand_home(values: dict[str, Any]) -> None:
+    """Put the home folder in place of ``~`` in what is a path."""
+    values["datapaths"] = [expand_home(path) for path in values.get("datapaths", [])]
+    for key in ("output_dir", "hf_tokenizer_model_path", "train_contigs", "valid_contigs", "test_contigs"):
+        if isinstance(values.get(key), str):
+            values[key] = expand_home(values[key])
 
 
 def _lineages(entries: dict[Any, Any]) -> dict[str, Lineage]:

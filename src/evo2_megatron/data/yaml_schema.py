@@ -46,6 +46,11 @@ def read_yaml_list(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return entries
 
 
+def expand_home(path: str) -> str:
+    """A path with the home folder in place of ``~``, which a shell would have put there."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises where there is no such user
+
+
 def check_fields(cls: type, entry: dict[str, Any]) -> dict[str, Any]:
     """Check the keys of a mapping against the fields of a dataclass, and the values against their annotations.
 

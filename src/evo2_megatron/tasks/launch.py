@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,7 +31,7 @@ def on_devices(
     *,
     divide: Callable[..., int] | None = None,
     copies: bool = True,
-    until_stopped: bool = False,
+    ended_by: Collection[int] = (),
 ) -> bool:
     """Start the command again in a process for each device and wait for them, if several are asked for.
 
@@ -43,7 +43,7 @@ def on_devices(
         divide: Where ``devices`` is None: given ``num_gpus`` and ``gpu_bytes``, those of the smallest, says over how
             many to divide the model, which the others learn from ``--tensor-parallel-size``. None: not divided.
         copies: Whether there is a copy of such a model on each GPU, or on as many as it is divided over.
-        until_stopped: The command is ended by a signal in any case, takes its time, and has done well then.
+        ended_by: Signals after which the command finishes what it does, takes its time, and has done well.
 
     Returns:
         Whether the work is done. False: it is for this process.
@@ -68,7 +68,7 @@ def on_devices(
         return False
     if argv is not None:
         raise UserError("--devices starts a command line again; a function of Python's is to be started by torchrun")
-    _run(count, flags, until_stopped=until_stopped)
+    _run(count, flags, ended_by=ended_by)
     return True
 
 
@@ -86,7 +86,7 @@ def _memory(gpu: int) -> int:
     return torch.cuda.get_device_properties(gpu).total_memory
 
 
-def _run(count: int, flags: Sequence[str], *, until_stopped: bool) -> None:
+def _run(count: int, flags: Sequence[str], *, ended_by: Collection[int]) -> None:
     """Start this process's own command line so many times, with further flags.
 
     Returns when all have ended well, and exits otherwise.
@@ -104,12 +104,12 @@ def _run(count: int, flags: Sequence[str], *, until_stopped: bool) -> None:
         rdzv_endpoint="127.0.0.1:0",  # a free port
         max_restarts=0,
         monitor_interval=0.1,
-        shutdown_timeout=_LONG_SECONDS if until_stopped else _GRACE_SECONDS,
+        shutdown_timeout=_LONG_SECONDS if ended_by else _GRACE_SECONDS,
     )
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *flags)
     except SignalException as error:
-        sys.exit(0 if until_stopped else 128 + error.sigval)
+        sys.exit(0 if error.sigval in ended_by else 128 + error.sigval)
     except ChildFailedError as error:
         # the first in this order has failed; others were ended because of it
         rank, failure = next(iter(error.failures.items()))

@@ -107,6 +107,8 @@ def test_vortex_that_does_not_fit(result, tmp_path):
     refuse("max_seqlen is 8192.0; .* a whole one", config={"max_seqlen": 8192.0})
     refuse("num_layers 5 instead of 4", config={"num_layers": 5})
     refuse("no plain YAML", config={})
+    with pytest.raises(UserError, match=r"cannot read .*none\.yml: No such file"):
+        vortex_to_mbridge(vortex_file(tmp_path), result, config=tmp_path / "none.yml")
     with pytest.raises(UserError, match="is no file"):
         vortex_to_mbridge(tmp_path / "none.pt", result)
     nested = save({"state_dict": torch.load(vortex_file(tmp_path), weights_only=True)}, tmp_path / "nested.pt")

@@ -333,9 +333,17 @@ def test_every_existing_output_is_noticed(tmp_path, fasta, ending):
     assert len(check_text(tmp_path, text + ", overwrite: true}").configs) == 1
 
 
+def test_folders_in_the_prefix_are_made(tmp_path, fasta):
+    config = PreprocessConfig(datapaths=[fasta], output_dir=str(tmp_path / "out"), output_prefix="sub/x", test_split=0)
+    preprocess(config)
+    assert len(list((tmp_path / "out" / "sub").iterdir())) == 6
+
+
 def test_checks_before_work(tmp_path, fasta):
     with pytest.raises(UserError, match=r"no such FASTA file: none\.fa"):
         check_text(tmp_path, "- {datapaths: [none.fa]}")
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder; list its FASTA files"):
+        check_text(tmp_path, f"- {{datapaths: ['{tmp_path}']}}")
     with pytest.raises(UserError, match=r"two datasets write .*x_nucleotide_fast_tokenizer_256_train\.bin"):
         check_text(tmp_path, f"- &a {{datapaths: ['{fasta}'], output_prefix: x}}\n- *a")
     with pytest.raises(UserError, match=r"cannot read .*tokenizer\.json"):

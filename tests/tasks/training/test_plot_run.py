@@ -75,7 +75,10 @@ def test_nothing_to_draw(tmp_path, capsys):
         plot_run.main([str(tmp_path), "-o", str(tmp_path / "x.png")])
     assert ending.value.code == 2 and not (tmp_path / "x.png").exists()
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "has no loss curve" in error
+    assert error.count("\n") == 1 and "has no loss curve; was the run" in error
+    run = write_run(tmp_path / "run", [5.0, 4.0])
+    with pytest.raises(UserError, match=f"has no loss curve; give the folder of a run, such as {run}"):
+        plot_runs([tmp_path], tmp_path / "x.png")
 
 
 def test_a_file_that_cannot_be_written(tmp_path):

@@ -100,7 +100,9 @@ def check(config_path: Path) -> CheckedConfigs:
         config.vocab_size()
         config.split_names()
         for path in config.datapaths:
-            if not Path(path).exists() or Path(path).is_dir():
+            if Path(path).is_dir():
+                raise UserError(f"{path} is a folder; list its FASTA files")
+            if not Path(path).exists():
                 raise UserError(f"no such FASTA file: {path} (relative paths start at {Path.cwd()})")
         for prefix in config.output_prefixes.values():
             if prefix in owners:
@@ -149,7 +151,7 @@ def preprocess(config: PreprocessConfig, *, watch: Watch | None = None) -> Prepr
     """
     start = time.perf_counter()
     writers: dict[str, IndexedDatasetWriter] = {}
-    folder, is_made = Path(config.output_dir or "."), False
+    folder, is_made = config.output_prefixes["train"].parent, False  # a prefix may name folders, too
     try:
         is_there = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
             steps = sorted(last)
             curves[tag] = Curve(np.array(steps), np.array([last[step] for step in steps]))
     if not curves:
+        runs = sorted(logs.parent for logs in run.glob("*/tb_logs"))
+        if runs:
+            raise UserError(f"{folder} has no loss curve; give the folder of a run, such as {runs[0]}")
         raise UserError(f"{folder} has no loss curve; was the run started with --disable-tensorboard-logger?")
     return curves
 
