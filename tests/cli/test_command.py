@@ -68,6 +68,24 @@ command.run("command", fail)
     assert (done.returncode, done.stderr) == (-15, "")
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--output-dri", "x"], "--output-dri x (did you mean --output-dir?); command --help lists the flags"),
+        (["--both_strands=1"], "--both_strands=1 (did you mean --both-strands?); "),
+        (["--zzz"], "--zzz; "),
+        (["more"], "more; "),
+    ],
+)
+def test_a_flag_that_looks_like_the_unknown_one(capsys, given, message):
+    parser = command.Parser("command", None)
+    parser.add_argument("--output-dir")
+    parser.add_argument("--both-strands", action="store_true")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(given)
+    assert f"command: error: unrecognized arguments: {message}" in capsys.readouterr().err
+
+
 def test_wrong_command_line_is_reported_on_rank_0_only(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as ending:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import gc
 import logging
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from evo2_megatron.config import UserError
 
@@ -37,6 +39,16 @@ class Parser(argparse.ArgumentParser):
         """``prog``: name of the command. ``description``: shown by ``--help``."""
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.register("type", Path, _path)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """As argparse does; of an unknown flag it names the one that looks most like it."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            first = next((text.partition("=")[0] for text in unknown if text.startswith("-")), "")
+            alike = difflib.get_close_matches(first, self._option_string_actions, n=1, cutoff=0.75)
+            hint = f" (did you mean {alike[0]}?)" if alike else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
 
     def error(self, message: str) -> None:
         """Exit with status 2, as argparse does, but with one line: a list of all flags would hide it."""
