@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from evo2_megatron.model.pooling import Pool
+from evo2_megatron.model.pooling import Pool, without_padding
 
 WAYS = {
     "mean": lambda own_LH: own_LH.mean(0),
@@ -45,3 +45,10 @@ def test_sums_are_in_float32():
     pool.add(0, torch.ones(1, 1000, 2, dtype=torch.bfloat16))  # whose sum bfloat16 does not hold
     assert pool.vector_BH.dtype == torch.float32
     torch.testing.assert_close(pool.vector_BH, torch.ones(1, 2))
+
+
+def test_nothing_but_padding_is_cut_off():
+    tokens_BS = torch.arange(12).view(2, 6)
+    mask_BS = torch.tensor([[0, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    got = without_padding(tokens_BS, mask_BS, mask=mask_BS)
+    assert [x.tolist() for x in got] == [tokens_BS[:, :4].tolist(), mask_BS[:, :4].tolist()]

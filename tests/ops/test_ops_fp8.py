@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from evo2_megatron.ops.fp8 import E4M3_MAX, remaining_factor, round_scaled, round_to_e4m3
+from evo2_megatron.ops.fp8 import E4M3_MAX, remaining_factor, round_scaled, round_to_e4m3, to_e4m3
 from evo2_megatron.ops.reference import e4m3_values, round_to_e4m3_ref
 
 FLOAT8 = torch.float8_e4m3fn
@@ -57,6 +57,8 @@ def test_too_large_and_not_a_number():
     numbers = torch.tensor([449.0, 1e30, math.inf, -math.inf, math.nan])
     got = round_to_e4m3(numbers)
     assert got[:4].tolist() == [448.0, 448.0, 448.0, -448.0] and got[4].isnan()
+    for scale in (1.0, 0.25, 3.0):
+        assert same_bits(to_e4m3(numbers, scale), round_to_e4m3(numbers * scale))
 
 
 def test_gradient_passes_straight_through():

@@ -33,6 +33,13 @@ def test_groups():
     assert [group_size(n) for n in (64, 128, 96, 352, 11_008, 48, 127, 1)] == [64, 64, 32, 32, 64, None, None, None]
 
 
+def test_blocks_are_as_large_as_may_be_wide_at_a_time():
+    """Where torch has no kernel; small blocks would be as many products on a GPU."""
+    for num_rows, shape in ((7, (1, 8192, 4)), (8192, (1, 8192, 4096)), (22_528, (3, 8192, 3755))):
+        packed = int4.empty_weights(num_rows, 8192, 64, torch.device("meta")).packed_NHR
+        assert packed.shape == shape and 2 * packed[0].numel() <= int8.wide_numbers(packed.device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows, columns, group", [(1, 128, 64), (7, 128, 32), (129, 192, 64)])
 def test_no_weight_is_off_by_more_than_half_a_step(processor, rows, columns, group, dtype):
@@ -63,6 +70,8 @@ def test_the_layout_is_that_of_torch():
 def test_numbers_that_are_not_finite_show_in_every_result(processor):
     weight_DH = torch.ones(4, 64)
     weight_DH[0], weight_DH[1, 3], weight_DH[2, 3] = 0, torch.nan, torch.inf
+    # groups of one number: what 0 / 0 is as an integer is up to the processor
+    assert (quantize_groups(weight_DH, 64).scale_zero_GD2[0, [0, 3], 0] == 1).all()
     for num_tokens in (1, 100):
         y_TD = int4_product(torch.ones(num_tokens, 64), quantize_groups(weight_DH, 64))
         assert (y_TD[:, 0] == 0).all() and not y_TD[:, 1:3].isfinite().any()

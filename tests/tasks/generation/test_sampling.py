@@ -146,6 +146,11 @@ def test_tiny_temperature_is_greedy():
     assert draw_many(Sampling(temperature=1e-300)).unique().tolist() == [1]
 
 
+def test_tiny_top_p_is_greedy():
+    """Also where 1 less top_p is 1: one token stays."""
+    assert draw_many(Sampling(top_p=1e-300)).unique().tolist() == [1]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=2), Sampling(top_p=0.5)])
 def test_logits_that_are_not_finite(bad, sampling):

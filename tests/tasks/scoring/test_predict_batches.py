@@ -47,7 +47,9 @@ def many(tmp_path_factory) -> Path:
     return write_fasta(tmp_path_factory.mktemp("many") / "many.fa", sequences)
 
 
-def run(fasta: Path, checkpoint: Path, out: Path, *, output=None, formats=("tsv",), **settings) -> Path:
+def run(
+    fasta: Path, checkpoint: Path, out: Path, *, output=None, formats=("tsv",), precision=None, **settings
+) -> Path:
     from evo2_megatron.tasks.scoring.predict import predict
     from evo2_megatron.tasks.scoring.prediction_settings import Files, Output, Sequences
 
@@ -57,6 +59,7 @@ def run(fasta: Path, checkpoint: Path, out: Path, *, output=None, formats=("tsv"
         output=Output(**(output or {"log_probs": "sum"})),
         files=Files(output_dir=out, formats=formats),
         sequences=Sequences(**settings),
+        precision=precision,
     )
     return out
 
@@ -275,7 +278,7 @@ def test_a_job_that_was_killed_goes_on(checkpoint, tmp_path, interval):
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
-@pytest.mark.parametrize("changed", ["sequences", "versions"])
+@pytest.mark.parametrize("changed", ["sequences", "versions", "precision"])
 def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, caplog, changed):
     from evo2_megatron.tasks.scoring.predict import Results
 
@@ -287,12 +290,13 @@ def test_parts_of_another_run_are_not_used(checkpoint, tmp_path, monkeypatch, ca
     assert len(list((tmp_path / "out" / ".parts").glob("batch_*.pt"))) == 2
     if changed == "sequences":
         write_fasta(fasta, {"a": dna(200, 7), "b": dna(100, 2)})
-    else:
+    elif changed == "versions":
         monkeypatch.setattr(torch, "__version__", "2.14.0")
+    precision = "bf16_mixed" if changed == "precision" else None
     with caplog.at_level("INFO"):
-        found = scores(run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1))
+        found = scores(run(fasta, checkpoint, tmp_path / "out", micro_batch_size=1, precision=precision))
     assert "is of a run with other settings; starting over" in caplog.text
-    assert found == scores(run(fasta, checkpoint, tmp_path / "fresh", micro_batch_size=1))
+    assert found == scores(run(fasta, checkpoint, tmp_path / "fresh", micro_batch_size=1, precision=precision))
 
 
 @pytest.mark.slow
