@@ -78,7 +78,7 @@ def _power(scale: float) -> int:
 
 def to_e4m3(x: Tensor, scale: float | Tensor) -> Tensor:
     """``x * scale`` as torch.float8_e4m3fn, rounded as ``round_to_e4m3`` does."""
-    # torch's cast makes NaN of what is too large
+    # some of torch's casts make NaN of what is too large
     return (x.float() * scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
