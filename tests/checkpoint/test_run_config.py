@@ -132,6 +132,14 @@ def test_a_class_that_is_not_on_the_list_is_refused(tmp_path, one_process, model
     assert not marker.exists()
 
 
+def test_8_bits_under_their_earlier_name(tmp_path, one_process):
+    for name, expected in (("true", "int8"), ("false", "none")):
+        (tmp_path / "run_config.yaml").write_text(f"model: {{_target_: {OWN_PROVIDER}, int8_weights: {name}}}")
+        run_config = read_run_config(tmp_path)
+        assert "int8_weights" not in run_config.model
+        assert run_config.provider().quantize_weights == expected
+
+
 def test_what_is_not_read_is_not_run(tmp_path, one_process, caplog):
     marker = tmp_path / "marker"
     call = {"_target_": "os.system", "_args_": [f"touch {marker}"], "_call_": True}

@@ -204,5 +204,7 @@ def test_groups_that_processes_would_divide_are_refused(load, checkpoint):
     with pytest.raises(UserError, match=message):
         load(checkpoint, ffn_hidden_size=328, **INT4)
     tiny_model(ffn_hidden_size=328, **INT8)
+    with pytest.raises(UserError, match="quantize_weights is 'int3'; choose one of none, int8 and int4"):
+        tiny_model(quantize_weights="int3")
     with pytest.raises(UserError, match="the FFN width 352 in 2 parts is no multiple of it"):
         tiny_model(tensor_model_parallel_size=2, **INT4)

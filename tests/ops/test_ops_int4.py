@@ -80,7 +80,7 @@ def test_numbers_that_are_not_finite_show_in_every_result(processor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, columns, group", [(1, 64, 64), (127, 128, 64), (131, 96, 32), (256, 192, 64)])
-@pytest.mark.parametrize("num_tokens", [1, 2, 96, 97, 127, 128, 129])
+@pytest.mark.parametrize("num_tokens", [1, 2, 96, 97, 129])
 def test_products(monkeypatch, processor, rows, columns, group, num_tokens, dtype):
     monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 70 * columns)
     weight_DH = weights(rows, columns)
@@ -115,7 +115,7 @@ def test_channels_that_lie_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, columns", [(1, 64), (127, 128), (131, 192)])
-@pytest.mark.parametrize("num_tokens", [1, 2, 97, 129])
+@pytest.mark.parametrize("num_tokens", [1, 129])
 def test_gradients(monkeypatch, processor, rows, columns, num_tokens, dtype):
     """Of the inputs: straight through the roundings, those of the rounded weights."""
     monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 70 * columns)

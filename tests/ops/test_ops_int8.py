@@ -51,7 +51,7 @@ def test_rows_of_zeros_and_of_what_is_not_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, columns", [(1, 64), (127, 128), (131, 127), (256, 192)])
-@pytest.mark.parametrize("num_tokens", [1, 2, 24, 25, 127, 128, 129])
+@pytest.mark.parametrize("num_tokens", [1, 2, 24, 25, 129])
 def test_products(monkeypatch, wide_in_bfloat16, rows, columns, num_tokens, dtype):
     monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 50 * columns)
     weight_DH = weights(rows, columns)
@@ -87,7 +87,7 @@ def test_channels_that_lie_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, columns", [(1, 64), (127, 128), (131, 127)])
-@pytest.mark.parametrize("num_tokens", [1, 2, 25, 129])
+@pytest.mark.parametrize("num_tokens", [1, 129])
 def test_gradients(monkeypatch, wide_in_bfloat16, rows, columns, num_tokens, dtype):
     """Of the inputs: straight through the roundings, those of the rounded weights."""
     monkeypatch.setattr(int8, "_BLOCK_NUMBERS", 50 * columns)

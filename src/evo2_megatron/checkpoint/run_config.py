@@ -243,7 +243,10 @@ def read_run_config(checkpoint: Path) -> RunConfig:
     for name in ("rng", "checkpoint"):
         if not isinstance(sections.get(name), (Mapping, type(None))):
             raise UserError(f"{path}: section {name!r} is not a mapping; the file is damaged")
-    return RunConfig(path, sections)
+    model = dict(sections["model"])
+    if model.pop("int8_weights", False):  # what it was called before there were 4 bits
+        model["quantize_weights"] = "int8"
+    return RunConfig(path, {**sections, "model": model})
 
 
 def check_kind(run_config: RunConfig, *, head: bool) -> None:

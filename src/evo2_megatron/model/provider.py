@@ -165,6 +165,8 @@ class StripedHyenaProvider(TransformerConfig, ModelProviderMixin[StripedHyenaMod
 
     def _check_groups(self) -> None:
         """Weights in 4 bits share scales in groups, which processes must not divide."""
+        if self.quantize_weights not in get_args(WeightFormat):
+            raise UserError(f"quantize_weights is {self.quantize_weights!r}; choose one of none, int8 and int4")
         for name, size in (("hidden size", self.hidden_size), ("FFN width", self.ffn_hidden_size)):
             group = group_size(size)
             if self.quantize_weights == "int4" and (group is None or size // self.tensor_model_parallel_size % group):

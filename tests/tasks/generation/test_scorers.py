@@ -101,10 +101,21 @@ def test_a_command_is_started_once(folder):
 
 def test_a_line_too_many_is_not_taken_for_the_next_answer(folder):
     twice = "import sys; [print('{\"scores\": [1]}', flush=True) for line in sys.stdin for _ in range(2)]"
-    with open_scorer(command=f"{sys.executable} -c {shlex.quote(twice)}") as score:  # noqa: SIM117
-        with pytest.raises(UserError, match=r"printed '{\"scores\": \[1\]}.n'; .* and nothing else"):
-            for _ in range(100):  # what is too much piles up, however slow the scorer is
+    # before the next request, or where the scorer is slow to print it, at the end
+    with pytest.raises(UserError, match=r"printed '{\"scores\": \[1\]}.*'; .* and nothing else"):  # noqa: SIM117
+        with open_scorer(command=f"{sys.executable} -c {shlex.quote(twice)}") as score:
+            for _ in range(3):
                 assert score(["A"]) == [1]
+
+
+def test_answers_too_many_that_come_late(folder):
+    late = "import sys; [print('{\"scores\": [1]}', flush=True) for line in sys.stdin]; print('{\"scores\": [1]}')"
+    with pytest.raises(UserError, match=r"printed '{\"scores\": \[1\]}.n'; .* and nothing else"):  # noqa: SIM117
+        with open_scorer(command=f"{sys.executable} -c {shlex.quote(late)}") as score:
+            assert score(["A"]) == [1]
+    farewell = late.replace("; print('{\"scores\": [1]}')", "; print('bye')")
+    with open_scorer(command=f"{sys.executable} -c {shlex.quote(farewell)}") as score:
+        assert score(["A"]) == [1]
 
 
 def test_too_slow_beside_what_keeps_its_output_open(folder):

@@ -144,7 +144,8 @@ def test_what_is_loaded_is_what_was_trained(runs, tmp_path, name):
     model, (step, loss) = model_section(runs, name), best_of(runs, name)
     lines, metrics = predicted(runs, name, tmp_path)
     total, count = loss_of(lines, model)
-    assert total / count == pytest.approx(loss, rel=2e-3 if name == "bf16" else 1e-4)
+    # with 8-bit weights batches of other lengths are multiplied in other ways, which bfloat16 rounds differently
+    assert total / count == pytest.approx(loss, rel=2e-3 if name in ("bf16", "narrow") else 1e-4)
     assert scalars(runs[0] / name, f"{model_loss(model)} validation")[step] == pytest.approx(loss)
     of_each = metrics["columns"].values() if name == "labels" else [metrics]
     right = sum(part["accuracy"] * part["num_sequences"] for part in of_each)

@@ -206,15 +206,22 @@ class ScorerProcess:
     def __enter__(self) -> ScorerProcess:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        """End its input, wait a moment, and kill what is left; at once if it was interrupted at work."""
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        """End its input, wait a moment, and kill what is left; at once if it was interrupted at work.
+
+        Raises:
+            UserError: It gave more answers than it was asked for, of which earlier requests may have taken one each.
+        """
         if self._is_asked:
             self._kill()
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_SECONDS)
         self._kill()
+        self._printed += self._process.stdout.read() or b""
         self._process.stdout.close()
+        if error is None and b'"scores"' in self._printed:
+            raise self._no_answer(self._printed)
 
 
 def _words(command: str) -> list[str]:
