@@ -7,9 +7,8 @@ import torch
 from checkpoint.tiny_adapters import write_tiny_adapters
 from checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from evo2_megatron.config import ParallelConfig, UserError
-from evo2_megatron.ops.int4 import group_size
+from evo2_megatron.ops.int4 import _wide_blocks, group_size, quantize_groups
 from evo2_megatron.ops.int8 import quantize_rows
-from evo2_megatron.ops.reference import int4_product_ref
 from helpers import tiny_model
 from tasks.planning.allocations import largest
 
@@ -91,8 +90,8 @@ def _rounded(weight_DH, name):
     if name == "int8":
         q_DH, scale_D = quantize_rows(weight_DH)
         return q_DH * scale_D.float()[:, None]
-    num_columns = weight_DH.shape[1]
-    return int4_product_ref(torch.eye(num_columns), weight_DH, group_size(num_columns)).T
+    weights = quantize_groups(weight_DH, group_size(weight_DH.shape[1]))
+    return torch.cat([wide_HD.mT for _, wide_HD in _wide_blocks(weights, torch.float32)])
 
 
 def _num_narrow(model):
